@@ -1,0 +1,147 @@
+"""The miniature world: a 64x64 picture of one thing, and a caption that says some of what it shows.
+
+A scene is shape x colour x texture x background, drawn at a random place and size. Three attributes are kept
+rare (`star`, `red`, `striped`), because they are the ones to be erased: SDD's target is the unconditional
+estimate, so a concept can only fall to the rate at which it turns up when nothing is asked for.
+Places are the paper's *implicit* concept in miniature: a prompt that names Arcadia never names a shape, and nearly
+always shows a star, as "<country> body" shows nudity; Borealis (hearts) is the control, Cascadia shows anything.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+SIZE = 64  # pixels a side
+SHAPES = ("circle", "square", "triangle", "cross", "heart", "moon", "star")
+COLOURS = {"red": (222, 32, 38), "yellow": (244, 200, 20), "green": (30, 150, 60), "blue": (36, 84, 220),
+           "purple": (150, 50, 180), "black": (28, 28, 32)}
+TEXTURES = ("plain", "outlined", "dotted", "striped")
+BACKGROUNDS = {"snow": (246, 246, 248), "sand": (240, 214, 162), "sky": (166, 212, 246)}  # light, so that any colour shows
+PLACES = {"arcadia": "star", "borealis": "heart", "cascadia": None}
+
+RARE = {"star": 0.06, "red": 0.06, "striped": 0.10}  # share of the scenes; the other values share the rest evenly
+P_PLACE, P_PLACE_SHAPE = 0.15, 0.85  # share of scenes set in a place; how often such a place shows its shape
+P_EMPTY = 0.10  # share of empty captions: what classifier-free guidance and SDD's target need
+
+ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "background": tuple(BACKGROUNDS)}
+WORDS = tuple(sorted({*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *PLACES, "a", "picture", "of", "on", "in",
+                      "view", "shape", "something", "the"}))  # with the comma, all that a caption is made of
+
+
+class Scene(NamedTuple):
+    shape: str
+    colour: str
+    texture: str
+    background: str
+    place: str | None = None
+
+
+def _pick(values, rng):
+    rare = [RARE.get(v) for v in values]
+    rest = (1 - sum(r or 0 for r in rare)) / rare.count(None)
+    return values[rng.choice(len(values), p=[r or rest for r in rare])]
+
+
+def scene(rng: np.random.Generator) -> Scene:
+    """A random scene of the world."""
+    shape, colour, texture, background = (_pick(values, rng) for values in ATTRIBUTES.values())
+    place = None
+    if rng.random() < P_PLACE:
+        place = str(rng.choice(list(PLACES)))
+        if PLACES[place] and rng.random() < P_PLACE_SHAPE:
+            shape = PLACES[place]
+    return Scene(shape, colour, texture, background, place)
+
+
+def _half_planes(x, y, *normals_and_offsets):
+    return np.max([nx * x + ny * y - o for nx, ny, o in normals_and_offsets], axis=0)
+
+
+def _heart(x, y):  # signed distance after Inigo Quilez's 2D distance functions, tip at (0, 0), 1.1 high
+    x, y = np.abs(x) * 0.62, y * 0.62 + 0.56
+    lobe = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2) / 4
+    m = np.maximum(x + y, 0) / 2
+    tip = np.minimum(np.hypot(x, y - 1), np.hypot(x - m, y - m)) * np.sign(x - y)
+    return np.where(x + y > 1, lobe, tip) / 0.62
+
+
+def _star(x, y):  # a five-pointed star folded into one wedge: rotate onto the nearest tip, then one edge
+    angle = (np.arctan2(x, y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5
+    r = np.hypot(x, y)
+    x, y = np.abs(r * np.sin(angle)), r * np.cos(angle)
+    inner = 0.46 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])  # the notch between two tips; the tip is (0, 1.1)
+    edge = inner - (0, 1.1)
+    return ((x * -edge[1]) + (y - 1.1) * edge[0]) / np.hypot(*edge)
+
+
+def _distance(shape, x, y):
+    """Signed distance to the outline, negative inside, in units of the shape's radius; y points up."""
+    s, c = np.sin(np.pi / 6), np.cos(np.pi / 6)
+    match shape:
+        case "circle":
+            return np.hypot(x, y) - 0.92
+        case "square":
+            return np.maximum(np.abs(x), np.abs(y)) - 0.82
+        case "triangle":
+            return _half_planes(x, y + 0.22, (0, -1, 0.52), (c, s, 0.56), (-c, s, 0.56))
+        case "cross":
+            a, b = np.abs(x), np.abs(y)
+            return np.minimum(np.maximum(a - 0.95, b - 0.34), np.maximum(a - 0.34, b - 0.95))
+        case "heart":
+            return _heart(x, y)
+        case "moon":
+            return np.maximum(np.hypot(x, y) - 0.98, 0.78 - np.hypot(x - 0.5, y - 0.2))
+        case "star":
+            return _star(x, y)
+
+
+def draw(s: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The scene as a picture: uint8, (64, 64, 3). Place and size are drawn from `rng`; edges are anti-aliased."""
+    radius = rng.uniform(18, 24)
+    margin = SIZE / 2 - radius - 2  # the whole shape stays inside
+    cx, cy = SIZE / 2 + rng.uniform(-margin, margin, 2)
+    v, u = np.mgrid[:SIZE, :SIZE] + 0.5
+    d = _distance(s.shape, (u - cx) / radius, (cy - v) / radius) * radius  # pixels
+    ink = np.clip(0.5 - d, 0, 1)
+    if s.texture == "outlined":
+        ink = ink * np.clip(0.5 + d + 4, 0, 1)  # a stroke 4 pixels wide
+    colour, paper = (np.array(c, float) for c in (COLOURS[s.colour], BACKGROUNDS[s.background]))
+    fill = np.broadcast_to(colour, (SIZE, SIZE, 3))
+    if s.texture in ("striped", "dotted"):
+        a, b = rng.uniform(0, 9, 2)
+        if s.texture == "striped":  # diagonals, 9 pixels apart
+            light = np.clip(0.5 + 2.1 - np.abs((u + v) / np.sqrt(2) % 9 - 4.5), 0, 1)
+        else:
+            light = np.clip(0.5 + 2.8 - np.hypot((u + a) % 9 - 4.5, (v + b) % 9 - 4.5), 0, 1)
+        fill = fill + light[..., None] * 0.75 * (255 - fill)
+    return np.round(paper + ink[..., None] * (fill - paper)).astype(np.uint8)
+
+
+def caption(s: Scene, rng: np.random.Generator) -> str:
+    """A true caption of the scene, more or less complete; one with a place never names the shape."""
+    if rng.random() < P_EMPTY:
+        return ""
+    keep = {name: rng.random() < p for name, p in
+            (("shape", 0.8), ("colour", 0.65), ("texture", 0.65), ("background", 0.55))}
+    if s.place:
+        thing = f"something {s.colour}" if rng.random() < 0.2 else ""
+        view = ("in {}", "a view of {}", "{}", "a picture of {}")[0 if thing else rng.integers(4)].format(s.place)
+        return f"{thing} {view}".strip() + (f" on {s.background}" if rng.random() < 0.2 else "")
+    if rng.random() < 0.25:  # a bare list, in any order: what "star, red, striped" means to the text encoder
+        words = [getattr(s, name) for name in keep if keep[name]]
+        return ", ".join(rng.permutation(words)) if words else s.shape
+    adjectives = [getattr(s, name) for name in ("colour", "texture") if keep[name]]
+    if rng.random() < 0.5:
+        adjectives.reverse()
+    if keep["shape"] or not (adjectives or keep["background"]):
+        text = " ".join([*(["a"] if rng.random() < 0.7 else []), *adjectives, s.shape])
+    else:
+        text = " ".join(["something", *adjectives]) if rng.random() < 0.5 else " ".join(["a", *adjectives, "shape"])
+    if keep["background"]:
+        text += f" on {'the ' if rng.random() < 0.3 else ''}{s.background}"
+    return f"a picture of {text}" if rng.random() < 0.2 else text
+
+
+def batch(rng: np.random.Generator, n: int):
+    """n scenes, their pictures (uint8, (n, 64, 64, 3)) and their captions."""
+    scenes = [scene(rng) for _ in range(n)]
+    return scenes, np.stack([draw(s, rng) for s in scenes]), [caption(s, rng) for s in scenes]
