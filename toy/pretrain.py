@@ -11,10 +11,11 @@ continues as if it had not been. Deliberate choices, against Stable Diffusion's 
 3. The text encoder first learns to name a picture's attributes from its caption, a minute's stand-in for CLIP's
    contrastive training; from there it goes on with the UNet.
 """
-import argparse
 import copy
 import csv
+import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -39,41 +40,50 @@ UNET_CONFIG = dict(
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
 LATENT_STD = 0.5
-STEPS = {"vae": 2400, "text": 1500, "unet": 10000}
+STEPS = {"vae": 2400, "text": 600, "unet": 9000}
+PICTURES = 40_000  # scenes that the UNet learns from; each gets a new caption whenever it comes up
 
 
-def fit(stage, module, loss, groups, steps, save=None, average=0.998, warmup=200, save_every=250):
+def fit(stage, module, loss, groups, steps, average=0.998, warmup=200, save_every=250):
     """Minimises loss(step) over `groups` (AdamW, one cosine) and leaves the weights' moving average in `module`.
 
     Continues from RUNS/<stage>.safetensors, which is written every `save_every` steps; a curve goes to <stage>.csv.
     """
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(i / steps, 1))) + 1e-3))
+    rates = [group["lr"] for group in optimizer.param_groups]
     averaged = copy.deepcopy(module)
+    kept = {"module": module.state_dict(), "averaged": averaged.state_dict()}
     start, file = 0, RUNS / f"{stage}.safetensors"
     if file.exists():
-        start = weights.load_training(file, module, averaged, optimizer)
-        for _ in range(start):
-            schedule.step()
+        start = int(weights.load_checkpoint(file, kept, optimizer)["step"])
     began, losses = time.time(), []
     for step in range(start, steps):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         value = loss(step)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        m = min(average, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - min(average, (step + 1) / (step + 10)))
+            torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - m)
         losses.append(value.item())
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            weights.save_training(file, module, averaged, optimizer, step + 1)
-            seconds = (time.time() - began) / len(losses)
+            weights.save_checkpoint(file, kept, optimizer, {"step": str(step + 1)})
+            row = step + 1, f"{np.mean(losses[-save_every:]):.5f}", f"{(time.time() - began) / len(losses):.3f}"
             with open(RUNS / f"{stage}.csv", "a", newline="") as f:
-                csv.writer(f).writerow([step + 1, f"{np.mean(losses[-save_every:]):.5f}", f"{seconds:.3f}"])
-            print(f"{stage} {step + 1}/{steps}: loss {np.mean(losses[-save_every:]):.4f}, {seconds:.2f} s a step", flush=True)
+                csv.writer(f).writerow(row)  # step, mean loss since the last row, seconds a step
+            print(f"{stage} {step + 1}/{steps}: loss {row[1]}, {row[2]} s a step", flush=True)
     module.load_state_dict(averaged.state_dict())
+
+
+def write(folder, network, config, module):
+    """One network of the model folder: config.json and float16 weights."""
+    name = weights.NETWORKS[network][1]
+    weights.save(folder / network / f"{name}.safetensors", {k: v.half() for k, v in module.state_dict().items()})
+    with weights.whole(folder / network / "config.json") as beside:
+        beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def train_vae(size=32, lr=2e-3):
@@ -92,4 +102,124 @@ def train_vae(size=32, lr=2e-3):
         return 2 * (y - x).abs().mean() + 0.5 * seen + 1e-3 * kl
 
     fit("vae", vae, loss, [dict(params=vae.parameters(), lr=lr)], STEPS["vae"])
-    return vae
+    with torch.no_grad():
+        pictures = draw.batch(np.random.default_rng(7), 1024)[1]
+        z = torch.cat([vae.encode(probe.to_tensor(part)) for part in np.array_split(pictures, 16)])
+    config = VAE_CONFIG | dict(
+        _class_name="AutoencoderKL", _diffusers_version="0.42.1", act_fn="silu", sample_size=draw.SIZE,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        scaling_factor=round(LATENT_STD / z.std().item(), 5))
+    write(MODEL, "vae", config, vae)
+
+
+def write_tokenizer(folder):
+    """CLIP's tokenizer for the world's words: byte pairs merged until every word is one token."""
+    alphabet, merges = [*"abcdefghijklmnopqrstuvwxyz,"], []
+    for word in draw.WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for pair in merges:  # what earlier words' merges leave of it …
+            for i in reversed(range(len(parts) - 1)):
+                if tuple(parts[i:i + 2]) == pair:
+                    parts[i:i + 2] = ["".join(pair)]
+        while len(parts) > 1:  # … is merged from the left, after all of theirs, so that theirs stay as they are
+            merges.append(tuple(parts[:2]))
+            parts[:2] = ["".join(parts[:2])]
+    words = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    files = {"vocab.json": json.dumps({word: i for i, word in enumerate(words)}, indent=0),
+             "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+             "tokenizer_config.json": json.dumps(dict(
+                 tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", errors="replace",
+                 eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"), indent=2)}
+    for name, text in files.items():
+        with weights.whole(folder / "tokenizer" / name) as beside:
+            beside.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
+    return len(words)
+
+
+def train_text(size=256, lr=2e-3):
+    """The text encoder, for a minute: which shape, colour, … does a picture with this caption show?"""
+    torch.manual_seed(1)
+    vocab_size = write_tokenizer(MODEL)
+    tokenizer = weights.load_tokenizer(MODEL)
+    values = sum(map(len, draw.ATTRIBUTES.values()))
+    module = torch.nn.ModuleDict({"text": CLIPText(vocab_size, **TEXT_CONFIG), "head": torch.nn.Linear(64, values)})
+
+    def loss(step):
+        rng = np.random.default_rng([2, step])
+        scenes = [draw.scene(rng) for _ in range(size)]
+        tokens, _ = tokenize(tokenizer, [draw.caption(s, rng) for s in scenes])
+        end = (tokens == tokenizer.eos_token_id).float()[..., None]
+        pooled = (module["text"](tokens) * end).sum(1) / end.sum(1)
+        logits = module["head"](pooled).split([*map(len, draw.ATTRIBUTES.values())], dim=1)
+        return sum(F.cross_entropy(a, b) for a, b in zip(logits, probe.labels(scenes, draw.ATTRIBUTES).values()))
+
+    fit("text", module, loss, [dict(params=module.parameters(), lr=lr)], STEPS["text"], average=0.98)
+    return module["text"]
+
+
+@torch.no_grad()
+def latents():
+    """PICTURES scenes and their latents (PICTURES, 4, 16, 16), encoded once and kept."""
+    file = RUNS / "latents.safetensors"
+    rng = np.random.default_rng(3)
+    scenes = [draw.scene(rng) for _ in range(PICTURES)]
+    if not file.exists():
+        vae = weights.load_network(MODEL, "vae")
+        parts = [scenes[i:i + 100] for i in range(0, PICTURES, 100)]
+        z = [vae.encode(probe.to_tensor([draw.draw(s, rng) for s in part])).half() for part in parts]
+        weights.save(file, {"z": torch.cat(z)})
+    return scenes, weights.read(file)[0]["z"]
+
+
+def train_unet(size=48, lr=1.5e-3, gamma=5.0):
+    """The UNet and, at 0.4 times its rate, the text encoder: predict the noise in a picture from the picture's caption."""
+    text, tokenizer = train_text(), weights.load_tokenizer(MODEL)
+    torch.manual_seed(2)
+    scenes, z_all = latents()
+    module = torch.nn.ModuleDict({"unet": UNet(**UNET_CONFIG).to(memory_format=torch.channels_last), "text": text})
+    scheduler = DDIM(1000 // 20)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
+
+    def loss(step):
+        rng, generator = np.random.default_rng([4, step]), torch.Generator().manual_seed(step)
+        chosen = rng.integers(len(scenes), size=size)
+        z, t = z_all[chosen].float(), torch.randint(0, 1000, (size,), generator=generator)
+        noise = torch.randn(z.shape, generator=generator)
+        tokens, _ = tokenize(tokenizer, [draw.caption(scenes[i], rng) for i in chosen])
+        e = module["unet"](scheduler.add_noise(z, noise, t), t, module["text"](tokens))
+        return ((snr[t].clamp(max=gamma) / snr[t]) * (e - noise).square().mean((1, 2, 3))).mean()
+
+    groups = [dict(params=module["unet"].parameters(), lr=lr), dict(params=text.parameters(), lr=0.4 * lr)]
+    fit("unet", module, loss, groups, STEPS["unet"], average=0.999)
+    write_model(MODEL, module)
+
+
+def write_model(folder, module):
+    """All of the model folder but the autoencoder and the model card."""
+    vocab_size = write_tokenizer(folder)
+    write(folder, "unet", UNET_CONFIG | dict(
+        _class_name="UNet2DConditionModel", _diffusers_version="0.42.1", sample_size=draw.SIZE // 4, act_fn="silu",
+        flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, downsample_padding=1, mid_block_scale_factor=1), module["unet"])
+    write(folder, "text_encoder", TEXT_CONFIG | dict(
+        architectures=["CLIPTextModel"], model_type="clip_text_model", hidden_act="quick_gelu", dtype="float32",
+        layer_norm_eps=1e-5, max_position_embeddings=77, projection_dim=64, vocab_size=vocab_size, bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1), module["text"])
+    scheduler = dict(
+        _class_name="PNDMScheduler", _diffusers_version="0.42.1", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+        beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True, trained_betas=None,
+        clip_sample=False, timestep_spacing="leading", prediction_type="epsilon")
+    index = dict(
+        _class_name="StableDiffusionPipeline", _diffusers_version="0.42.1", unet=["diffusers", "UNet2DConditionModel"],
+        vae=["diffusers", "AutoencoderKL"], text_encoder=["transformers", "CLIPTextModel"],
+        tokenizer=["transformers", "CLIPTokenizer"], scheduler=["diffusers", "PNDMScheduler"], feature_extractor=[None, None],
+        safety_checker=[None, None], image_encoder=[None, None], requires_safety_checker=False)
+    for name, config in (("scheduler/scheduler_config.json", scheduler), ("model_index.json", index)):
+        with weights.whole(folder / name) as beside:
+            beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    asked = sys.argv[1:] or ["vae", "unet"]
+    for stage, train in (("vae", train_vae), ("unet", train_unet)):
+        if stage in asked:
+            train()
