@@ -116,14 +116,14 @@ def write_tokenizer(folder):
     """CLIP's tokenizer for the world's words: byte pairs merged until every word is one token."""
     alphabet, merges = [*"abcdefghijklmnopqrstuvwxyz,"], []
     for word in draw.WORDS:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:  # what earlier words' merges leave of it …
+        parts, done = [*word[:-1], word[-1] + "</w>"], 0
+        while len(parts) > 1:
+            if done == len(merges):  # earlier words' merges are used up: one more, after all of theirs, which stay as they are
+                merges.append((parts[0], parts[1]))
             for i in reversed(range(len(parts) - 1)):
-                if tuple(parts[i:i + 2]) == pair:
-                    parts[i:i + 2] = ["".join(pair)]
-        while len(parts) > 1:  # … is merged from the left, after all of theirs, so that theirs stay as they are
-            merges.append(tuple(parts[:2]))
-            parts[:2] = ["".join(parts[:2])]
+                if tuple(parts[i:i + 2]) == merges[done]:
+                    parts[i:i + 2] = ["".join(merges[done])]
+            done += 1
     words = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     files = {"vocab.json": json.dumps({word: i for i, word in enumerate(words)}, indent=0),
              "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
