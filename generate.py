@@ -1,0 +1,217 @@
+"""Text to picture:   python generate.py "a red star on sand" --model toy --out pictures
+
+Image n of a prompt starts from noise of its own, seeded with seed + n on the CPU, so that a seed means the same picture at
+any batch size and on any device.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+import weights
+from clip_text import MAX_TOKENS, tokenize
+from guidance import cfg, sample
+from scheduler import SAMPLERS
+from weights import UserError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(name):
+    """`auto` is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("No CUDA GPU is usable here: say --device cpu, or check the driver and torch's build.")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """`auto` is float32, but on CUDA bfloat16, or float16 on cards without it."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def make_scheduler(config, steps, kind=None):
+    """The sampler `kind`, by default the one that scheduler_config.json names."""
+    kind = kind or {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}.get(config.get("_class_name"))
+    if kind is None:
+        raise UserError(f"The model's own sampler, {config.get('_class_name')}, is not implemented: say --scheduler ddim or pndm.")
+    schedule = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "steps_offset") if key in config}
+    try:
+        return SAMPLERS[kind](steps, **schedule)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def check_words(model, prompts):
+    """A miniature vocabulary spells words it does not know letter by letter; refuse those, and say which it knows."""
+    vocabulary = model.tokenizer.get_vocab()
+    if len(vocabulary) > 1000:
+        return
+    known = {word[:-4] for word in vocabulary if word.endswith("</w>") and (len(word) > 5 or word == "a</w>")}
+    for prompt in prompts:
+        for word in prompt.lower().replace(",", " ").split():
+            if word not in known:
+                raise UserError(f"The embedded model does not know the word {word!r}; it knows: {', '.join(sorted(known))}.")
+
+
+@torch.no_grad()
+def encode(model, prompts):
+    """Prompts -> embeddings (len(prompts), 77, D), on the CPU; prompts that were cut to 77 tokens are told once."""
+    check_words(model, prompts)
+    tokens, cut = tokenize(model.tokenizer, prompts)
+    if any(cut):
+        print(f"{sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; what is beyond is not read: "
+              f"{prompts[cut.index(True)][:60]!r}…", file=sys.stderr)
+    return torch.cat([model.text_encoder(part) for part in tokens.split(64)])
+
+
+def noise(shape, seed):
+    """Noise (1, *shape) of one image: float32, from a CPU generator of its own."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+@torch.no_grad()
+def draw(model, unet, c_0, c_p, z_T, scheduler, guidance_scale, dtype=torch.float32):
+    """Latents z_T (B, 4, h, w), embeddings c_0 (1 or B, 77, D) and c_p (B, 77, D) -> pictures, uint8 (B, H, W, 3).
+
+    `unet` may be another than the model's own (an erased one). Runs on the device of the unet's weights.
+    """
+    device = next(unet.parameters()).device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        z = sample(cfg(unet, c_0.to(device), c_p.to(device), guidance_scale), scheduler, z_T.to(device))
+        pictures = model.vae.decode(z)
+    pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return (pictures * 255).round().astype("uint8")
+
+
+def grid(rows, labels=(), columns=()):
+    """A picture of pictures: rows of equally large arrays (H, W, 3), a label beside each row, one above each column."""
+    H, W, _ = rows[0][0].shape
+    zoom = max(1, 128 // H)
+    H, W, pad, font = H * zoom, W * zoom, 4, ImageFont.load_default(14)
+    left = int(max((font.getlength(label) for label in labels), default=0)) + (2 * pad if labels else 0)
+    top = 22 if columns else 0
+    sheet = Image.new("RGB", (left + max(map(len, rows)) * (W + pad) + pad, top + len(rows) * (H + pad) + pad), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        y = top + pad + i * (H + pad)
+        for j, picture in enumerate(row):
+            x = left + pad + j * (W + pad)
+            sheet.paste(Image.fromarray(picture).resize((W, H), Image.Resampling.NEAREST), (x, y))
+            if i == 0 and j < len(columns):
+                pen.text((x + W / 2, top / 2 + 2), columns[j], "black", font, anchor="mm")
+        if i < len(labels):
+            pen.text((pad, y + H / 2), labels[i], "black", font, anchor="lm")
+    return sheet
+
+
+def save_png(picture, file, **text):
+    """An array (H, W, 3) or an image -> file, with `text` in the PNG's text chunks."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    with weights.whole(file) as beside:
+        (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(beside, pnginfo=info)
+
+
+def fresh_folder(folder, advice=""):
+    """Makes the output folder; one that already holds something is refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
+    except OSError as e:
+        raise UserError(f"Cannot use {folder} as output folder ({e}): choose another one with --out.") from e
+
+
+def generate(args):
+    fresh_folder(args.out)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model = weights.load(args.model, args.revision)
+    patch = weights.load_patch(args.patch, model.unet) if args.patch else None
+    size, f = args.resolution or model.resolution, model.vae.factor
+    if size % f:
+        raise UserError(f"--resolution {size}: it must be a multiple of {f} for this model.")
+    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
+    texts = encode(model, [args.negative_prompt, *args.prompts])
+    model.unet.to(device), model.vae.to(device)
+    jobs = [(p, n) for p in range(len(args.prompts)) for n in range(args.num_images)]
+    pictures = []
+    for start in tqdm(range(0, len(jobs), args.batch_size), unit="batch", disable=None):
+        batch = jobs[start:start + args.batch_size]
+        z_T = torch.cat([noise((4, size // f, size // f), args.seed + n) for _, n in batch])
+        c_p = torch.stack([texts[1 + p] for p, _ in batch])
+        for (p, n), picture in zip(batch, draw(model, model.unet, texts[:1], c_p, z_T, scheduler, args.guidance_scale, dtype)):
+            save_png(picture, args.out / f"{len(pictures):05d}.png", prompt=args.prompts[p], seed=args.seed + n,
+                     model=model.name, patch=f"{args.patch} ({patch.get('concepts')})" if patch else "none")
+            pictures.append(picture)
+    rows = [pictures[i:i + args.num_images] for i in range(0, len(pictures), args.num_images)]
+    save_png(grid(rows, [p if len(p) <= 40 else p[:39] + "…" for p in args.prompts]), args.out / "grid.png")
+    lines = [json.dumps({"file": f"{i:05d}.png", "prompt": args.prompts[p], "seed": args.seed + n}, ensure_ascii=False)
+             for i, (p, n) in enumerate(jobs)]
+    with weights.whole(args.out / "prompts.jsonl") as beside:
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(pictures)} pictures in {args.out}, side by side in {args.out / 'grid.png'}")
+
+
+def positive(text):
+    """An argument that counts something: 1, 2, …"""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def add_common_arguments(parser):
+    parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
+    parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: fp32; on CUDA bf16, or fp16 without it")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
+    parser.add_argument("--patch", type=Path, help="an erased.safetensors that train.py wrote")
+    parser.add_argument("--scheduler", choices=[*SAMPLERS], help="default: the model's own")
+    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="takes the place of the empty prompt (NEG)")
+    parser.add_argument("--seed", type=int, default=0, help="image n of a prompt starts from noise seeded with seed + n")
+    parser.add_argument("--num-images", type=positive, default=1, help="pictures a prompt")
+    parser.add_argument("--resolution", type=positive, help="pixels a side; default: what the model was trained for")
+    parser.add_argument("--batch-size", type=positive, default=4)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def run(main, args):
+    """A command's exit status: 0, or 2 after one sentence about what the user can do."""
+    try:
+        main(args)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: try a smaller --batch-size or --resolution, or --dtype bf16.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(generate, parse()))
