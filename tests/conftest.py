@@ -1,0 +1,25 @@
+"""Before any test is imported: the repository's modules can be found, no test reaches for the network, two threads do."""
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny random model in diffusers' layout. Copy it before you change it."""
+    from common import write_model_folder
+    return write_model_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield

@@ -1,0 +1,475 @@
+"""Algorithm 1: every iteration against a plain loop on diffusers' classes, and what may and may not change in it."""
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+import ema
+import guidance
+import losses
+import sdd
+from scheduler import DDIM
+from unet import UNet
+
+TINY = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=24, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+T, ITERS, WARMUP, LR, M, S_G = 5, 6, 2, 0.01, 0.9, 3.0  # lr 0, ½, 1, … of 0.01: weights move by far more than they round
+CASE = dict(B=2, K=3, roles="paper", preserve=0.0, clip=1.0, latents="teacher", schedule="cosine", scale=1.0)
+
+
+def relative(a, b):
+    """‖a − b‖ / ‖b‖, and 0 where both are 0."""
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def close(what, a, b, tolerance):
+    assert relative(a, b) <= tolerance, f"{what} is off by {relative(a, b):.1e}"
+
+
+def randomise(module, seed):
+    """Every tensor random: fresh norms (1, 0) and biases (0) would hide a swap."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        noise = torch.randn(p.shape, generator=g)
+        p.data.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else 0.3 * noise + 0.5)
+    return module
+
+
+def attn2(module):
+    return {name: p for name, p in module.named_parameters() if ".attn2." in name}
+
+
+def three_models():
+    """student, teacher, original: alike but for attn2, where the three differ as if in the middle of a run."""
+    original = randomise(UNet(**TINY), 0).requires_grad_(False)
+    student = ema.twin(original, attn2(original))
+    teacher = ema.twin(student, attn2(student))
+    for seed, module in enumerate((student, teacher)):
+        torch.manual_seed(seed)
+        for p in attn2(module).values():
+            p.data += 0.3 * p.std() * torch.randn_like(p)
+    for p in attn2(student).values():
+        p.requires_grad_(True)
+    return student, teacher, original
+
+
+def embeddings(K):
+    """concepts (K, 77, D), joined and c_0 (1, 77, D); with one concept, joining changes nothing."""
+    concepts, joined, c_0 = torch.randn(K + 2, 77, 24, generator=torch.Generator().manual_seed(2)).split([K, 1, 1])
+    return concepts, (concepts if K == 1 else joined), c_0
+
+
+class WatchedAdamW(torch.optim.AdamW):
+    """Keeps the gradients that each step was taken with: sdd() clears them before it yields."""
+
+    def step(self, closure=None):
+        self.grads = [p.grad.clone() for p in self.param_groups[0]["params"]]
+        return super().step(closure)
+
+
+class Ours:
+    """A run of sdd.sdd on the tiny UNet; `seen` is what the loss was last called with."""
+
+    def __init__(self, case, loss=losses.sdd_loss, start=0):
+        self.student, self.teacher, self.original = three_models()
+        self.optimizer = WatchedAdamW(attn2(self.student).values(), lr=1.0, weight_decay=0.01)
+        self.generator = torch.Generator().manual_seed(7)
+
+        def watched(e, e_original, z_t, t, c_s, c_0):
+            self.seen = dict(z_t=z_t, t=t, c_s=c_s, c_0=c_0)
+            return loss(e, e_original, z_t, t, c_s, c_0)
+
+        self.run = sdd.sdd(
+            self.student, self.teacher, self.original, self.optimizer, DDIM(T), *embeddings(case["K"]), (case["B"], 4, 8, 8),
+            self.generator, loss=watched, latents=case["latents"], roles=case["roles"], start=start, iters=ITERS, lr=LR,
+            lr_schedule=case["schedule"], warmup=WARMUP, ema_decay=M, guidance_scale=S_G, preserve=case["preserve"],
+            max_grad_norm=case["clip"], loss_scale=case["scale"])
+
+
+class Plain:
+    """The same training written out: diffusers' UNet three times in full, its DDIM, torch's AdamW, transformers' schedule."""
+
+    def __init__(self, case):
+        self.case = case
+        self.student, self.teacher, self.original = (UNet2DConditionModel(sample_size=8, **TINY) for _ in range(3))
+        self.optimizer = torch.optim.AdamW(attn2(self.student).values(), lr=LR, weight_decay=0.01)
+        self.schedule = (get_cosine_schedule_with_warmup(self.optimizer, WARMUP, ITERS) if case["schedule"] == "cosine"
+                         else get_constant_schedule_with_warmup(self.optimizer, WARMUP))
+        self.ddim = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                  set_alpha_to_one=False, steps_offset=1)
+        self.ddim.set_timesteps(T)
+        self.generator = torch.Generator().manual_seed(7)  # the same seed, never copied from the other side
+
+    def copy_from(self, ours):
+        """Weights and optimizer state of the other side, so that every iteration is compared from an equal start."""
+        for mine, other in zip(self.models(), (ours.student, ours.teacher, ours.original)):
+            mine.load_state_dict(other.state_dict())
+        for p, other in zip(attn2(self.student).values(), attn2(ours.student).values()):
+            if other in ours.optimizer.state:
+                self.optimizer.state[p] = copy.deepcopy(ours.optimizer.state[other])
+
+    def models(self):
+        return self.student, self.teacher, self.original
+
+    def draw(self, i):
+        case, levels = self.case, [*self.ddim.timesteps.tolist(), 0]
+        z = torch.randn(case["B"], 4, 8, 8, generator=self.generator)
+        if case["roles"] == "official":
+            k = torch.randint(0, T, (), generator=self.generator).item()
+            t = torch.randint(1000 - 200 * (k + 1), 1000 - 200 * k, (), generator=self.generator).item()
+            return z, k, t, i % case["K"]
+        k = torch.randint(1, T + 1, (), generator=self.generator).item()
+        return z, k, levels[k], torch.randint(0, case["K"], (), generator=self.generator).item()
+
+    def iteration(self, i):
+        """Up to the gradients, which stay in .grad. Returns z_t, k, j, the loss and the norm before clipping."""
+        case, B = self.case, self.case["B"]
+        z, k, t, j = self.draw(i)
+        concepts, joined, c_0 = (c.repeat_interleave(B, 0) for c in embeddings(case["K"]))
+        one = concepts[j * B:(j + 1) * B]
+        c_p, c_s = (joined, one) if case["roles"] == "official" else (one, joined)
+        painter = getattr(self, case["latents"])
+        with torch.no_grad():
+            for level in self.ddim.timesteps[:k]:
+                e_0, e_p = painter(z, level, c_0).sample, painter(z, level, c_p).sample
+                z = self.ddim.step(e_0 + S_G * (e_p - e_0), level, z).prev_sample
+            target, held = self.student(z, t, c_0).sample, self.original(z, t, c_0).sample
+        loss = ((self.student(z, t, c_s).sample - target) ** 2).mean()
+        loss = loss + case["preserve"] * ((self.student(z, t, c_0).sample - held) ** 2).mean()
+        self.student.zero_grad()
+        loss.backward()
+        grads = [p.grad for p in attn2(self.student).values()]
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        for g in grads:
+            g.mul_(min(1.0, case["clip"] / norm.item()) if case["clip"] else 1.0)
+        return z, k, j, loss, norm
+
+    def update(self, grads):
+        """AdamW, the moving average and the schedule, given the gradients. Returns the lr of the step."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        for p, g in zip(attn2(self.student).values(), grads):
+            p.grad = g
+        self.optimizer.step()
+        self.schedule.step()
+        with torch.no_grad():
+            for a, b in zip(attn2(self.teacher).values(), attn2(self.student).values()):
+                a.copy_(M * a + (1 - M) * b)
+        return lr
+
+
+def compare(case, iters=5, **ours):
+    """Runs both sides and asserts that they agree in everything; returns the Iterations."""
+    ours, plain, report = Ours(case, **ours), Plain(case), []
+    for i in range(iters):
+        plain.copy_from(ours)
+        before = {which: torch.cat([p.detach().flatten() for p in attn2(getattr(ours, which)).values()])
+                  for which in ("student", "teacher")}
+        it = next(ours.run)
+        z_t, k, j, loss, norm = plain.iteration(i)
+        assert (it.i, it.k, it.j) == (i, k, j), "another draw"
+        close("z_t", ours.seen["z_t"], z_t, 1e-5)  # up to 5 guided steps in float32, one batch of 2B against two of B: 1e-6
+        close("loss", torch.tensor(it.loss), loss.detach(), 1e-4)  # float32 rounding through two UNets, and z_t's own
+        close("grad_norm", torch.tensor(it.grad_norm), norm, 1e-4)
+        for (name, p), grad in zip(attn2(plain.student).items(), ours.optimizer.grads):
+            close(f"gradient of {name}", grad, p.grad, 1e-4)  # the same; a mistake is off by 1e-2 and more
+        lr = plain.update(ours.optimizer.grads)
+        assert it.lr == pytest.approx(lr, rel=1e-12), "lr"  # float64, in another order
+        for (name, p), q in zip(attn2(plain.student).items(), attn2(ours.student).values()):
+            for key, value in plain.optimizer.state[p].items():
+                assert torch.equal(value, ours.optimizer.state[q][key]), f"{key} of {name}"
+        for which, then in before.items():
+            mine, theirs = (torch.cat([p.detach().flatten() for p in attn2(getattr(side, which)).values()]) - then
+                            for side in (ours, plain))
+            close(f"the {which}'s step", mine, theirs, 1e-4)  # a step of 1e-3..1e-2 on weights that round at 1e-8
+        report.append(it)
+    return report
+
+
+@pytest.mark.parametrize("case", [
+    dict(B=1, K=1),
+    dict(B=2, K=3),
+    dict(B=1, K=3, preserve=0.5, clip=0.0),
+    dict(B=2, K=1, preserve=0.5),
+    dict(B=1, K=3, roles="official", schedule="constant"),
+    dict(B=2, K=3, roles="official", clip=0.0, preserve=0.5),
+    dict(B=2, K=1, roles="official"),
+    dict(B=2, K=3, clip=0.0, scale=1024.0),
+    dict(B=1, K=3, latents="student"),
+    dict(B=1, K=3, latents="original"),
+], ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items()))
+def test_iterations_against_a_plain_loop(case):
+    case = CASE | case
+    report = compare(case)
+    if case["clip"]:
+        assert any(it.grad_norm > case["clip"] for it in report), "no gradient was clipped: this case shows nothing"
+
+
+# Each mistake turns exactly the comparison named beside it red; test_iterations_… is the same run without one.
+
+def mse(a, b):
+    return F.mse_loss(a, b)
+
+
+def one_level_too_noisy(patch):
+    patch.setattr(sdd, "draw", lambda *a, f=sdd.draw: (lambda k, t, j: (k, a[1].levels[k - 1], j))(*f(*a)))
+
+
+def k_from_0(patch):
+    patch.setattr(sdd, "draw", lambda *a, f=sdd.draw: (lambda k, t, j: (k - 1, a[1].levels[k - 1], j))(*f(*a)))
+
+
+def concept_before_k(patch):
+    def draw(roles, scheduler, K, i, generator):
+        j, k = (int(torch.randint(n, (), generator=generator)) for n in (K, T))
+        return k + 1, scheduler.levels[k + 1], j
+    patch.setattr(sdd, "draw", draw)
+
+
+def guided_from_e_p(patch):
+    def cfg(unet, c_0, c_p, s):
+        def estimate(z, t, i):
+            e_0, e_p = unet(z, t, c_0), unet(z, t, c_p)
+            return e_p + s * (e_p - e_0)
+        return estimate
+    patch.setattr(sdd, "cfg", cfg)
+
+
+def roles_swapped(patch):
+    drawn_with = []
+
+    def cfg(unet, c_0, c_p, s):
+        drawn_with.append(c_p)
+        return guidance.cfg(unet, c_0, embeddings(3)[1], s)
+    patch.setattr(sdd, "cfg", cfg)
+    return lambda e, e_o, z, t, c_s, c_0: losses.sdd_loss(e, e_o, z, t, drawn_with[-1], c_0)
+
+
+def lr_one_iteration_late(patch):
+    patch.setattr(sdd, "lr_factor", lambda i, *rest, f=sdd.lr_factor: f(max(i - 1, 0), *rest))
+
+
+def lr_one_iteration_early(patch):
+    patch.setattr(sdd, "lr_factor", lambda i, *rest, f=sdd.lr_factor: f(i + 1, *rest))
+
+
+def clipped_after_the_step(patch):  # or not at all: the gradients that the step sees are the same
+    patch.setattr(nn.utils, "clip_grad_norm_", lambda ps, limit: torch.cat([p.grad.flatten() for p in ps]).norm())
+
+
+def gradients_pile_up(patch):
+    patch.setattr(WatchedAdamW, "zero_grad", lambda self: None)
+
+
+MISTAKES = {  # name: (comparison that turns red, what to break; returns a loss where that is the mistake)
+    "loss one level too noisy": ("loss", one_level_too_noisy),
+    "k in 0..T-1": ("another draw", k_from_0),
+    "concept drawn before k": ("another draw", concept_before_k),
+    "guidance from e_p": ("z_t", guided_from_e_p),
+    "c_p and c_s swapped": ("z_t", roles_swapped),
+    "lr one iteration late": ("lr", lr_one_iteration_late),
+    "lr one iteration early": ("lr", lr_one_iteration_early),
+    "clipped after the step": ("gradient of", clipped_after_the_step),
+    "gradients not cleared": ("gradient of|grad_norm", gradients_pile_up),
+    "teacher never moves": ("the teacher's step", lambda patch: patch.setattr(ema, "update", lambda a, b, m: None)),
+    "EMA weights swapped": ("the teacher's step", lambda patch: patch.setattr(
+        ema, "update", lambda a, b, m, f=ema.update: f(a, b, 1 - m))),
+    "target from the original": ("loss", lambda patch: lambda e, e_o, z, t, c_s, c_0: mse(e(z, t, c_s), e_o(z, t, c_0))),
+    "target from c_s": ("loss", lambda patch: lambda e, e_o, z, t, c_s, c_0: mse(e(z, t, c_s), e_o(z, t, c_s))),
+    "c_s and c_0 swapped in the loss": ("grad_norm", lambda patch: lambda e, e_o, z, t, c_s, c_0: losses.sdd_loss(
+        e, e_o, z, t, c_0, c_s)),
+    "gradient through the target": ("grad_norm", lambda patch: lambda e, e_o, z, t, c_s, c_0: mse(
+        e(z, t, c_s), e(z, t, c_0))),
+    "sum for mean": ("loss", lambda patch: lambda e, e_o, z, t, c_s, c_0: losses.sdd_loss(
+        e, e_o, z, t, c_s, c_0) * z.numel()),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake, monkeypatch):
+    comparison, plant = MISTAKES[mistake]
+    loss = plant(monkeypatch)
+    with pytest.raises(AssertionError, match=f"^({comparison})"):
+        compare(CASE, **({"loss": loss} if loss else {}))
+
+
+def test_student_in_the_teachers_place_is_seen(monkeypatch):
+    monkeypatch.setitem(CASE, "latents", "student")
+    ours = Ours(CASE)
+    monkeypatch.undo()
+    monkeypatch.setattr("test_sdd.Ours", lambda case: ours)
+    with pytest.raises(AssertionError, match="^z_t"):
+        compare(CASE)
+
+
+# Random numbers
+
+
+class Line(nn.Module):
+    """ε = w z: so cheap that a run of a thousand iterations takes a second."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, z, t, c):
+        return self.w * z
+
+
+@pytest.mark.parametrize("roles", ["paper", "official"])
+def test_draw(roles, monkeypatch):
+    """z_T, then k, then j (paper) or the timestep (official), all from one generator."""
+    drawn, N, K = [], 1000, 3
+    monkeypatch.setattr(sdd, "sample", lambda estimate, scheduler, z, k: drawn.append(z) or z)
+    times, levels = [], DDIM(50).levels
+    line, c = Line(), torch.zeros(K, 77, 1)
+    run = list(sdd.sdd(
+        line, ema.twin(line, ["w"]), line, torch.optim.AdamW([line.w]), DDIM(50), c, c[:1], c[:1], (1, 4, 2, 2),
+        torch.Generator().manual_seed(11), roles=roles, iters=N,
+        loss=lambda e, e_o, z, t, *c: times.append(t) or e(z, t, c).mean()))
+    g = torch.Generator().manual_seed(11)
+    for it, z, t in zip(run, drawn, times, strict=True):
+        assert torch.equal(z, torch.randn(1, 4, 2, 2, generator=g))
+        if roles == "paper":
+            assert it.k == torch.randint(1, 51, (), generator=g)
+            assert it.j == torch.randint(K, (), generator=g)
+            assert t == levels[it.k]
+        else:
+            assert it.k == torch.randint(0, 50, (), generator=g)
+            assert t == torch.randint(980 - 20 * it.k, 1000 - 20 * it.k, (), generator=g)
+            assert 980 - 20 * it.k <= levels[it.k] < 1000 - 20 * it.k and it.j == it.i % K
+    assert len(run) == N and levels[50] == 0
+    assert {it.k for it in run} == set(range(1, 51) if roles == "paper" else range(50))
+    assert {it.j for it in run} == set(range(K))
+
+
+@pytest.mark.parametrize("warmup, iters", [(0, 10), (3, 10), (500, 1500), (10, 10), (12, 10), (0, 1)])
+def test_lr_factor(warmup, iters):
+    for schedule in ("cosine", "constant"):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        theirs = (get_cosine_schedule_with_warmup(optimizer, warmup, iters) if schedule == "cosine"
+                  else get_constant_schedule_with_warmup(optimizer, warmup))
+        for i in range(iters):
+            # float64; 1e-15 of the peak is one rounding of the cosine's argument
+            assert sdd.lr_factor(i, warmup, iters, schedule) == pytest.approx(theirs.get_last_lr()[0], abs=1e-15)
+            optimizer.step()
+            theirs.step()
+
+
+# What is trained, and what is shared
+
+
+def test_the_target_carries_no_gradient():
+    """On ε = w c by hand: d/dw (w c_s − sg(w c_0))² = 2 (w c_s − w c_0) c_s."""
+    w, z = torch.tensor(0.5, requires_grad=True), torch.zeros(1)
+    c_s, c_0 = torch.tensor([[[2.0]]]), torch.tensor([[[3.0]]])
+    losses.sdd_loss(lambda z, t, c: w * c, None, z, 0, c_s, c_0).backward()
+    assert w.grad == 2 * (0.5 * 2 - 0.5 * 3) * 2
+    w.grad = None
+    original = torch.tensor(0.25, requires_grad=True)  # (w c_0 − sg(w° c_0))²
+    losses.preservation(lambda z, t, c: w * c, lambda z, t, c: original * c, z, 0, c_0).backward()
+    assert w.grad == 2 * (0.5 * 3 - 0.25 * 3) * 3 and original.grad is None
+
+
+@pytest.mark.parametrize("loss", [method.loss for method in losses.METHODS.values()])
+def test_gradient_reaches_the_trained_tensors_only(loss):
+    ours, case = None, CASE | dict(preserve=0.5)
+    with_grad = []
+
+    class Watch(WatchedAdamW):
+        def step(self, closure=None):
+            with_grad.append([{n for n, p in module.named_parameters() if p.grad is not None}
+                              for module in (ours.student, ours.teacher, ours.original)])
+            return super().step(closure)
+
+    ours = Ours(case, loss=loss)
+    ours.optimizer.__class__ = Watch
+    list(itertools.islice(ours.run, 3))
+    trained = attn2(ours.student)
+    assert with_grad == [[set(trained), set(), set()]] * 3
+    assert {id(p) for p in ours.optimizer.state} == {id(p) for p in trained.values()}
+    assert all(p.grad is None for module in (ours.student, ours.teacher, ours.original) for p in module.parameters())
+
+
+def test_only_the_trained_tensors_change():
+    ours = Ours(CASE)
+    before = [copy.deepcopy(m.state_dict()) for m in (ours.student, ours.teacher, ours.original)]
+    assert len(list(ours.run)) == ITERS
+    student, teacher, original = (m.state_dict() for m in (ours.student, ours.teacher, ours.original))
+    assert all(torch.equal(p, before[2][name]) for name, p in original.items())
+    for name in student:
+        if ".attn2." in name:  # each of the three has moved away, or stayed, on its own
+            assert not torch.equal(student[name], before[0][name]) and not torch.equal(teacher[name], before[1][name])
+            assert not torch.equal(teacher[name], student[name])
+        else:
+            assert torch.equal(student[name], before[0][name]) and torch.equal(teacher[name], before[0][name])
+
+
+# SD 1.4's UNet has 16 transformers: 5 of width 320, 5 of 640, 6 of 1280; each attn2 is to_q, to_k, to_v, to_out.0 and its bias.
+@pytest.mark.parametrize("key, tensors, parameters", [
+    ("xattn", 80, 43_962_560),
+    ("kv", 32, 2 * 768 * (5 * 320 + 5 * 640 + 6 * 1280)),
+    ("full", 686, 859_520_964),
+    ("noxattn", 686 - 80 - 4 - 2, 859_520_964 - 43_962_560 - 1280 * (320 + 1 + 1280 + 1) - 4 * (9 * 320 + 1)),
+])
+def test_twin_copies_the_trained_tensors_only(key, tensors, parameters):
+    assert set(losses.TRAIN_PARAMS) == {"xattn", "kv", "full", "noxattn"}
+    with torch.device("meta"):
+        unet = UNet()
+    trained = {n for n, _ in unet.named_parameters() if losses.TRAIN_PARAMS[key](n)}
+    assert (len(trained), sum(unet.get_parameter(n).numel() for n in trained)) == (tensors, parameters)
+    twin = ema.twin(unet, trained)
+    theirs = dict(twin.named_parameters())
+    assert theirs.keys() == dict(unet.named_parameters()).keys()
+    assert {n for n, p in unet.named_parameters() if theirs[n] is not p} == trained
+    assert {n for n, p in theirs.items() if not p.requires_grad} == trained and not trained & {
+        n for n, p in unet.named_parameters() if not p.requires_grad}
+    assert not {id(m) for m in twin.modules()} & {id(m) for m in unet.modules()}
+
+
+def test_twin_shares_memory():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.trained, self.norm = nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2)
+
+    net = randomise(Net(), 3)
+    twin = ema.twin(net, ["trained.weight"])
+    mine, theirs = net.state_dict(), twin.state_dict()
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert {n for n in mine if mine[n].data_ptr() != theirs[n].data_ptr()} == {"trained.weight"}  # buffers are shared too
+
+
+@pytest.mark.parametrize("m", [0.0, 0.25, 0.9, 0.999, 1.0])
+def test_ema_arithmetic(m):
+    g = torch.Generator().manual_seed(5)
+    a, b = ([torch.randn(3, 4, generator=g), torch.randn(7, generator=g)] for _ in range(2))
+    old_a, old_b, places = [x.clone() for x in a], [x.clone() for x in b], [x.data_ptr() for x in a]
+    ema.update(a, b, m)
+    for new, x, y in zip(a, old_a, old_b):
+        close("the average", new, m * x + (1 - m) * y, 1e-6)  # a + (1 − m)(b − a): another order, two float32 roundings
+        assert m != 1 or torch.equal(new, x)
+        assert m != 0 or torch.equal(new, y)
+    assert [x.data_ptr() for x in a] == places and all(torch.equal(x, y) for x, y in zip(b, old_b))
+
+
+def test_a_cut_run_continues_as_if_uncut():
+    """Bit for bit: the same operations on the same numbers, wherever they lie in memory."""
+    whole = Ours(CASE)
+    report = list(whole.run)
+    first, n = Ours(CASE), 3
+    head = list(itertools.islice(first.run, n))
+    then = Ours(CASE, start=n)
+    for mine, saved in ((then.student, first.student), (then.teacher, first.teacher)):
+        mine.load_state_dict(saved.state_dict())
+    then.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    then.generator.set_state(first.generator.get_state())
+    assert head + list(then.run) == report and [it.i for it in report] == list(range(ITERS))
+    for mine, other in ((then.student, whole.student), (then.teacher, whole.teacher)):
+        assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), other.parameters(), strict=True))
+    for p, q in zip(attn2(then.student).values(), attn2(whole.student).values()):
+        assert all(torch.equal(v, whole.optimizer.state[q][key]) for key, v in then.optimizer.state[p].items())
