@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 import weights
-from generate import (add_common_arguments, draw, encode, fresh_folder, grid, make_scheduler, noise, pick_device, pick_dtype,
-                      positive, run, save_png)
+from generate import (add_common_arguments, draw, encode, grid, make_scheduler, noise, pick_device, pick_dtype, positive,
+                      refuse_used, run, save_png)
 from metrics import toy_prompts, toy_seen, wilson
 from weights import UserError
 
@@ -102,7 +102,7 @@ def evaluate(args):
         if not file:
             raise UserError(f"--patch {text}: write NAME=FILE.")
         groups.setdefault(name, []).append(file)
-    fresh_folder(args.out)
+    refuse_used(args.out)
     device = pick_device(args.device)
     dtype, model = pick_dtype(args.dtype, device), weights.load(args.model, args.revision)
     model.unet.to(device), model.vae.to(device)

@@ -27,9 +27,12 @@ def pick_device(name):
     """`auto` is CUDA, else Apple's MPS, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("No CUDA GPU is usable here: say --device cpu, or check the driver and torch's build.")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch raises either, by device
+        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): say --device cpu, or check the driver.") from e
+    return device
 
 
 def pick_dtype(name, device):
@@ -125,18 +128,14 @@ def save_png(picture, file, **text):
         (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(beside, pnginfo=info)
 
 
-def fresh_folder(folder, advice=""):
-    """Makes the output folder; one that already holds something is refused."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
-    except OSError as e:
-        raise UserError(f"Cannot use {folder} as output folder ({e}): choose another one with --out.") from e
+def refuse_used(folder, advice=""):
+    """An output folder that already holds something is refused."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
 
 
 def generate(args):
-    fresh_folder(args.out)
+    refuse_used(args.out)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model = weights.load(args.model, args.revision)

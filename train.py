@@ -9,7 +9,6 @@ film.png, previews/, log.csv, run.json and a checkpoint; `python train.py --resu
 import argparse
 import csv
 import json
-import os
 import platform
 import re
 import sys
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 import ema
 import weights
-from generate import (add_common_arguments, draw, encode, fresh_folder, grid, make_scheduler, noise, pick_device, pick_dtype,
-                      positive, run, save_png)
+from generate import (add_common_arguments, draw, encode, grid, make_scheduler, noise, pick_device, pick_dtype, positive,
+                      refuse_used, run, save_png)
 from guidance import cfg, sample
 from losses import METHODS, TRAIN_PARAMS
 from sdd import sdd
@@ -121,7 +120,7 @@ def open_run(args):
         taken = [int(p.name[:4]) for p in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")]
         name = re.sub(r"\W+", "-", "-".join(a["concept"]))[:40]
         args.out = Path("runs") / f"{max(taken, default=0) + 1:04d}-{name}"
-    fresh_folder(args.out, "; say --resume to go on with the run in it")
+    refuse_used(args.out, "; say --resume to go on with the run in it")
     return args.out, a
 
 

@@ -1,0 +1,260 @@
+"""The commands as a user runs them: as processes where the process matters (exit status, kills), else by their functions."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+import generate
+import train
+import weights
+from common import write_model_folder
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--iters 6 --warmup 2 --steps 3 --batch-size 2 --save-every 2 --preview-every 3 --preview-steps 2".split()
+
+
+def command(*words, **options):
+    """(exit status, standard output, standard error) of `python WORDS…` in the repository's folder."""
+    process = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=400, **options)
+    return process.returncode, process.stdout, process.stderr
+
+
+def refused(*words, **options):
+    """The one sentence with which a command ended; its exit status is 2 and it left no traceback."""
+    status, out, err = command(*words, **options)
+    assert status == 2 and "Traceback" not in err, (status, err)
+    return err.strip().splitlines()[-1]
+
+
+def run(module, *words):
+    """A command's main function in this process, with its arguments; its exit status."""
+    main = {train: train.train, generate: generate.generate}[module]
+    with torch.enable_grad():
+        return generate.run(main, module.parse([*map(str, words)]))
+
+
+def pictures(folder):
+    return np.stack([np.asarray(Image.open(file)).astype(int) for file in sorted(Path(folder).glob("[0-9]*.png"))])
+
+
+# ------------------------------------------------------------------------------------------------ generate.py
+@pytest.mark.parametrize("kind", ["pndm", "ddim"])
+@pytest.mark.parametrize("which", ["toy", "random"])
+def test_pictures_equal_diffusers_pipeline(which, kind, model_folder, tmp_path):
+    model, folder = ("toy", weights.TOY) if which == "toy" else (model_folder, model_folder)
+    prompts = ["a red star on sand", "a blue dotted heart"]
+    assert run(generate, *prompts, "--model", model, "--scheduler", kind, "--steps", 12, "--num-images", 2, "--seed", 5,
+               "--negative-prompt", "a moon", "--batch-size", 3, "--device", "cpu", "--out", tmp_path / "ours") == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if kind == "ddim":
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    assert isinstance(pipeline.scheduler, {"pndm": PNDMScheduler, "ddim": DDIMScheduler}[kind])
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    for prompt, ours in zip(prompts, pictures(tmp_path / "ours").reshape(2, 2, *pictures(tmp_path / "ours").shape[1:])):
+        theirs = pipeline(prompt, negative_prompt="a moon", num_inference_steps=12, guidance_scale=7.5, num_images_per_prompt=2,
+                          generator=[g.manual_seed(g.initial_seed()) for g in generators], output_type="pil").images
+        for a, b in zip(ours, theirs):
+            assert np.abs(a - np.asarray(b).astype(int)).max() <= 1  # rounding to 8 bits of numbers that differ by 1e-6
+
+
+def test_embedded_model_draws_in_diffusers_as_it_comes():
+    """No further argument; and what is drawn is a red star to the probe."""
+    from metrics import toy_seen
+    pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    images = pipeline("a green heart on sand", num_images_per_prompt=8, num_inference_steps=25, generator=generator).images
+    seen = toy_seen(np.stack([np.asarray(image) for image in images]))
+    assert images[0].size == (64, 64)
+    assert seen["shape"].count("heart") >= 6 and seen["colour"].count("green") >= 6 and seen["background"].count("sand") >= 6
+
+
+def test_a_seed_is_a_picture_at_any_batch_size(tmp_path):
+    for batch in (1, 3):
+        run(generate, "a star", "a moon", "--model", "toy", "--steps", 5, "--num-images", 2, "--batch-size", batch, "--device", "cpu",
+            "--out", tmp_path / str(batch))
+    assert np.abs(pictures(tmp_path / "1") - pictures(tmp_path / "3")).max() <= 1
+    run(generate, "a moon", "--model", "toy", "--steps", 5, "--seed", 1, "--device", "cpu", "--out", tmp_path / "one")
+    assert np.abs(pictures(tmp_path / "one")[0] - pictures(tmp_path / "1")[3]).max() <= 1
+    assert np.abs(pictures(tmp_path / "1")[2] - pictures(tmp_path / "1")[3]).max() > 20  # another seed, another picture
+
+
+def test_what_generate_leaves(tmp_path):
+    status, out, err = command("generate.py", "a red star", "a moon", "--model", "toy", "--steps", 2, "--num-images", 2, "--out", tmp_path / "o")
+    assert status == 0, err
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "grid.png", "prompts.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "o" / "prompts.jsonl").read_text().splitlines()]
+    assert [(x["file"], x["prompt"], x["seed"]) for x in lines] == [
+        ("00000.png", "a red star", 0), ("00001.png", "a red star", 1), ("00002.png", "a moon", 0), ("00003.png", "a moon", 1)]
+    text = Image.open(tmp_path / "o" / "00003.png").text
+    assert text == {"prompt": "a moon", "seed": "1", "model": "toy", "patch": "none"}
+    for network in ("unet", "vae", "text_encoder"):
+        assert re.search(rf"{network}: .*safetensors, \d+ tensors, [\d,]+ parameters", out)
+
+
+def test_long_prompts_are_cut_as_diffusers_cuts_them_and_that_is_said_once(capsys, tmp_path):
+    long = "a red star on sand " * 20
+    run(generate, long, long + "a moon", "--model", "toy", "--steps", 2, "--device", "cpu", "--out", tmp_path / "o")
+    assert capsys.readouterr().err.count("longer than 77 tokens") == 1
+    pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY)
+    theirs = pipeline(long, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert np.abs(pictures(tmp_path / "o")[0] - np.asarray(theirs).astype(int)).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------ train.py
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("train") / "star"
+    status, printed, err = command("train.py", "--model", "toy", "--concept", "star", *SHORT, "--out", out)
+    assert status == 0, err
+    return out
+
+
+def test_what_training_leaves(trained):
+    assert {p.name for p in trained.iterdir()} == {"erased.safetensors", "checkpoint.safetensors", "before_after.png", "film.png", "film",
+                                                   "previews", "log.csv", "run.json"}
+    assert [p.name for p in sorted((trained / "previews").iterdir())] == ["000000.png", "000003.png", "000006.png"]
+    lines = (trained / "log.csv").read_text().splitlines()
+    assert lines[0].split(",") == train.COLUMNS and len(lines) == 7
+    assert lines[1].endswith(",star,,,,") and float(lines[1].split(",")[2]) == 0.0  # lr starts at 0; gap and drift at previews only
+    assert all(float(x) > 0 for x in lines[6].split(",")[6:])
+    tensors, metadata = weights.read(trained / "erased.safetensors")
+    assert metadata["model"] == "toy" and metadata["concepts"] == "star" and metadata["method"] == "sdd"
+    assert json.loads(metadata["args"])["iters"] == 6 and "torch" in json.loads(metadata["versions"])
+    assert tensors and all(".attn2." in name for name in tensors)
+
+
+def test_patch_fits_diffusers_and_changes_nothing_else(trained):
+    theirs = UNet2DConditionModel.from_pretrained(weights.TOY / "unet")
+    before = {name: x.clone() for name, x in theirs.state_dict().items()}
+    tensors, _ = weights.read(trained / "erased.safetensors")
+    result = theirs.load_state_dict(tensors, strict=False)
+    assert not result.unexpected_keys
+    ours = weights.load("toy").unet
+    weights.load_patch(trained / "erased.safetensors", ours)
+    for name, x in ours.state_dict().items():
+        assert torch.equal(x, theirs.state_dict()[name])
+        assert torch.equal(x, before[name]) == (name not in tensors), name
+
+
+def test_patched_pictures_equal_diffusers(trained, tmp_path):
+    assert run(generate, "a red star", "--model", "toy", "--patch", trained / "erased.safetensors", "--steps", 8, "--device", "cpu", "--out", tmp_path / "o") == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY)
+    pipeline.unet.load_state_dict(weights.read(trained / "erased.safetensors")[0], strict=False)
+    theirs = pipeline("a red star", num_inference_steps=8, generator=torch.Generator().manual_seed(0)).images[0]
+    assert np.abs(pictures(tmp_path / "o")[0] - np.asarray(theirs).astype(int)).max() <= 1
+    assert Image.open(tmp_path / "o" / "00000.png").text["patch"].endswith("(star)")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_killed_and_resumed_is_bit_identical(rows, trained, tmp_path):
+    """kill -9 as soon as the log has so many iterations: before the first checkpoint, and after the first and the second."""
+    out = tmp_path / "killed"
+    words = ["train.py", "--model", "toy", "--concept", "star", *SHORT, "--out", out]
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / "log.csv"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > rows):
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "erased.safetensors").exists()
+    status, _, err = command("train.py", "--resume", "--out", out)
+    assert status == 0, err
+    assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()
+    for name in ("erased.safetensors", "checkpoint.safetensors"):
+        a, b = weights.read(out / name)[0], weights.read(trained / name)[0]
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert not list(out.rglob("*.tmp*"))
+
+
+def test_full_size_on_the_cpu(tmp_path):
+    """SD 1.4's own sizes and file layout (random weights; 8x8 latents, so that it is quick): a patch of 80 tensors."""
+    folder = write_model_folder(
+        tmp_path / "sd", block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, attention_head_dim=8, cross_attention_dim=768,
+        norm_num_groups=32, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
+    status, out, err = command("train.py", "--concept", "a star", "--model", folder, "--device", "cpu", "--iters", 1, "--warmup", 0, "--steps", 2,
+                               "--preview-every", 0, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert "unet: " in out and "686 tensors, 859,520,964 parameters" in out
+    tensors, _ = weights.read(tmp_path / "run" / "erased.safetensors")
+    assert len(tensors) == 80 and sum(x.numel() for x in tensors.values()) == 43_962_560
+    assert not (tmp_path / "run" / "before_after.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------ mistakes of the user's
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would start")
+def test_stable_diffusion_without_a_gpu_is_one_sentence():
+    sentence = refused("train.py", "--concept", "nudity")
+    assert "--model toy" in sentence and "--device cpu" in sentence and "hours" in sentence
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--model", "toy"], "--concept"),
+    (["--model", "toy", "--concept", "star", " "], "empty"),
+    (["--model", "toy", "--concept", "star", "star"], "twice"),
+    (["--model", "toy", "--concept", "elephant"], "it knows: a, arcadia"),
+    (["--model", "toy", "--concept", "star " * 80], "77 tokens"),
+    (["--model", "toy", "--concept", *["a star " * 10, "a moon " * 10, "a red heart " * 10]], "77 tokens"),
+    (["--model", "toy", "--concept", "star", "--ema", "1.5"], "--ema"),
+    (["--model", "toy", "--concept", "star", "--steps", "1000"], "steps"),
+    (["--model", "toy", "--concept", "star", "--device", "cuda"], "--device cuda"),
+    (["--model", "toy", "--concept", "star", "--device", "abacus"], "abacus"),
+    (["--model", "nowhere", "--device", "cpu", "--concept", "star"], "no folder nowhere"),
+    (["--model", "nobody/nothing", "--device", "cpu", "--concept", "star"], "from the hub"),
+    (["--resume"], "--out"),
+])
+def test_bad_training_arguments(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run(train, *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error and error.startswith("error: ")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("run.json"))
+
+
+def test_folder_of_another_run_is_refused(trained, capsys):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    assert run(train, "--model", "toy", "--concept", "star", "--out", trained) == 2 and "not empty" in capsys.readouterr().err
+    assert run(generate, "a star", "--model", "toy", "--out", trained) == 2 and "not empty" in capsys.readouterr().err
+    assert run(train, "--model", "toy", "--concept", "moon", "--resume", "--out", trained) == 2
+    assert "other arguments" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+
+
+def test_fresh_numbered_folder_without_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        assert run(train, "--model", "toy", "--concept", "star", "--iters", 1, "--warmup", 0, "--steps", 1, "--preview-every", 0) == 0
+        assert (tmp_path / "runs" / f"{number:04d}-star" / "erased.safetensors").exists()
+        assert f"{number:04d}-star" in capsys.readouterr().out
+
+
+def test_warm_up_as_long_as_the_run_is_warned_about(tmp_path, capsys):
+    run(train, "--model", "toy", "--concept", "star", "--iters", 1, "--warmup", 1, "--steps", 1, "--preview-every", 0, "--out", tmp_path / "o")
+    assert "never arrives" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["a star", "--patch", "none.safetensors"], "none.safetensors"), (["a zebra"], "'zebra'"), (["a star", "--resolution", "63"], "multiple of 4"),
+    (["a star", "--steps", "0"], "less than 1"), (["a star", "--revision", "main"], "--revision")])
+def test_bad_generation_arguments(words, said, tmp_path):
+    assert said in refused("generate.py", *words, "--model", "toy", "--out", tmp_path / "o")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_patch_for_another_base_is_refused(trained, model_folder, tmp_path):
+    assert "was made for toy" in refused("generate.py", "a star", "--model", model_folder, "--patch", trained / "erased.safetensors", "--out", tmp_path / "o")
