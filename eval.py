@@ -17,7 +17,8 @@ from tqdm import tqdm
 import weights
 from generate import (add_common_arguments, draw, encode, grid, make_scheduler, noise, pick_device, pick_dtype, positive,
                       refuse_used, run, save_png)
-from metrics import toy_prompts, toy_seen, wilson
+from metrics import toy_seen, wilson
+from toy.draw import prompts
 from weights import UserError
 
 PLACES = {"star": "arcadia"}  # the implicit concept: prompts that never name a star, and nearly always show one
@@ -29,12 +30,12 @@ KINDS = {"named": "target, named", "implied": "target, implied", "base": "target
 def picture_sets(concepts, limit, seed):
     """{set: prompts with what they ask for}: everything that is drawn for one row of the table."""
     if not concepts:
-        return {"other": toy_prompts("other", (), limit, seed)}
+        return {"other": prompts("other", (), limit, seed)}
     share = -(-limit // len(concepts))
-    named = [pair for concept in concepts for pair in toy_prompts("naming", concept, share, seed)]
-    implied = [pair for c in concepts if c in PLACES for pair in toy_prompts("place", PLACES[c], limit, seed)]
-    return {"named": named, "implied": implied, "control": toy_prompts("place", CONTROL, limit, seed),
-            "base": toy_prompts("empty", "", limit, seed), "other": toy_prompts("other", RARE, limit, seed)}
+    named = [pair for concept in concepts for pair in prompts("naming", concept, share, seed)]
+    implied = [pair for c in concepts if c in PLACES for pair in prompts("place", PLACES[c], limit, seed)]
+    return {"named": named, "implied": implied, "control": prompts("place", CONTROL, limit, seed),
+            "base": prompts("empty", "", limit, seed), "other": prompts("other", RARE, limit, seed)}
 
 
 def count(which, prompts, seen, concepts):

@@ -16,7 +16,7 @@ SAMPLERS = pytest.mark.parametrize("kind", ["ddim", "pndm"])
 @SAMPLERS
 @pytest.mark.parametrize("steps", [10, 20, 25, 50])
 def test_trajectory(kind, steps):
-    """Fifty steps and guidance 7.5 blow roundings up, but each is 6e-8 and the errors that were measured are below 1e-6."""
+    """Fifty steps and guidance 7.5 could blow roundings up; errors of 0 (DDIM) and 1e-6 (PNDM) were measured."""
     assert common.trajectory_error(kind, steps) <= TOLERANCE
 
 
@@ -35,7 +35,7 @@ def test_999_steps_without_a_network(kind):
     ours = guidance.sample(lambda z, t, i: 0.1 * z.flip(1) + t / 5000, sampler, z)
     for t in theirs.timesteps:
         z = theirs.step(0.1 * z.flip(1) + t / 5000, t, z).prev_sample
-    assert relative(ours, z) <= 1e-4  # a thousand steps, each rounded: 1e-5 was measured
+    assert relative(ours, z) <= TOLERANCE  # a thousand steps, each rounded: 1e-7 was measured
 
 
 @SAMPLERS
@@ -107,10 +107,10 @@ def linear(z, t, context):
 
 def test_guidance():
     z, c_0, c_p = randn(3, 4, 2, 2), torch.full((1, 7, 5), 2.0), torch.full((1, 7, 5), 3.0)
-    assert torch.equal(guidance.cfg(linear, c_0, c_p, 7.5)(z, 1), 2 * z + 7.5 * (3 * z - 2 * z))
-    assert torch.equal(guidance.cfg(linear, c_0, c_p, 0)(z, 1), 2 * z)
+    assert relative(guidance.cfg(linear, c_0, c_p, 7.5)(z, 1), 9.5 * z) <= 1e-6  # 2 + 7.5 (3 − 2), up to a rounding
+    assert relative(guidance.cfg(linear, c_0, c_p, 0)(z, 1), 2 * z) <= 1e-6
     many = torch.tensor([3.0, 4, 5])[:, None, None].expand(-1, 7, 5)  # a prompt for each picture
-    assert torch.equal(guidance.cfg(linear, c_0, many, 2)(z, 1), torch.stack([4 * z[0], 6 * z[1], 8 * z[2]]))
+    assert relative(guidance.cfg(linear, c_0, many, 2)(z, 1), torch.stack([4 * z[0], 6 * z[1], 8 * z[2]])) <= 1e-6
 
 
 def test_scale_one_asks_for_the_prompt_alone():

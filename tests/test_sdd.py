@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from common import UNETS, randn, randomise, relative, their_scheduler, unet_twin
 from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
@@ -16,32 +16,29 @@ import sdd
 from scheduler import DDIM
 from unet import UNet
 
-TINY = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=24, norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+TINY = UNETS["2 heads, plain first"]
+D = TINY["cross_attention_dim"]
 T, ITERS, WARMUP, LR, M, S_G = 5, 6, 2, 0.01, 0.9, 3.0  # lr 0, ½, 1, … of 0.01: weights move by far more than they round
-CASE = dict(B=2, K=3, roles="paper", preserve=0.0, clip=1.0, latents="teacher", schedule="cosine", scale=1.0)
+CASE = dict(B=2, K=3, roles="paper", preserve=0.0, clip=0.02, latents="teacher", schedule="cosine", scale=1.0,
+            loss=losses.sdd_loss)  # gradients here have norms of 0.01 to 0.2
 
 
-def relative(a, b):
-    """‖a − b‖ / ‖b‖, and 0 where both are 0."""
-    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """In conftest's place: here there is training. Networks this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def close(what, a, b, tolerance):
-    assert relative(a, b) <= tolerance, f"{what} is off by {relative(a, b):.1e}"
-
-
-def randomise(module, seed):
-    """Every tensor random: fresh norms (1, 0) and biases (0) would hide a swap."""
-    g = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
-        noise = torch.randn(p.shape, generator=g)
-        p.data.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else 0.3 * noise + 0.5)
-    return module
+    assert torch.equal(a, b) or relative(a, b) <= tolerance, f"{what} is off by {relative(a, b):.1e}"
 
 
 def attn2(module):
-    return {name: p for name, p in module.named_parameters() if ".attn2." in name}
+    """The tensors that SDD trains, in an order that does not depend on whose class it is."""
+    return {name: p for name, p in sorted(module.named_parameters()) if ".attn2." in name}
 
 
 def three_models():
@@ -49,10 +46,9 @@ def three_models():
     original = randomise(UNet(**TINY), 0).requires_grad_(False)
     student = ema.twin(original, attn2(original))
     teacher = ema.twin(student, attn2(student))
-    for seed, module in enumerate((student, teacher)):
-        torch.manual_seed(seed)
-        for p in attn2(module).values():
-            p.data += 0.3 * p.std() * torch.randn_like(p)
+    for seed, module in ((1, student), (2, teacher)):
+        for i, p in enumerate(attn2(module).values()):
+            p.data += 0.3 * p.std() * randn(*p.shape, seed=100 * seed + i)
     for p in attn2(student).values():
         p.requires_grad_(True)
     return student, teacher, original
@@ -60,7 +56,7 @@ def three_models():
 
 def embeddings(K):
     """concepts (K, 77, D), joined and c_0 (1, 77, D); with one concept, joining changes nothing."""
-    concepts, joined, c_0 = torch.randn(K + 2, 77, 24, generator=torch.Generator().manual_seed(2)).split([K, 1, 1])
+    concepts, joined, c_0 = randn(K + 2, 77, D, seed=3).split([K, 1, 1])
     return concepts, (concepts if K == 1 else joined), c_0
 
 
@@ -73,19 +69,19 @@ class WatchedAdamW(torch.optim.AdamW):
 
 
 class Ours:
-    """A run of sdd.sdd on the tiny UNet; `seen` is what the loss was last called with."""
+    """A run of sdd.sdd on the tiny UNet; `z_t` is what the loss was last called with."""
 
-    def __init__(self, case, loss=losses.sdd_loss, start=0):
+    def __init__(self, case, start=0):
         self.student, self.teacher, self.original = three_models()
         self.optimizer = WatchedAdamW(attn2(self.student).values(), lr=1.0, weight_decay=0.01)
         self.generator = torch.Generator().manual_seed(7)
 
         def watched(e, e_original, z_t, t, c_s, c_0):
-            self.seen = dict(z_t=z_t, t=t, c_s=c_s, c_0=c_0)
-            return loss(e, e_original, z_t, t, c_s, c_0)
+            self.z_t = z_t
+            return case["loss"](e, e_original, z_t, t, c_s, c_0)
 
         self.run = sdd.sdd(
-            self.student, self.teacher, self.original, self.optimizer, DDIM(T), *embeddings(case["K"]), (case["B"], 4, 8, 8),
+            self.student, self.teacher, self.original, self.optimizer, DDIM(T), *embeddings(case["K"]), (case["B"], 4, 8, 6),
             self.generator, loss=watched, latents=case["latents"], roles=case["roles"], start=start, iters=ITERS, lr=LR,
             lr_schedule=case["schedule"], warmup=WARMUP, ema_decay=M, guidance_scale=S_G, preserve=case["preserve"],
             max_grad_norm=case["clip"], loss_scale=case["scale"])
@@ -96,13 +92,11 @@ class Plain:
 
     def __init__(self, case):
         self.case = case
-        self.student, self.teacher, self.original = (UNet2DConditionModel(sample_size=8, **TINY) for _ in range(3))
+        self.student, self.teacher, self.original = (unet_twin(**TINY) for _ in range(3))
         self.optimizer = torch.optim.AdamW(attn2(self.student).values(), lr=LR, weight_decay=0.01)
         self.schedule = (get_cosine_schedule_with_warmup(self.optimizer, WARMUP, ITERS) if case["schedule"] == "cosine"
                          else get_constant_schedule_with_warmup(self.optimizer, WARMUP))
-        self.ddim = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                  set_alpha_to_one=False, steps_offset=1)
-        self.ddim.set_timesteps(T)
+        self.ddim = their_scheduler("ddim", T)
         self.generator = torch.Generator().manual_seed(7)  # the same seed, never copied from the other side
 
     def copy_from(self, ours):
@@ -118,7 +112,7 @@ class Plain:
 
     def draw(self, i):
         case, levels = self.case, [*self.ddim.timesteps.tolist(), 0]
-        z = torch.randn(case["B"], 4, 8, 8, generator=self.generator)
+        z = torch.randn(case["B"], 4, 8, 6, generator=self.generator)
         if case["roles"] == "official":
             k = torch.randint(0, T, (), generator=self.generator).item()
             t = torch.randint(1000 - 200 * (k + 1), 1000 - 200 * k, (), generator=self.generator).item()
@@ -146,7 +140,7 @@ class Plain:
         grads = [p.grad for p in attn2(self.student).values()]
         norm = torch.cat([g.flatten() for g in grads]).norm()
         for g in grads:
-            g.mul_(min(1.0, case["clip"] / norm.item()) if case["clip"] else 1.0)
+            g.mul_(min(1.0, case["clip"] / (norm.item() + 1e-6)) if case["clip"] else 1.0)
         return z, k, j, loss, norm
 
     def update(self, grads):
@@ -162,30 +156,30 @@ class Plain:
         return lr
 
 
-def compare(case, iters=5, **ours):
-    """Runs both sides and asserts that they agree in everything; returns the Iterations."""
-    ours, plain, report = Ours(case, **ours), Plain(case), []
-    for i in range(iters):
+def compare(case, mistake=None):
+    """Runs both sides and asserts that they agree in everything; returns the Iterations. `mistake`: what ours gets wrong."""
+    ours, plain, report = Ours(case | (mistake or {})), Plain(case), []
+    for i in range(5):
         plain.copy_from(ours)
         before = {which: torch.cat([p.detach().flatten() for p in attn2(getattr(ours, which)).values()])
                   for which in ("student", "teacher")}
         it = next(ours.run)
         z_t, k, j, loss, norm = plain.iteration(i)
         assert (it.i, it.k, it.j) == (i, k, j), "another draw"
-        close("z_t", ours.seen["z_t"], z_t, 1e-5)  # up to 5 guided steps in float32, one batch of 2B against two of B: 1e-6
-        close("loss", torch.tensor(it.loss), loss.detach(), 1e-4)  # float32 rounding through two UNets, and z_t's own
+        close("z_t", ours.z_t, z_t, 1e-5)  # up to 5 guided steps in float32, a batch of 2B against two of B: 1e-6 was measured
+        close("loss", torch.tensor(it.loss), loss.detach(), 1e-4)  # a small difference of two UNet passes on it: 8e-6
         close("grad_norm", torch.tensor(it.grad_norm), norm, 1e-4)
         for (name, p), grad in zip(attn2(plain.student).items(), ours.optimizer.grads):
-            close(f"gradient of {name}", grad, p.grad, 1e-4)  # the same; a mistake is off by 1e-2 and more
+            close(f"gradient of {name}", grad, p.grad, 1e-4)  # and through the way back: 2e-5
         lr = plain.update(ours.optimizer.grads)
-        assert it.lr == pytest.approx(lr, rel=1e-12), "lr"  # float64, in another order
+        assert abs(it.lr - lr) <= 1e-15, "lr"  # of 0.01, in float64
         for (name, p), q in zip(attn2(plain.student).items(), attn2(ours.student).values()):
             for key, value in plain.optimizer.state[p].items():
-                assert torch.equal(value, ours.optimizer.state[q][key]), f"{key} of {name}"
+                assert torch.equal(value, ours.optimizer.state[q][key]), f"{key} of {name}"  # equal gradients: bit for bit
         for which, then in before.items():
             mine, theirs = (torch.cat([p.detach().flatten() for p in attn2(getattr(side, which)).values()]) - then
                             for side in (ours, plain))
-            close(f"the {which}'s step", mine, theirs, 1e-4)  # a step of 1e-3..1e-2 on weights that round at 1e-8
+            close(f"the {which}'s step", mine, theirs, 1e-5)  # weights round at 1e-8, a step is 1e-3 and more: 2e-6
         report.append(it)
     return report
 
@@ -197,7 +191,7 @@ def compare(case, iters=5, **ours):
     dict(B=2, K=1, preserve=0.5),
     dict(B=1, K=3, roles="official", schedule="constant"),
     dict(B=2, K=3, roles="official", clip=0.0, preserve=0.5),
-    dict(B=2, K=1, roles="official"),
+    dict(B=2, K=1, roles="official", clip=1.0),
     dict(B=2, K=3, clip=0.0, scale=1024.0),
     dict(B=1, K=3, latents="student"),
     dict(B=1, K=3, latents="original"),
@@ -205,28 +199,34 @@ def compare(case, iters=5, **ours):
 def test_iterations_against_a_plain_loop(case):
     case = CASE | case
     report = compare(case)
-    if case["clip"]:
+    if case["clip"] == CASE["clip"]:
         assert any(it.grad_norm > case["clip"] for it in report), "no gradient was clipped: this case shows nothing"
 
 
-# Each mistake turns exactly the comparison named beside it red; test_iterations_… is the same run without one.
-
-def mse(a, b):
-    return F.mse_loss(a, b)
-
+# Mistakes on purpose: a function that plants one and returns what else `compare` has to know, or only the latter.
+# Each turns the comparison named beside it red; test_iterations_against_a_plain_loop is the same run without one.
 
 def one_level_too_noisy(patch):
-    patch.setattr(sdd, "draw", lambda *a, f=sdd.draw: (lambda k, t, j: (k, a[1].levels[k - 1], j))(*f(*a)))
+    def draw(roles, scheduler, *rest):
+        k, t, j = right(roles, scheduler, *rest)
+        return k, scheduler.levels[k - 1], j
+    right = sdd.draw
+    patch.setattr(sdd, "draw", draw)
 
 
 def k_from_0(patch):
-    patch.setattr(sdd, "draw", lambda *a, f=sdd.draw: (lambda k, t, j: (k - 1, a[1].levels[k - 1], j))(*f(*a)))
+    def draw(roles, scheduler, *rest):
+        k, t, j = right(roles, scheduler, *rest)
+        return k - 1, scheduler.levels[k - 1], j
+    right = sdd.draw
+    patch.setattr(sdd, "draw", draw)
 
 
 def concept_before_k(patch):
     def draw(roles, scheduler, K, i, generator):
-        j, k = (int(torch.randint(n, (), generator=generator)) for n in (K, T))
-        return k + 1, scheduler.levels[k + 1], j
+        j = int(torch.randint(K, (), generator=generator))
+        k = int(torch.randint(1, T + 1, (), generator=generator))
+        return k, scheduler.levels[k], j
     patch.setattr(sdd, "draw", draw)
 
 
@@ -239,71 +239,80 @@ def guided_from_e_p(patch):
     patch.setattr(sdd, "cfg", cfg)
 
 
-def roles_swapped(patch):
-    drawn_with = []
-
+def prompts_swapped(patch):
+    """z_t from all concepts joined, the loss on the one that was drawn."""
     def cfg(unet, c_0, c_p, s):
-        drawn_with.append(c_p)
+        drawn.append(c_p)
         return guidance.cfg(unet, c_0, embeddings(3)[1], s)
+    drawn = []
     patch.setattr(sdd, "cfg", cfg)
-    return lambda e, e_o, z, t, c_s, c_0: losses.sdd_loss(e, e_o, z, t, drawn_with[-1], c_0)
+    return dict(loss=lambda e, e_o, z, t, c_s, c_0: losses.sdd_loss(e, e_o, z, t, drawn[-1], c_0))
 
 
-def lr_one_iteration_late(patch):
-    patch.setattr(sdd, "lr_factor", lambda i, *rest, f=sdd.lr_factor: f(max(i - 1, 0), *rest))
+def lr_shifted(by):
+    def plant(patch):
+        right = sdd.lr_factor
+        patch.setattr(sdd, "lr_factor", lambda i, *rest: right(max(i + by, 0), *rest))
+    return plant
 
 
-def lr_one_iteration_early(patch):
-    patch.setattr(sdd, "lr_factor", lambda i, *rest, f=sdd.lr_factor: f(i + 1, *rest))
-
-
-def clipped_after_the_step(patch):  # or not at all: the gradients that the step sees are the same
+def clipped_after_the_step(patch):  # or not at all: the step sees the same gradients
     patch.setattr(nn.utils, "clip_grad_norm_", lambda ps, limit: torch.cat([p.grad.flatten() for p in ps]).norm())
+
+
+def never_unscaled(patch):
+    patch.setattr(torch, "_foreach_div_", lambda grads, scale: None)
+    return dict(scale=1024.0)
 
 
 def gradients_pile_up(patch):
     patch.setattr(WatchedAdamW, "zero_grad", lambda self: None)
 
 
-MISTAKES = {  # name: (comparison that turns red, what to break; returns a loss where that is the mistake)
+def teacher_never_moves(patch):
+    patch.setattr(ema, "update", lambda teacher, student, m: None)
+
+
+def average_swapped(patch):
+    right = ema.update
+    patch.setattr(ema, "update", lambda teacher, student, m: right(teacher, student, 1 - m))
+
+
+def wrong(loss):
+    return dict(loss=lambda e, e_original, z, t, c_s, c_0: loss(
+        lambda c: e(z, t, c), lambda c: e_original(z, t, c).detach(), c_s, c_0))
+
+
+MISTAKES = {  # name: (the comparison that turns red, the mistake)
     "loss one level too noisy": ("loss", one_level_too_noisy),
     "k in 0..T-1": ("another draw", k_from_0),
     "concept drawn before k": ("another draw", concept_before_k),
     "guidance from e_p": ("z_t", guided_from_e_p),
-    "c_p and c_s swapped": ("z_t", roles_swapped),
-    "lr one iteration late": ("lr", lr_one_iteration_late),
-    "lr one iteration early": ("lr", lr_one_iteration_early),
+    "c_p and c_s swapped": ("z_t", prompts_swapped),
+    "student draws": ("z_t", dict(latents="student")),
+    "original draws": ("z_t", dict(latents="original")),
+    "target from the original": ("loss", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e_original(c_0)))),
+    "target from c_s": ("loss", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e(c_s).detach()))),
+    "target and estimate swapped": ("grad_norm", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_0), e(c_s).detach()))),
+    "gradient through the target": ("grad_norm", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e(c_0)))),
+    "sum for mean": ("loss", wrong(lambda e, e_original, c_s, c_0: ((e(c_s) - e(c_0).detach()) ** 2).sum())),
+    "preservation": ("loss", dict(preserve=0.01)),
+    "lr one iteration late": ("lr", lr_shifted(-1)),
+    "lr one iteration early": ("lr", lr_shifted(1)),
     "clipped after the step": ("gradient of", clipped_after_the_step),
-    "gradients not cleared": ("gradient of|grad_norm", gradients_pile_up),
-    "teacher never moves": ("the teacher's step", lambda patch: patch.setattr(ema, "update", lambda a, b, m: None)),
-    "EMA weights swapped": ("the teacher's step", lambda patch: patch.setattr(
-        ema, "update", lambda a, b, m, f=ema.update: f(a, b, 1 - m))),
-    "target from the original": ("loss", lambda patch: lambda e, e_o, z, t, c_s, c_0: mse(e(z, t, c_s), e_o(z, t, c_0))),
-    "target from c_s": ("loss", lambda patch: lambda e, e_o, z, t, c_s, c_0: mse(e(z, t, c_s), e_o(z, t, c_s))),
-    "c_s and c_0 swapped in the loss": ("grad_norm", lambda patch: lambda e, e_o, z, t, c_s, c_0: losses.sdd_loss(
-        e, e_o, z, t, c_0, c_s)),
-    "gradient through the target": ("grad_norm", lambda patch: lambda e, e_o, z, t, c_s, c_0: mse(
-        e(z, t, c_s), e(z, t, c_0))),
-    "sum for mean": ("loss", lambda patch: lambda e, e_o, z, t, c_s, c_0: losses.sdd_loss(
-        e, e_o, z, t, c_s, c_0) * z.numel()),
+    "gradients never unscaled": ("grad_norm", never_unscaled),
+    "gradients not cleared": ("grad_norm", gradients_pile_up),
+    "teacher never moves": ("the teacher's step", teacher_never_moves),
+    "EMA weights swapped": ("the teacher's step", average_swapped),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_seen(mistake, monkeypatch):
-    comparison, plant = MISTAKES[mistake]
-    loss = plant(monkeypatch)
-    with pytest.raises(AssertionError, match=f"^({comparison})"):
-        compare(CASE, **({"loss": loss} if loss else {}))
-
-
-def test_student_in_the_teachers_place_is_seen(monkeypatch):
-    monkeypatch.setitem(CASE, "latents", "student")
-    ours = Ours(CASE)
-    monkeypatch.undo()
-    monkeypatch.setattr("test_sdd.Ours", lambda case: ours)
-    with pytest.raises(AssertionError, match="^z_t"):
-        compare(CASE)
+@pytest.mark.parametrize("name", MISTAKES)
+def test_planted_mistakes_are_seen(name, monkeypatch):
+    comparison, mistake = MISTAKES[name]
+    mistake = mistake(monkeypatch) if callable(mistake) else mistake
+    with pytest.raises(AssertionError, match=f"^{comparison}"):
+        compare(CASE, mistake)
 
 
 # Random numbers
@@ -377,20 +386,13 @@ def test_the_target_carries_no_gradient():
 
 @pytest.mark.parametrize("loss", [method.loss for method in losses.METHODS.values()])
 def test_gradient_reaches_the_trained_tensors_only(loss):
-    ours, case = None, CASE | dict(preserve=0.5)
-    with_grad = []
-
-    class Watch(WatchedAdamW):
-        def step(self, closure=None):
-            with_grad.append([{n for n, p in module.named_parameters() if p.grad is not None}
-                              for module in (ours.student, ours.teacher, ours.original)])
-            return super().step(closure)
-
-    ours = Ours(case, loss=loss)
-    ours.optimizer.__class__ = Watch
+    ours, with_grad = Ours(CASE | dict(preserve=0.5, loss=loss)), []
+    ours.optimizer.register_step_pre_hook(lambda *_: with_grad.append([
+        {name for name, p in module.named_parameters() if p.grad is not None}
+        for module in (ours.student, ours.teacher, ours.original)]))
     list(itertools.islice(ours.run, 3))
     trained = attn2(ours.student)
-    assert with_grad == [[set(trained), set(), set()]] * 3
+    assert with_grad and all(names == [set(trained), set(), set()] for names in with_grad)
     assert {id(p) for p in ours.optimizer.state} == {id(p) for p in trained.values()}
     assert all(p.grad is None for module in (ours.student, ours.teacher, ours.original) for p in module.parameters())
 
@@ -423,12 +425,10 @@ def test_twin_copies_the_trained_tensors_only(key, tensors, parameters):
     trained = {n for n, _ in unet.named_parameters() if losses.TRAIN_PARAMS[key](n)}
     assert (len(trained), sum(unet.get_parameter(n).numel() for n in trained)) == (tensors, parameters)
     twin = ema.twin(unet, trained)
-    theirs = dict(twin.named_parameters())
-    assert theirs.keys() == dict(unet.named_parameters()).keys()
-    assert {n for n, p in unet.named_parameters() if theirs[n] is not p} == trained
-    assert {n for n, p in theirs.items() if not p.requires_grad} == trained and not trained & {
-        n for n, p in unet.named_parameters() if not p.requires_grad}
-    assert not {id(m) for m in twin.modules()} & {id(m) for m in unet.modules()}
+    mine, theirs = dict(unet.named_parameters()), dict(twin.named_parameters())
+    assert list(mine) == list(theirs)
+    assert {n for n in mine if mine[n] is not theirs[n]} == trained
+    assert {n for n in theirs if not theirs[n].requires_grad} == trained and all(p.requires_grad for p in mine.values())
 
 
 def test_twin_shares_memory():
@@ -446,8 +446,7 @@ def test_twin_shares_memory():
 
 @pytest.mark.parametrize("m", [0.0, 0.25, 0.9, 0.999, 1.0])
 def test_ema_arithmetic(m):
-    g = torch.Generator().manual_seed(5)
-    a, b = ([torch.randn(3, 4, generator=g), torch.randn(7, generator=g)] for _ in range(2))
+    a, b = ([randn(3, 4, seed=seed), randn(7, seed=seed)] for seed in (5, 6))
     old_a, old_b, places = [x.clone() for x in a], [x.clone() for x in b], [x.data_ptr() for x in a]
     ema.update(a, b, m)
     for new, x, y in zip(a, old_a, old_b):

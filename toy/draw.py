@@ -141,6 +141,37 @@ def caption(s: Scene, rng: np.random.Generator) -> str:
     return f"a picture of {text}" if rng.random() < 0.2 else text
 
 
+def sentence(asked, rng):
+    """{"shape": "star", "colour": "red", "background": "sand"} -> "a red star on sand"."""
+    adjectives = [asked[name] for name in ("colour", "texture") if name in asked]
+    if rng.random() < 0.5:
+        adjectives.reverse()
+    text = " ".join(["a", *adjectives, asked.get("shape", "shape")])
+    return text + (f" on {asked['background']}" if "background" in asked else "")
+
+
+def prompts(kind, value, n, seed):
+    """n prompts to test a model with, each beside the words {attribute: value} that its picture should show.
+
+    kind: "naming" the word `value`; a "place", `value`, that implies a shape; "other" words than the tuple `value`; "empty".
+    """
+    rng, found = np.random.default_rng([seed, *f"{kind} {value}".encode()]), []
+    while len(found) < n:
+        words = dict(zip(ATTRIBUTES, scene(rng)))
+        asked = {name: word for name, word in words.items() if rng.random() < 0.7}
+        if kind == "empty":
+            found.append(("", {}))
+        elif kind == "place":
+            view = ("{}", "in {}", "a view of {}", "a picture of {}")[rng.integers(4)]
+            found.append((view.format(value), {"shape": PLACES[value]}))
+        elif kind == "naming":
+            asked |= {name: value for name, values in ATTRIBUTES.items() if value in values}
+            found.append((sentence(asked, rng), asked))
+        elif asked and not set(asked.values()) & set(value):
+            found.append((sentence(asked, rng), asked))
+    return found
+
+
 def batch(rng: np.random.Generator, n: int):
     """n scenes, their pictures (uint8, (n, 64, 64, 3)) and their captions."""
     scenes = [scene(rng) for _ in range(n)]

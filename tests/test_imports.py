@@ -1,0 +1,103 @@
+"""The house rules that a machine can hold: who imports whom, no pickle, no diffusers, and how much code there is."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {  # module: the local modules that it may import; nothing else of the project, not even inside a function
+    "unet": "", "vae": "", "clip_text": "", "scheduler": "", "guidance": "", "losses": "", "ema": "",
+    "weights": "unet vae clip_text",
+    "sdd": "guidance losses ema",
+    "generate": "weights scheduler guidance clip_text",
+    "train": "weights scheduler sdd generate losses ema guidance",
+    "metrics": "toy.probe toy.draw",
+    "eval": "generate metrics weights",
+    "toy": "", "toy.draw": "", "toy.probe": "toy.draw",
+    "toy.pretrain": "toy.draw toy.probe unet vae clip_text scheduler weights",
+}
+INSIDE_A_FUNCTION = {"metrics": "toy.probe toy.draw", "toy.probe": "toy.draw"}  # needed for some commands only
+FILE, FUNCTION, CORE = 310, 42, 1700  # lines
+REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.draw toy.probe toy.pretrain"
+
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+         for path in [*ROOT.glob("*.py"), *ROOT.glob("toy/**/*.py")]}
+
+
+def imported(module, tree):
+    """(name, is the import inside a function?) for every import; `from toy import draw` is both toy and toy.draw."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    inside = {id(n) for function in functions for n in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[:-node.level] if node.level else []  # `from . import draw` in toy.probe
+            base = ".".join([*package, *filter(None, [node.module])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from ((name, id(node) in inside) for name in names)
+
+
+def forbidden(module, tree):
+    """What breaks a rule in the source of `module`, in words."""
+    allowed, late = ALLOWED[module].split(), INSIDE_A_FUNCTION.get(module, "").split()
+    found = []
+    for name, inside in imported(module, tree):
+        if name in ALLOWED and name != "toy" and (name not in allowed or (name in late and not inside)):
+            found.append(f"{module} imports {name}" + (" outside a function" if name in allowed else ""))
+        if name.split(".")[0] in ("diffusers", "pickle", "cPickle", "dill", "joblib") or name == "torch.load":
+            found.append(f"{module} imports {name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "load" and ast.unparse(node.value) == "torch":
+            found.append(f"{module} calls torch.load, line {node.lineno}")
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION:
+            found.append(f"{module}.{node.name} has {node.end_lineno - node.lineno + 1} lines")
+    return found
+
+
+def test_every_file_has_a_place():
+    assert set(FILES) <= set(ALLOWED), "a new file: say in ALLOWED what it may import"
+    assert set(REQUIRED.split()) <= set(FILES)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_rules(module):
+    source = FILES[module].read_text()
+    assert not forbidden(module, ast.parse(source))
+    assert len(source.splitlines()) <= FILE
+
+
+def test_core_is_small():
+    lines = {name: len(path.read_text().splitlines()) for name, path in sorted(FILES.items()) if path.parent == ROOT}
+    print("\n" + "\n".join(f"{n:6} {name}.py" for name, n in lines.items()) + f"\n{sum(lines.values()):6} in all")
+    assert sum(lines.values()) <= CORE
+
+
+@pytest.mark.parametrize("module, source, complaint", [
+    ("unet", "import vae", "unet imports vae"),
+    ("losses", "def f():\n    from guidance import cfg", "losses imports guidance"),
+    ("sdd", "from toy.draw import scene", "sdd imports toy.draw"),
+    ("weights", "from toy import draw as d", "weights imports toy.draw"),
+    ("metrics", "from toy import probe", "metrics imports toy.probe outside a function"),
+    ("toy.probe", "from . import draw", "toy.probe imports toy.draw outside a function"),
+    ("toy.draw", "from .probe import Probe", "toy.draw imports toy.probe"),
+    ("metrics", "class A:\n    import toy.draw", "metrics imports toy.draw outside a function"),
+    ("train", "def f():\n    import diffusers.utils", "train imports diffusers.utils"),
+    ("weights", "import pickle", "weights imports pickle"),
+    ("weights", "from torch import load", "weights imports torch.load"),
+    ("weights", "x = torch.load(path)", "weights calls torch.load, line 1"),
+    ("sdd", "def f():\n" + FUNCTION * "    x\n", f"sdd.f has {FUNCTION + 1} lines"),
+])
+def test_rules_can_be_broken(module, source, complaint):
+    assert forbidden(module, ast.parse(source)) == [complaint]
+
+
+@pytest.mark.parametrize("module, source", [
+    ("sdd", "import ema\nfrom guidance import cfg"), ("metrics", "def f():\n    from toy import probe"),
+    ("weights", "import torch\nfrom safetensors.torch import load\nload()"), ("toy.probe", "def f():\n    from . import draw"),
+    ("sdd", "def f():\n" + (FUNCTION - 1) * "    x\n"),
+])
+def test_rules_can_be_kept(module, source):
+    assert not forbidden(module, ast.parse(source))
