@@ -11,18 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 import weights
-from generate import (add_common_arguments, draw, encode, grid, make_scheduler, noise, pick_device, pick_dtype, positive,
+from generate import (add_common_arguments, draw, encode, grid, make_scheduler, pick_device, pick_dtype, positive,
                       refuse_used, run, save_png)
 from metrics import toy_seen, wilson
-from toy.draw import prompts
+from toy.draw import RARE, prompts
 from weights import UserError
 
-PLACES = {"star": "arcadia"}  # the implicit concept: prompts that never name a star, and nearly always show one
-CONTROL, RARE = "borealis", ("star", "red", "striped")
 KINDS = {"named": "target, named", "implied": "target, implied", "base": "target, empty prompt", "control": "hearts in borealis",
          "shape": "other shapes", "colour": "other colours", "texture": "other textures", "background": "backgrounds"}
 
@@ -33,9 +29,9 @@ def picture_sets(concepts, limit, seed):
         return {"other": prompts("other", (), limit, seed)}
     share = -(-limit // len(concepts))
     named = [pair for concept in concepts for pair in prompts("naming", concept, share, seed)]
-    implied = [pair for c in concepts if c in PLACES for pair in prompts("place", PLACES[c], limit, seed)]
-    return {"named": named, "implied": implied, "control": prompts("place", CONTROL, limit, seed),
-            "base": prompts("empty", "", limit, seed), "other": prompts("other", RARE, limit, seed)}
+    implied = prompts("place", "arcadia", limit, seed) if "star" in concepts else []  # never named, nearly always shown
+    return {"named": named, "implied": implied, "control": prompts("place", "borealis", limit, seed),
+            "base": prompts("empty", "", limit, seed), "other": prompts("other", tuple(RARE), limit, seed)}
 
 
 def count(which, prompts, seen, concepts):
@@ -58,21 +54,19 @@ def count(which, prompts, seen, concepts):
 def measure(model, files, concepts, args, dtype):
     """{column: (hits, n)} and sample pictures of a model patched with each of `files` in turn (training seeds; none: as it is),
     which share the pictures of every set evenly."""
-    scheduler, f = make_scheduler(model.scheduler, args.steps, args.scheduler), model.vae.factor
-    size, base = model.resolution, {name: x.clone() for name, x in model.unet.state_dict().items()}
+    scheduler, size = make_scheduler(model.scheduler, args.steps, args.scheduler), model.resolution
+    device, base = next(model.unet.parameters()).device, {name: x.clone() for name, x in model.unet.state_dict().items()}
     sets = {which: pairs for which, pairs in picture_sets(concepts, args.limit, args.seed).items() if pairs}
-    texts = {which: encode(model, ["", *(text for text, _ in pairs)]) for which, pairs in sets.items()}
+    texts = {which: encode(model, ["", *(text for text, _ in pairs)]).to(device) for which, pairs in sets.items()}
     pictures = {which: np.zeros((len(pairs), size, size, 3), "uint8") for which, pairs in sets.items()}
     for n, file in enumerate(files or [None]):
         if file:
             weights.load_patch(file, model.unet)
         for number, which in enumerate(sets):
-            mine = range(n, len(sets[which]), len(files) or 1)
-            for i in tqdm(range(0, len(mine), args.batch_size), which, disable=None):
-                part = list(mine[i:i + args.batch_size])
-                z_T = torch.cat([noise((4, size // f, size // f), args.seed + 100_000 * number + p) for p in part])
-                c_p = texts[which][[1 + p for p in part]]
-                pictures[which][part] = draw(model, model.unet, texts[which][:1], c_p, z_T, scheduler, args.guidance_scale, dtype)
+            mine = list(range(n, len(sets[which]), len(files) or 1))
+            c_0, c_p, seeds = texts[which][:1], texts[which][1:][mine], [args.seed + 100_000 * number + i for i in mine]
+            drawn = draw(model, model.unet, c_0, c_p, seeds, scheduler, args.guidance_scale, dtype, batch_size=args.batch_size, bar=which)
+            pictures[which][mine] = [*drawn]
         model.unet.load_state_dict(base)
     counts = {}
     for which, pairs in sets.items():

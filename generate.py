@@ -79,23 +79,25 @@ def encode(model, prompts):
     return torch.cat([model.text_encoder(part) for part in tokens.split(64)])
 
 
-def noise(shape, seed):
-    """Noise (1, *shape) of one image: float32, from a CPU generator of its own."""
-    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
+def noise(shape, seeds):
+    """z_T (len(seeds), *shape): float32, each image's from a CPU generator of its own."""
+    return torch.cat([torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
-def draw(model, unet, c_0, c_p, z_T, scheduler, guidance_scale, dtype=torch.float32):
-    """Latents z_T (B, 4, h, w), embeddings c_0 (1 or B, 77, D) and c_p (B, 77, D) -> pictures, uint8 (B, H, W, 3).
+def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None):
+    """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields n pictures, uint8 (size, size, 3).
 
-    `unet` may be another than the model's own (an erased one). Runs on the device of the unet's weights.
+    `unet` may be another than the model's own (an erased one). Runs on the device of its weights; `bar` names a progress bar.
     """
-    device = next(unet.parameters()).device
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        z = sample(cfg(unet, c_0.to(device), c_p.to(device), guidance_scale), scheduler, z_T.to(device))
-        pictures = model.vae.decode(z)
-    pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return (pictures * 255).round().astype("uint8")
+    device, side = c_0.device, (size or model.resolution) // model.vae.factor
+    for i in tqdm(range(0, len(seeds), batch_size), bar, unit="batch", disable=None if bar else True):
+        part = slice(i, i + batch_size)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            z = noise((4, side, side), seeds[part]).to(device)
+            pictures = model.vae.decode(sample(cfg(unet, c_0, c_p[part], guidance_scale), scheduler, z))
+        pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        yield from (pictures * 255).round().astype("uint8")
 
 
 def grid(rows, labels=(), columns=()):
@@ -140,26 +142,22 @@ def generate(args):
     dtype = pick_dtype(args.dtype, device)
     model = weights.load(args.model, args.revision)
     patch = weights.load_patch(args.patch, model.unet) if args.patch else None
-    size, f = args.resolution or model.resolution, model.vae.factor
-    if size % f:
-        raise UserError(f"--resolution {size}: it must be a multiple of {f} for this model.")
+    if (args.resolution or 0) % model.vae.factor:
+        raise UserError(f"--resolution {args.resolution}: it must be a multiple of {model.vae.factor} for this model.")
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    texts = encode(model, [args.negative_prompt, *args.prompts])
+    texts = encode(model, [args.negative_prompt, *args.prompts]).to(device)
     model.unet.to(device), model.vae.to(device)
-    jobs = [(p, n) for p in range(len(args.prompts)) for n in range(args.num_images)]
-    pictures = []
-    for start in tqdm(range(0, len(jobs), args.batch_size), unit="batch", disable=None):
-        batch = jobs[start:start + args.batch_size]
-        z_T = torch.cat([noise((4, size // f, size // f), args.seed + n) for _, n in batch])
-        c_p = torch.stack([texts[1 + p] for p, _ in batch])
-        for (p, n), picture in zip(batch, draw(model, model.unet, texts[:1], c_p, z_T, scheduler, args.guidance_scale, dtype)):
-            save_png(picture, args.out / f"{len(pictures):05d}.png", prompt=args.prompts[p], seed=args.seed + n,
-                     model=model.name, patch=f"{args.patch} ({patch.get('concepts')})" if patch else "none")
-            pictures.append(picture)
+    jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
+            for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
+    drawn = draw(model, model.unet, texts[:1], texts[1:].repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs],
+                 scheduler, args.guidance_scale, dtype, args.resolution, args.batch_size, "drawing")
+    pictures, erased = [], f"{args.patch} ({patch.get('concepts')})" if patch else "none"
+    for job, picture in zip(jobs, drawn):
+        save_png(picture, args.out / job["file"], prompt=job["prompt"], seed=job["seed"], model=model.name, patch=erased)
+        pictures.append(picture)
     rows = [pictures[i:i + args.num_images] for i in range(0, len(pictures), args.num_images)]
     save_png(grid(rows, [p if len(p) <= 40 else p[:39] + "…" for p in args.prompts]), args.out / "grid.png")
-    lines = [json.dumps({"file": f"{i:05d}.png", "prompt": args.prompts[p], "seed": args.seed + n}, ensure_ascii=False)
-             for i, (p, n) in enumerate(jobs)]
+    lines = [json.dumps(job, ensure_ascii=False) for job in jobs]
     with weights.whole(args.out / "prompts.jsonl") as beside:
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(pictures)} pictures in {args.out}, side by side in {args.out / 'grid.png'}")

@@ -192,7 +192,7 @@ class Run:
     def measure(self):
         """gap = mean |e(c_s) − e(c_0)|² and drift = mean |e(c_0) − e°(c_0)|² of student and teacher, on fixed latents that the
         original drew to a quarter, half and three quarters."""
-        T, z_T = self.a["steps"], torch.cat([noise(self.shape, seed) for seed in (0, 1)]).to(self.device)
+        T, z_T = self.a["steps"], noise(self.shape, (0, 1)).to(self.device)
         figures = {}
         for k in {max(1, T // 4), max(1, T // 2), max(1, 3 * T // 4)}:
             estimate = cfg(self.original, self.c_0, self.joined, self.a["guidance_scale"])
@@ -207,10 +207,8 @@ class Run:
 
     def draw(self, net):
         """The preview prompts' pictures by one of the three models: same seeds, whichever it is."""
-        z_T = [noise(self.shape, PREVIEW_SEED + i) for i in range(len(self.previews))]
-        parts = [slice(i, i + 4) for i in range(0, len(z_T), 4)]
-        return np.concatenate([draw(self.model, net, self.c_0, self.previews[part], torch.cat(z_T[part]), self.preview_scheduler,
-                                    self.a["preview_guidance_scale"], self.dtype) for part in parts])
+        seeds = range(PREVIEW_SEED, PREVIEW_SEED + len(self.previews))
+        return [*draw(self.model, net, self.c_0, self.previews, seeds, self.preview_scheduler, self.a["preview_guidance_scale"], self.dtype)]
 
     def preview(self, i):
         """previews/i.png: rows prompts, columns original, student, teacher; and a frame of the film, the first prompt's."""

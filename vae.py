@@ -66,16 +66,12 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, n, groups, resample=None):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(n))
-        if resample is Downsample:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
-        elif resample is Upsample:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample is Downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample is Upsample else [])
 
     def forward(self, x):
-        for resnet in self.resnets:
-            x = resnet(x)
-        for step in [*getattr(self, "downsamplers", []), *getattr(self, "upsamplers", [])]:
-            x = step(x)
+        for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = module(x)
         return x
 
 

@@ -6,6 +6,7 @@
 Whatever is wrong with a user's files is raised as a UserError, one sentence that says what to do.
 """
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -26,7 +27,6 @@ DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 TOY = Path(__file__).parent / "toy" / "model"
 NETWORKS = {"unet": (UNet, "diffusion_pytorch_model"), "vae": (VAE, "diffusion_pytorch_model"),
             "text_encoder": (CLIPText, "model")}
-DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 
 # Config keys whose other values would change the arithmetic: key -> the values that these modules implement. The networks'
 # remaining keys are their constructor's arguments; what is neither and neither empty nor INERT is refused.
@@ -40,6 +40,10 @@ ONLY = {
     "scheduler": dict(beta_schedule=["scaled_linear"], prediction_type=["epsilon"], timestep_spacing=["leading"],
                       skip_prk_steps=[True]),
 }
+BLOCKS = {"unet": dict(down_block_types={"DownBlock2D", "CrossAttnDownBlock2D"}, up_block_types={"UpBlock2D", "CrossAttnUpBlock2D"}),
+          "vae": dict(down_block_types={"DownEncoderBlock2D"}, up_block_types={"UpDecoderBlock2D"}), "text_encoder": {}, "scheduler": {}}
+ARGUMENTS = {network: set(inspect.signature(make).parameters) for network, (make, _) in NETWORKS.items()}
+ARGUMENTS["scheduler"] = {"num_train_timesteps", "beta_start", "beta_end", "steps_offset"}
 INERT = {"architectures", "initializer_factor", "initializer_range", "projection_dim", "torch_dtype", "dtype", "sample_size",
          "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "force_upcast",
          "addition_embed_type_num_heads", "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"}
@@ -123,45 +127,23 @@ def _config(folder, part):
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        items = dict(config).items()
+        items = ({"skip_prk_steps": False} if config.get("_class_name") == "PNDMScheduler" else {}) | config  # diffusers' default
     except FileNotFoundError:
         raise UserError(f"{file} is missing: a model is a folder in diffusers' layout.") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"{file} is not a readable JSON object ({e}): fetch it again.") from e
-    ours = _arguments(part)
-    for key, value in items:
+    for key, value in items.items():
         if key in ONLY[part]:
             fine = value in ONLY[part][key]
-        elif key in ours:
-            fine = _is_size(key, value)
-        elif key in ("down_block_types", "up_block_types"):  # the VAE's, and theirs only
-            fine = set(value) <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        elif key in BLOCKS[part]:
+            fine = isinstance(value, list) and set(value) <= BLOCKS[part][key]
+        elif key in ARGUMENTS[part]:
+            values = value if key == "block_out_channels" and isinstance(value, list) and value else [value]
+            fine = all(type(v) in (int, float) and v >= 0 for v in values)
         else:
             fine = key.startswith("_") or key in INERT or not value
         if not fine:
             raise UserError(f"{file}: {key} = {value!r} is not what Stable Diffusion 1.x computes, and is not implemented.")
-    return config
-
-
-def _is_size(key, value):
-    if key.endswith("block_types"):
-        return set(value) <= {DOWN, CROSS_DOWN, UP, CROSS_UP}
-    many = value if key == "block_out_channels" and isinstance(value, list) and value else [value]
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in many)
-
-
-def _arguments(part):
-    """The config keys that are sizes or constants of the module or sampler."""
-    if part == "scheduler":
-        return {"num_train_timesteps", "beta_start", "beta_end", "steps_offset"}
-    code = NETWORKS[part][0].__init__.__code__
-    return set(code.co_varnames[1:code.co_argcount])
-
-
-def _scheduler(folder):
-    config = _config(folder, "scheduler")
-    if config.get("_class_name") == "PNDMScheduler" and not config.get("skip_prk_steps"):
-        raise UserError(f"{folder}/scheduler: PNDM with Runge-Kutta steps (skip_prk_steps false) is not implemented.")
     return config
 
 
@@ -228,7 +210,7 @@ def load_network(folder, network):
     """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
     names = {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
     config = _config(folder, network)
-    ours = {key: value for key, value in config.items() if key in _arguments(network)}
+    ours = {key: value for key, value in config.items() if key in ARGUMENTS[network]}
     try:
         with torch.device("meta"):
             module = NETWORKS[network][0](**ours)
@@ -253,7 +235,7 @@ def load(model=DEFAULT_MODEL, revision=None):
     """The three networks (float32, on the CPU, in eval mode), the tokenizer and the sampler's config. UserError if any file is
     missing, damaged, or not what Stable Diffusion 1.x computes."""
     folder = find(model, revision)
-    scheduler, config = _scheduler(folder), _config(folder, "unet")
+    scheduler, config = _config(folder, "scheduler"), _config(folder, "unet")
     tokenizer = load_tokenizer(folder)
     networks = {network: load_network(folder, network) for network in NETWORKS}
     size, version = config.get("sample_size") or 64, str(config.get("_diffusers_version", "0"))

@@ -283,9 +283,14 @@ def test_names_that_are_neither_folder_nor_hub_id(name):
     assert "\n" not in str(e.value) and name in str(e.value)
 
 
-def test_a_hub_id_without_network(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+@pytest.mark.parametrize("reason", [None, "404 Client Error\n\nSee the manual for more", ""])
+def test_a_hub_id_without_network(tmp_path, monkeypatch, reason):
+    """conftest.py has set HF_HUB_OFFLINE; other faults of the hub's come with messages of many lines, or none."""
+    import huggingface_hub
+    if reason is not None:
+        def fail(*args, **kwargs):
+            raise RuntimeError(reason)
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
     with pytest.raises(UserError, match="Cannot get nobody/no-model from the hub") as e:
         weights.load("nobody/no-model")
     assert "\n" not in str(e.value) and "network" in str(e.value)
@@ -327,6 +332,8 @@ def test_a_patch_for_another_base(model_folder, patch):
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
     with pytest.raises(UserError, match="attn2.* does not fit .* made for tiny"):  # other names and shapes
         weights.load_patch(patch[0], UNet(**common.UNETS["8 heads, cross first"]))
+    with pytest.raises(UserError, match="attn2.* does not fit .* made for tiny"):  # the same names, other shapes
+        weights.load_patch(patch[0], UNet(**common.UNETS["2 heads, plain first"] | dict(cross_attention_dim=24)))
 
 
 def test_a_patch_without_a_fingerprint(model_folder, patch):
