@@ -93,7 +93,7 @@ def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=No
     device, side = c_0.device, (size or model.resolution) // model.vae.factor
     for i in tqdm(range(0, len(seeds), batch_size), bar, unit="batch", disable=None if bar else True):
         part = slice(i, i + batch_size)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):  # cached casts go stale
             z = noise((4, side, side), seeds[part]).to(device)
             pictures = model.vae.decode(sample(cfg(unet, c_0, c_p[part], guidance_scale), scheduler, z))
         pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -3,6 +3,7 @@
 A comparison takes no argument (or a name) and returns a relative error or raises AssertionError. test_parity and
 test_sampling ask that each is green; test_mistakes plants historical mistakes and asks that they turn red.
 """
+import json
 import math
 import shutil
 import tempfile
@@ -257,10 +258,17 @@ def trajectory_error(kind, steps, s=7.5):
 
 
 # ------------------------------------------------------------------------------------------------ a model folder
-def write_model_folder(path, **unet_sizes):
+def write_vocabulary(path, words):
+    """The embedded model's tokenizer, with so many meaningless words more: a large vocabulary spells what it does not know."""
+    size, file = write_tokenizer(path), path / "tokenizer" / "vocab.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {f"w{i}</w>": size + i for i in range(words)}))
+    return size + words
+
+
+def write_model_folder(path, words=0, **unet_sizes):
     """A tiny model with random weights, saved by diffusers itself: 2022's tokenizer files, SD 1.4's scheduler. Returns path."""
     path = Path(path)
-    vocab_size = write_tokenizer(path)
+    vocab_size = write_vocabulary(path, words)
     sizes = UNETS["2 heads, plain first"] | dict(sample_size=8) | unet_sizes
     StableDiffusionPipeline(
         unet=randomise(unet_twin(**sizes), 1), vae=randomise(vae_twin(**VAE, sample_size=32), 2),
@@ -268,5 +276,5 @@ def write_model_folder(path, **unet_sizes):
         tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer"), scheduler=PNDMScheduler(**SCHEDULER),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(path)
     shutil.rmtree(path / "tokenizer")  # transformers 5 wrote tokenizer.json; SD 1.4's folder has vocab.json and merges.txt
-    write_tokenizer(path)
+    write_vocabulary(path, words)
     return path

@@ -41,6 +41,10 @@ def attn2(module):
     return {name: p for name, p in sorted(module.named_parameters()) if ".attn2." in name}
 
 
+def flat(module):
+    return torch.cat([p.detach().flatten() for p in attn2(module).values()])
+
+
 def three_models():
     """student, teacher, original: alike but for attn2, where the three differ as if in the middle of a run."""
     original = randomise(UNet(**TINY), 0).requires_grad_(False)
@@ -161,8 +165,7 @@ def compare(case, mistake=None):
     ours, plain, report = Ours(case | (mistake or {})), Plain(case), []
     for i in range(5):
         plain.copy_from(ours)
-        before = {which: torch.cat([p.detach().flatten() for p in attn2(getattr(ours, which)).values()])
-                  for which in ("student", "teacher")}
+        before = {which: flat(getattr(ours, which)) for which in ("student", "teacher")}
         it = next(ours.run)
         z_t, k, j, loss, norm = plain.iteration(i)
         assert (it.i, it.k, it.j) == (i, k, j), "another draw"
@@ -177,8 +180,7 @@ def compare(case, mistake=None):
             for key, value in plain.optimizer.state[p].items():
                 assert torch.equal(value, ours.optimizer.state[q][key]), f"{key} of {name}"  # equal gradients: bit for bit
         for which, then in before.items():
-            mine, theirs = (torch.cat([p.detach().flatten() for p in attn2(getattr(side, which)).values()]) - then
-                            for side in (ours, plain))
+            mine, theirs = (flat(getattr(side, which)) - then for side in (ours, plain))
             close(f"the {which}'s step", mine, theirs, 1e-5)  # weights round at 1e-8, a step is 1e-3 and more: 2e-6
         report.append(it)
     return report

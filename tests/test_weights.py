@@ -284,7 +284,7 @@ def test_names_that_are_neither_folder_nor_hub_id(name):
 
 
 @pytest.mark.parametrize("reason", [None, "404 Client Error\n\nSee the manual for more", ""])
-def test_a_hub_id_without_network(tmp_path, monkeypatch, reason):
+def test_a_hub_id_without_network(monkeypatch, reason):
     """conftest.py has set HF_HUB_OFFLINE; other faults of the hub's come with messages of many lines, or none."""
     import huggingface_hub
     if reason is not None:

@@ -1,0 +1,75 @@
+"""Every command that the README prints is run, in its order, cut short by flags; and its worked example of another loss."""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import write_model_folder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = {"train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2", "generate.py": "--steps 2",
+         "eval.py": "--limit 3 --steps 2"}
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def commands():
+    """[(script, its words)] of every `python SCRIPT …` in a shell block or in backticks, in the README's order."""
+    text = "\n".join(m[0] or m[1] for m in re.findall(r"^```sh\n(.*?)^```|`((?:\.venv/bin/)?python \w+\.py [^`]*)`", README, re.M | re.S))
+    found = [shlex.split(line) for line in re.findall(r"python (\w+\.py .*)", text)]
+    return [(words[0], words[1:]) for words in found if "--help" not in words]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with the README's example of a loss put in where the README says."""
+    copy = tmp_path_factory.mktemp("readme") / "project"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__"))
+    function, row = re.findall(r"## Change the loss.*?```python\n(.*?)```.*?```python\n(.*?)```", README, re.S)[0]
+    source = (copy / "losses.py").read_text(encoding="utf-8")
+    source = source.replace("class Method(", function + "\n\nclass Method(").replace("METHODS = {\n", "METHODS = {\n" + row)
+    (copy / "losses.py").write_text(source, encoding="utf-8")
+    assert len(function.splitlines()) + len(row.splitlines()) < 10  # what the README's readers were promised
+    return copy
+
+
+def test_readme_commands(project, tmp_path):
+    """Those for Stable Diffusion get a tiny random model in its layout for --model: its own is on a hub."""
+    model = write_model_folder(tmp_path / "sd", words=2000)
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "gpu").mkdir()
+    ran = []
+    for script, words in commands():
+        toy = "toy" in words or any("-star" in word for word in words)
+        extra = [] if "--resume" in words else SHORT[script].split()
+        if not toy and "--resume" not in words:
+            extra += ["--model", str(model), "--device", "cpu"]
+        if "--out" in words and "--resume" not in words:  # the README's pictures/ may be named more than once
+            extra += ["--out", f"out{len(ran)}"]
+        line = [sys.executable, str(project / script), *words, *extra]
+        done = subprocess.run(line, cwd=tmp_path / ("toy" if toy else "gpu"), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
+        ran.append((script, *words[:4]))
+    assert len(ran) >= 8 and {script for script, *_ in ran} == set(SHORT)
+    assert (tmp_path / "toy" / "runs" / "0001-star" / "before_after.png").exists()
+    assert "--method" in str(ran)
+
+
+def test_readme_says_how_long_each_file_is():
+    rows = re.findall(r"\| \[`?([\w./]+\.py)`?\]\(\1\) \| (\d+) \|", README)
+    assert len(rows) >= 13
+    for name, lines in rows:
+        assert int(lines) == len((ROOT / name).read_text(encoding="utf-8").splitlines()), name
+
+
+def test_readme_lines_work_on_a_fresh_machine():
+    """Two lines set everything up; one of them is what CI runs."""
+    lines = [line for block in blocks("sh") for line in block.splitlines() if "pip install" in line]
+    assert len(lines) == 2 and "train.py --model toy" in lines[0] and lines[1].endswith("-m pytest")
