@@ -59,26 +59,19 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    def __init__(self, n, *sizes):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(*sizes) for _ in range(n))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class TextModel(nn.Module):
     def __init__(self, vocab_size, length, c, c_hidden, n, heads, eps):
         super().__init__()
         self.embeddings = Embeddings(vocab_size, length, c)
-        self.encoder = Encoder(n, c, c_hidden, heads, eps)
+        layers = nn.ModuleList(Layer(c, c_hidden, heads, eps) for _ in range(n))
+        self.encoder = nn.ModuleDict({"layers": layers})  # a dict only for the name `encoder.layers`
         self.final_layer_norm = nn.LayerNorm(c, eps)
 
     def forward(self, tokens):
-        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+        x = self.embeddings(tokens)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)
 
 
 class CLIPText(nn.Module):

@@ -16,22 +16,11 @@ import weights
 from generate import (add_common_arguments, draw, encode, grid, make_scheduler, pick_device, pick_dtype, positive,
                       refuse_used, run, save_png)
 from metrics import toy_seen, wilson
-from toy.draw import RARE, prompts
+from toy.draw import exam
 from weights import UserError
 
 KINDS = {"named": "target, named", "implied": "target, implied", "base": "target, empty prompt", "control": "hearts in borealis",
          "shape": "other shapes", "colour": "other colours", "texture": "other textures", "background": "backgrounds"}
-
-
-def picture_sets(concepts, limit, seed):
-    """{set: prompts with what they ask for}: everything that is drawn for one row of the table."""
-    if not concepts:
-        return {"other": prompts("other", (), limit, seed)}
-    share = -(-limit // len(concepts))
-    named = [pair for concept in concepts for pair in prompts("naming", concept, share, seed)]
-    implied = prompts("place", "arcadia", limit, seed) if "star" in concepts else []  # never named, nearly always shown
-    return {"named": named, "implied": implied, "control": prompts("place", "borealis", limit, seed),
-            "base": prompts("empty", "", limit, seed), "other": prompts("other", tuple(RARE), limit, seed)}
 
 
 def count(which, prompts, seen, concepts):
@@ -56,7 +45,7 @@ def measure(model, files, concepts, args, dtype):
     which share the pictures of every set evenly."""
     scheduler, size = make_scheduler(model.scheduler, args.steps, args.scheduler), model.resolution
     device, base = next(model.unet.parameters()).device, {name: x.clone() for name, x in model.unet.state_dict().items()}
-    sets = {which: pairs for which, pairs in picture_sets(concepts, args.limit, args.seed).items() if pairs}
+    sets = exam(concepts, args.limit, args.seed)
     texts = {which: encode(model, ["", *(text for text, _ in pairs)]).to(device) for which, pairs in sets.items()}
     pictures = {which: np.zeros((len(pairs), size, size, 3), "uint8") for which, pairs in sets.items()}
     for n, file in enumerate(files or [None]):

@@ -11,6 +11,7 @@ import csv
 import json
 import platform
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,8 @@ PRESETS = {
     "toy": PAPER | dict(iters=160, lr=3e-4, warmup=40, ema=0.97, steps=10, batch_size=4, preview_every=20,
                         preview=["arcadia", "borealis", "a blue dotted heart on sand", "a green square"]),
 }
+COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher"]
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 PREVIEW_SEED = 1000  # of the first preview prompt; the next ones count on
 
 
@@ -140,8 +143,7 @@ class Run:
         self.base = weights.fingerprint({name: unet.get_parameter(name) for name in names})
         for name, parameter in unet.named_parameters():
             parameter.data = parameter.data.to(self.device, torch.float32 if name in set(names) else self.dtype)
-        self.original, self.teacher = ema.twin(unet, names), ema.twin(unet, names)
-        self.student = unet
+        self.student, self.teacher, self.original = unet, ema.twin(unet, names), ema.twin(unet, names)
         self.theta = {name: unet.get_parameter(name).requires_grad_() for name in names}
         self.theta_ema = {name: self.teacher.get_parameter(name) for name in names}
         self.optimizer = torch.optim.AdamW(self.theta.values(), a["lr"], betas=(0.9, 0.999), weight_decay=a["weight_decay"])
@@ -160,7 +162,6 @@ class Run:
         self.c_0, self.joined = texts[:1], texts[1:2]
         self.concepts, self.previews = texts[2:2 + len(concepts)], texts[2 + len(concepts):]
 
-    # ------------------------------------------------------------------------------------------------ what is kept
     def checkpoint_groups(self, generator_state):
         return {"student": self.theta, "teacher": self.theta_ema, "generator": {"state": generator_state}}
 
@@ -184,16 +185,14 @@ class Run:
         """erased.safetensors: the trained tensors of student or teacher, and what they are."""
         output = {"teacher": self.theta_ema, "student": self.theta}[METHODS[self.a["method"]].output]
         metadata = {"model": self.a["model"], "concepts": ", ".join(self.a["concept"]), "method": self.a["method"],
-                    "base_fingerprint": self.base, "args": json.dumps(self.a), "versions": json.dumps(versions())}
+                    "base_fingerprint": self.base, "args": json.dumps(self.a), "versions": json.dumps(VERSIONS)}
         weights.save(self.out / "erased.safetensors", output, metadata)
 
-    # ------------------------------------------------------------------------------------------------ what is shown
     @torch.no_grad()
     def measure(self):
         """gap = mean |e(c_s) − e(c_0)|² and drift = mean |e(c_0) − e°(c_0)|² of student and teacher, on fixed latents that the
         original drew to a quarter, half and three quarters."""
-        T, z_T = self.a["steps"], noise(self.shape, (0, 1)).to(self.device)
-        figures = {}
+        T, z_T, figures = self.a["steps"], noise(self.shape, (0, 1)).to(self.device), {}
         for k in {max(1, T // 4), max(1, T // 2), max(1, 3 * T // 4)}:
             estimate = cfg(self.original, self.c_0, self.joined, self.a["guidance_scale"])
             z, t = sample(estimate, self.scheduler, z_T, k), self.scheduler.levels[k]
@@ -229,13 +228,6 @@ class Run:
         save_png(grid(list(zip(*frames)), ["student", "teacher"], [str(int(f.stem)) for f in files]), self.out / "film.png")
 
 
-COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher"]
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def iterate(r, a, start):
     """The loop: Algorithm 1 does the work; here are log, bar, previews and checkpoints."""
     method = METHODS[a["method"]]
@@ -244,32 +236,31 @@ def iterate(r, a, start):
         r.generator, loss=method.loss, latents=method.latents, roles=a["roles"], start=start, iters=a["iters"], lr=a["lr"],
         lr_schedule=a["lr_schedule"], warmup=a["warmup"], ema_decay=a["ema"], guidance_scale=a["guidance_scale"],
         preserve=a["preserve"], max_grad_norm=a["max_grad_norm"], loss_scale=1024.0 if r.dtype == torch.float16 else 1.0)
-    every, keep, done = a["preview_every"], a["save_every"], start
+    every, keep, stop = a["preview_every"], a["save_every"], []
+    for number in (signal.SIGINT, signal.SIGTERM):  # wait for the iteration's end: half of one cannot be gone on with
+        signal.signal(number, lambda *_: stop.append(True))
     with open(r.out / "log.csv", "a", newline="", encoding="utf-8") as f, \
             tqdm(total=a["iters"], initial=start, unit="it", disable=None) as bar:
         log = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         if start == 0:
             log.writeheader()
-        try:
-            for it in iterations:
-                row = dict(iteration=it.i, loss=it.loss, lr=it.lr, grad_norm=it.grad_norm, k=it.k, concept=a["concept"][it.j])
-                done = it.i + 1
-                if every and done % every == 0:
-                    row |= r.measure()
-                    if done < a["iters"]:
-                        r.preview(done)
-                log.writerow(row)
-                f.flush()
-                if keep and done % keep == 0 and done < a["iters"]:
-                    r.save(done)
-                peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
-                bar.set_postfix(loss=f"{it.loss:.2e}", lr=f"{it.lr:.1e}", **peak, refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            r.save(done)
-            print(f"\nstopped after {done} iterations; to go on: python train.py --resume --out {r.out}", file=sys.stderr)
-            raise
-    r.save(a["iters"])
+        for it in iterations:
+            row = dict(iteration=it.i, loss=it.loss, lr=it.lr, grad_norm=it.grad_norm, k=it.k, concept=a["concept"][it.j])
+            done = it.i + 1
+            if every and done % every == 0:
+                row |= r.measure()
+                if done < a["iters"]:
+                    r.preview(done)
+            log.writerow(row)
+            f.flush()
+            peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
+            bar.set_postfix(loss=f"{it.loss:.2e}", lr=f"{it.lr:.1e}", **peak, refresh=False)
+            bar.update()
+            if stop or done == a["iters"] or keep and done % keep == 0:
+                r.save(done)
+            if stop:
+                print(f"\n{done} iterations are saved; to go on: python train.py --resume --out {r.out}", file=sys.stderr)
+                raise KeyboardInterrupt
 
 
 def train(args):
@@ -278,7 +269,7 @@ def train(args):
     r = Run(out, a)
     if not args.resume:
         with weights.whole(out / "run.json") as beside:
-            beside.write_text(json.dumps({"args": a, "versions": versions()}, indent=2, ensure_ascii=False), encoding="utf-8")
+            beside.write_text(json.dumps({"args": a, "versions": VERSIONS}, indent=2, ensure_ascii=False), encoding="utf-8")
     start, began = r.restore(), time.time()
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
         if a["preview_every"] and start == 0:

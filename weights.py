@@ -78,7 +78,6 @@ def whole(file):
         beside.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------ where the files are
 def find(model, revision=None):
     """The folder that holds `model`; a hub id is downloaded first (only the files that `load` reads; resumable)."""
     if model == "toy" or Path(model).is_dir():
@@ -121,7 +120,6 @@ def _weights_file(names, network, model):
     raise UserError(f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout (see the README).")
 
 
-# ------------------------------------------------------------------------------------------------ configs
 def _config(folder, part):
     """part's config.json; a value that these modules do not implement is refused by name."""
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -147,7 +145,6 @@ def _config(folder, part):
     return config
 
 
-# ------------------------------------------------------------------------------------------------ reading
 def read(file):
     """All tensors of a safetensors file, as they are, and its metadata."""
     try:
@@ -244,7 +241,6 @@ def load(model=DEFAULT_MODEL, revision=None):
     return Model(str(model), **networks, tokenizer=tokenizer, scheduler=scheduler, resolution=size * networks["vae"].factor)
 
 
-# ------------------------------------------------------------------------------------------------ patches, checkpoints
 def save(file, tensors, metadata=None):
     """Writes tensors {name: tensor} and metadata {name: str}, whole or not at all."""
     with whole(file) as beside:

@@ -4,6 +4,7 @@ A comparison takes no argument (or a name) and returns a relative error or raise
 test_sampling ask that each is green; test_mistakes plants historical mistakes and asks that they turn red.
 """
 import json
+import json
 import math
 import shutil
 import tempfile

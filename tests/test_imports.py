@@ -12,7 +12,7 @@ ALLOWED = {  # module: the local modules that it may import; nothing else of the
     "generate": "weights scheduler guidance clip_text",
     "train": "weights scheduler sdd generate losses ema guidance",
     "metrics": "toy.probe toy.draw",
-    "eval": "generate metrics weights",
+    "eval": "generate metrics weights toy.draw",
     "toy": "", "toy.draw": "", "toy.probe": "toy.draw",
     "toy.pretrain": "toy.draw toy.probe unet vae clip_text scheduler weights",
 }
