@@ -40,7 +40,7 @@ UNET_CONFIG = dict(
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
 LATENT_STD = 0.5
-STEPS = {"vae": 1750, "text": 600, "unet": 4500}
+STEPS = {"vae": 1750, "text": 600, "unet": 3500}
 PICTURES = 40_000  # scenes that the UNet learns from; each gets a new caption whenever it comes up
 
 
