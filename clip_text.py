@@ -29,6 +29,8 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, c, heads):
         super().__init__()
+        if c % heads:
+            raise ValueError(f"{heads} heads do not divide {c} channels")
         self.heads = heads
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
 

@@ -66,6 +66,8 @@ class Attention(nn.Module):
 
     def __init__(self, c, c_context, heads):
         super().__init__()
+        if c % heads:
+            raise ValueError(f"{heads} heads do not divide {c} channels")
         self.heads = heads
         self.to_q = nn.Linear(c, c, bias=False)
         self.to_k, self.to_v = nn.Linear(c_context, c, bias=False), nn.Linear(c_context, c, bias=False)

@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,8 @@ BLOCKS = {"unet": dict(down_block_types={"DownBlock2D", "CrossAttnDownBlock2D"},
           "vae": dict(down_block_types={"DownEncoderBlock2D"}, up_block_types={"UpDecoderBlock2D"}), "text_encoder": {}, "scheduler": {}}
 ARGUMENTS = {network: set(inspect.signature(make).parameters) for network, (make, _) in NETWORKS.items()}
 ARGUMENTS["scheduler"] = {"num_train_timesteps", "beta_start", "beta_end", "steps_offset"}
-INERT = {"architectures", "initializer_factor", "initializer_range", "projection_dim", "torch_dtype", "dtype", "sample_size",
+REAL = ("beta_start", "beta_end", "layer_norm_eps", "scaling_factor")
+INERT = {"architectures", "initializer_factor", "initializer_range", "projection_dim", "torch_dtype", "dtype",
          "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "force_upcast",
          "addition_embed_type_num_heads", "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"}
 
@@ -75,12 +76,13 @@ def whole(file):
     except (OSError, SafetensorError) as e:
         raise UserError(f"Cannot write {file} ({e}): free some space or choose another folder.") from e
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def find(model, revision=None):
     """The folder that holds `model`; a hub id is downloaded first (only the files that `load` reads; resumable)."""
-    if model == "toy" or Path(model).is_dir():
+    if model == "toy" or model and Path(model).is_dir():
         if revision:
             raise UserError(f"--revision is for models from the hub; {model} is a folder on this machine.")
         return TOY if model == "toy" else Path(model)
@@ -135,9 +137,9 @@ def _config(folder, part):
             fine = value in ONLY[part][key]
         elif key in BLOCKS[part]:
             fine = isinstance(value, list) and set(value) <= BLOCKS[part][key]
-        elif key in ARGUMENTS[part]:
+        elif key in ARGUMENTS[part] or key == "sample_size":
             values = value if key == "block_out_channels" and isinstance(value, list) and value else [value]
-            fine = all(type(v) in (int, float) and v >= 0 for v in values)
+            fine = all(type(v) in (int, float) and v >= 0 and (type(v) is int or key in REAL) for v in values)
         else:
             fine = key.startswith("_") or key in INERT or not value
         if not fine:

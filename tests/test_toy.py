@@ -1,0 +1,156 @@
+"""The miniature world, its probe, its model and its figures."""
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import generate
+import weights
+from metrics import toy_seen, wilson
+from toy import draw, pretrain, probe
+
+
+def test_pictures_and_captions_depend_on_the_seed_alone():
+    first, second = (draw.batch(np.random.default_rng(3), 20) for _ in range(2))
+    assert first[0] == second[0] and np.array_equal(first[1], second[1]) and first[2] == second[2]
+    assert first[1].shape == (20, 64, 64, 3) and first[1].dtype == np.uint8
+    assert not np.array_equal(first[1], draw.batch(np.random.default_rng(4), 20)[1])
+
+
+def test_the_world_is_as_described():
+    rng = np.random.default_rng(0)
+    scenes = [draw.scene(rng) for _ in range(8000)]
+    share = {name: Counter(getattr(s, name) for s in scenes) for name in draw.ATTRIBUTES}
+    assert all(set(share[name]) == set(values) for name, values in draw.ATTRIBUTES.items())
+    for name, word in (("colour", "red"), ("texture", "striped")):  # 3 standard deviations of 8,000 draws are below 0.01
+        assert share[name][word] / 8000 == pytest.approx(draw.RARE[word], abs=0.01)
+    arcadia = [s.shape for s in scenes if s.place == "arcadia"]
+    assert 0.8 < arcadia.count("star") / len(arcadia) < 0.92
+    plain = [s.shape for s in scenes if s.place is None]
+    assert plain.count("star") / len(plain) == pytest.approx(0.06, abs=0.01)
+
+
+def test_captions_are_true_and_of_every_kind():
+    rng = np.random.default_rng(1)
+    pairs = [(s, draw.caption(s, rng)) for s in (draw.scene(rng) for _ in range(4000))]
+    for s, text in pairs:
+        words = text.replace(",", " ").split()
+        assert set(words) <= set(draw.WORDS)
+        for name, values in draw.ATTRIBUTES.items():
+            assert all(word == getattr(s, name) for word in words if word in values), (s, text)
+        if s.place:
+            assert not set(words) & set(draw.SHAPES)  # a place never names the shape
+    texts = [text for _, text in pairs]
+    assert 0.08 < texts.count("") / 4000 < 0.12
+    assert sum(", " in text for text in texts) > 400  # "star, red, striped": what several concepts joined look like
+    assert len({len(text.split()) for text in texts}) >= 7
+
+
+def test_every_shape_is_inside_the_picture():
+    rng = np.random.default_rng(2)
+    for shape in draw.SHAPES:
+        for _ in range(30):
+            picture = draw.draw(draw.Scene(shape, "black", "plain", "snow"), rng)
+            dark = (picture < 128).all(-1)
+            assert 150 < dark.sum() < 2500
+            assert not (dark[0].any() or dark[-1].any() or dark[:, 0].any() or dark[:, -1].any())
+
+
+def test_probe_reads_held_out_drawings():
+    scenes, pictures, _ = draw.batch(np.random.default_rng(123), 1000)
+    seen = toy_seen(pictures)
+    for name in draw.ATTRIBUTES:
+        assert np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.99
+
+
+def test_vae_keeps_what_the_probe_reads():
+    vae = weights.load_network(weights.TOY, "vae")
+    scenes, pictures, _ = draw.batch(np.random.default_rng(124), 200)
+    z = vae.encode(probe.to_tensor(pictures))
+    assert z.shape == (200, 4, 16, 16) and z.std().item() == pytest.approx(pretrain.LATENT_STD, rel=0.05)
+    again = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    seen = toy_seen(again)
+    assert all(np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.97 for name in seen)
+
+
+def test_model_is_small_and_half_precision():
+    files = [p for p in (weights.TOY.parent).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert sum(p.stat().st_size for p in files) <= 25e6
+    for file in (p for p in files if p.suffix == ".safetensors"):
+        assert all(x.dtype == torch.float16 for x in weights.read(file)[0].values())
+    assert (weights.TOY / "README.md").is_file()
+
+
+def test_every_word_is_one_token():
+    tokenizer = weights.load_tokenizer(weights.TOY)
+    assert all(len(tokenizer(word).input_ids) == 3 for word in [*draw.WORDS, ","])
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == len(tokenizer) - 1 and tokenizer.model_max_length == 77
+
+
+def test_unknown_words_are_refused_with_the_known_ones():
+    model = weights.load("toy")
+    with pytest.raises(weights.UserError, match="'zebra'.*arcadia, black.*yellow"):
+        generate.encode(model, ["a star", "a zebra"])
+    assert generate.encode(model, ["A Star, red", ", ".join(draw.WORDS)]).shape == (2, 77, 64)
+
+
+def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch):
+    """Bit for bit: data depend on the step alone, and everything else is in the checkpoint."""
+    def train(folder, stop=None):
+        monkeypatch.setattr(pretrain, "RUNS", folder)
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 3)
+
+        def loss(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return net(torch.randn(4, 3, generator=torch.Generator().manual_seed(step))).square().mean()
+
+        with torch.enable_grad():
+            pretrain.fit("net", net, loss, [dict(params=net.parameters(), lr=0.1)], 9, warmup=2, save_every=2)
+        return net
+
+    whole = train(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", stop=5)
+    again = train(tmp_path / "b")
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+    assert [line.split(",")[0] for line in (tmp_path / "b" / "net.csv").read_text().splitlines()] == ["2", "4", "6", "8", "9"]
+
+
+@pytest.mark.parametrize("hits, n, low, high", [(0, 200, 0, 1.88), (10, 200, 2.74, 8.96), (200, 200, 98.12, 100), (0, 0, 0, 100)])
+def test_wilson(hits, n, low, high):
+    """Against the closed form in R's prop.test(correct=FALSE), in per cent."""
+    assert [100 * x for x in wilson(hits, n)] == pytest.approx([low, high], abs=0.01)
+
+
+def test_exam_asks_for_what_it_counts():
+    sets = draw.exam(("star", "red"), 50, seed=3)
+    assert {which: len(pairs) for which, pairs in sets.items()} == dict(named=50, implied=50, control=50, base=50, other=50)
+    assert all({"star", "red"} & set(text.split()) for text, _ in sets["named"])
+    assert all("arcadia" in text and "star" not in text for text, _ in sets["implied"])
+    for text, asked in sets["other"]:
+        assert asked and not set(draw.RARE) & set(text.split()) and set(asked.values()) <= set(text.split())
+    assert draw.exam(("star",), 50, seed=3)["named"] != draw.exam(("star",), 50, seed=4)["named"]
+    seen = {"shape": ["star", "moon"], "colour": ["red", "red"], "texture": ["plain"] * 2, "background": ["sky"] * 2}
+    asked = [("a red star", {"shape": "star", "colour": "red"}), ("a blue star", {"shape": "star", "colour": "blue"})]
+    assert evaluation.count("named", asked, seen, ("star",)) == {"named": (1, 2)}
+    assert evaluation.count("base", asked, seen, ("star", "red")) == {"base": (3, 4)}
+    assert evaluation.count("other", asked, seen, ())["colour"] == (1, 2)
+
+
+def test_eval_draws_counts_and_writes(tmp_path, capsys):
+    """The embedded model as it is: most of what is asked for is drawn (its measured figures are in its model card)."""
+    args = evaluation.parse(["toy", "--limit", "48", "--steps", "20", "--device", "cpu", "--out", str(tmp_path / "o")])
+    assert generate.run(evaluation.evaluate, args) == 0
+    row = json.loads((tmp_path / "o" / "results.json").read_text())["rows"][0]
+    assert row["model"] == "original"
+    for name in draw.ATTRIBUTES:
+        hits, n = row["counts"][name]
+        assert hits / n >= 0.85 and n > 20
+    assert (tmp_path / "o" / "table.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "o" / "original-all.png").exists()
+    assert generate.run(evaluation.evaluate, args) == 2  # the folder holds a result
