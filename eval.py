@@ -102,9 +102,9 @@ def evaluate(args):
             save_png(grid(samples), args.out / f"{title}-{'-'.join(concepts) or 'all'}.png")
         seen.add(concepts)
     text = table(rows)
-    settings = {key: str(value) for key, value in vars(args).items()}
-    results = [{"model": t, "erased": c, "counts": n} for t, c, n in rows]
-    for file, content in (("table.md", text), ("results.json", json.dumps({"settings": settings, "rows": results}, indent=1))):
+    results = {"settings": {key: str(value) for key, value in vars(args).items()},
+               "rows": [{"model": title, "erased": concepts, "counts": counts} for title, concepts, counts in rows]}
+    for file, content in (("table.md", text), ("results.json", json.dumps(results, indent=1))):
         with weights.whole(args.out / file) as beside:
             beside.write_text(content, encoding="utf-8")
     print(text)

@@ -157,9 +157,8 @@ def generate(args):
         pictures.append(picture)
     rows = [pictures[i:i + args.num_images] for i in range(0, len(pictures), args.num_images)]
     save_png(grid(rows, [p if len(p) <= 40 else p[:39] + "…" for p in args.prompts]), args.out / "grid.png")
-    lines = [json.dumps(job, ensure_ascii=False) for job in jobs]
     with weights.whole(args.out / "prompts.jsonl") as beside:
-        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        beside.write_text("".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
     print(f"{len(pictures)} pictures in {args.out}, side by side in {args.out / 'grid.png'}")
 
 

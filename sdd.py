@@ -46,11 +46,11 @@ def lr_factor(i, warmup, iters, schedule):
 
 def draw(roles, scheduler, K, i, generator):
     """k, the loss's timestep t and the concept's index j for iteration i; random numbers are drawn in this order."""
-    T = len(scheduler.levels) - 1
+    T = len(scheduler.levels) - 1  # DDIM's; PNDM visits one level twice
     if roles == "official":
         k = int(torch.randint(0, T, (), generator=generator))
-        top = 1000 - scheduler.stride * k
-        return k, int(torch.randint(top - scheduler.stride, top, (), generator=generator)), i % K
+        low = scheduler.levels[k] - 1
+        return k, int(torch.randint(low, low + scheduler.stride, (), generator=generator)), i % K
     k = int(torch.randint(1, T + 1, (), generator=generator))
     return k, scheduler.levels[k], int(torch.randint(K, (), generator=generator))
 

@@ -44,7 +44,6 @@ BLOCKS = {"unet": dict(down_block_types={"DownBlock2D", "CrossAttnDownBlock2D"},
           "vae": dict(down_block_types={"DownEncoderBlock2D"}, up_block_types={"UpDecoderBlock2D"}), "text_encoder": {}, "scheduler": {}}
 ARGUMENTS = {network: set(inspect.signature(make).parameters) for network, (make, _) in NETWORKS.items()}
 ARGUMENTS["scheduler"] = {"num_train_timesteps", "beta_start", "beta_end", "steps_offset"}
-REAL = ("beta_start", "beta_end", "layer_norm_eps", "scaling_factor")
 INERT = {"architectures", "initializer_factor", "initializer_range", "projection_dim", "torch_dtype", "dtype",
          "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "force_upcast",
          "addition_embed_type_num_heads", "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"}
@@ -90,7 +89,10 @@ def find(model, revision=None):
         raise UserError(f"There is no folder {model}, and it is not a hub id like {DEFAULT_MODEL}; or say `toy`.")
     from huggingface_hub import HfApi, snapshot_download
     try:
-        wanted = _wanted(set(HfApi().list_repo_files(model, revision=revision)), model)
+        names = set(HfApi().list_repo_files(model, revision=revision))
+        wanted = [_weights_file(names, network, model) for network in NETWORKS]
+        wanted += [f"{network}/config.json" for network in NETWORKS] + ["scheduler/scheduler_config.json"]
+        wanted += [name for name in names if name.startswith("tokenizer/") and name.endswith((".json", ".txt"))]
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except UserError:
         raise
@@ -101,13 +103,6 @@ def find(model, revision=None):
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(f"Cannot get {model} from the hub ({reason}): check the name and the network and run the same "
                             "command again (a download goes on where it stopped), or name a local folder.") from e
-
-
-def _wanted(names, model):
-    """The files of a diffusers folder that `load` reads, of all its file names."""
-    wanted = [_weights_file(names, network, model) for network in NETWORKS]
-    wanted += [f"{network}/config.json" for network in NETWORKS] + ["scheduler/scheduler_config.json"]
-    return wanted + [name for name in names if name.startswith("tokenizer/") and name.endswith((".json", ".txt"))]
 
 
 def _weights_file(names, network, model):
@@ -139,7 +134,8 @@ def _config(folder, part):
             fine = isinstance(value, list) and set(value) <= BLOCKS[part][key]
         elif key in ARGUMENTS[part] or key == "sample_size":
             values = value if key == "block_out_channels" and isinstance(value, list) and value else [value]
-            fine = all(type(v) in (int, float) and v >= 0 and (type(v) is int or key in REAL) for v in values)
+            real = (int, float) if key in ("beta_start", "beta_end", "layer_norm_eps", "scaling_factor") else (int,)
+            fine = all(type(v) in real and v >= 0 for v in values)
         else:
             fine = key.startswith("_") or key in INERT or not value
         if not fine:
@@ -207,8 +203,7 @@ def _fill(module, tensors, file):
 
 def load_network(folder, network):
     """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
-    names = {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
-    config = _config(folder, network)
+    config, names = _config(folder, network), {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
     ours = {key: value for key, value in config.items() if key in ARGUMENTS[network]}
     try:
         with torch.device("meta"):
