@@ -40,7 +40,7 @@ PRESETS = {
     "paper": PAPER,  # appendix B.1; steps from the authors' script
     "fast": PAPER | dict(iters=1000, ema=0.998, lr_schedule="constant", warmup=0),  # the paper's fast recipe
     "official": PAPER | dict(weight_decay=1e-4, lr_schedule="constant", warmup=0, roles="official"),  # the authors' script
-    "toy": PAPER | dict(iters=160, lr=3e-4, warmup=40, ema=0.97, steps=10, batch_size=4, preview_every=20,
+    "toy": PAPER | dict(iters=160, lr=6e-4, warmup=40, ema=0.97, steps=6, batch_size=8, preview_every=20,  # tuned, see README
                         preview=["arcadia", "borealis", "a blue dotted heart on sand", "a green square"]),
 }
 COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher"]

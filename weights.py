@@ -132,7 +132,7 @@ def _config(folder, part):
             fine = value in ONLY[part][key]
         elif key in BLOCKS[part]:
             fine = isinstance(value, list) and set(value) <= BLOCKS[part][key]
-        elif key in ARGUMENTS[part] or key == "sample_size":
+        elif key in ARGUMENTS[part] or key == "sample_size" and value is not None:
             values = value if key == "block_out_channels" and isinstance(value, list) and value else [value]
             real = (int, float) if key in ("beta_start", "beta_end", "layer_norm_eps", "scaling_factor") else (int,)
             fine = all(type(v) in real and v >= 0 for v in values)
