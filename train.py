@@ -105,7 +105,7 @@ def settle(args):
     if a["model"] != "toy" and a["device"] == "auto" and not torch.cuda.is_available():
         petaflop = a["iters"] * a["batch_size"] * (1.606 * (a["steps"] + 1) / 2 + 2.498) / 1000  # TFLOP: two, and one with backward
         raise UserError(f"There is no CUDA GPU here. Say --model toy for the embedded miniature model (minutes), or --device cpu "
-                        f"to insist: this run of SD 1.4 is some {petaflop:.3g} PFLOP, {petaflop / 0.36:.2g} hours at 0.1 TFLOP/s.")
+                        f"to insist: this run of SD 1.4 is some {petaflop:.3g} PFLOP, {petaflop / 0.36:,.0f} hours at 0.1 TFLOP/s.")
     return a
 
 
