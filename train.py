@@ -237,12 +237,12 @@ def iterate(r, a, start):
         lr_schedule=a["lr_schedule"], warmup=a["warmup"], ema_decay=a["ema"], guidance_scale=a["guidance_scale"],
         preserve=a["preserve"], max_grad_norm=a["max_grad_norm"], loss_scale=1024.0 if r.dtype == torch.float16 else 1.0)
     every, keep, stop = a["preview_every"], a["save_every"], []
-    for number in (signal.SIGINT, signal.SIGTERM):  # wait for the iteration's end: half of one cannot be gone on with
-        signal.signal(number, lambda *_: stop.append(True))
-    with open(r.out / "log.csv", "a", newline="", encoding="utf-8") as f, \
+    # Ctrl-C waits for the iteration's end: half of one cannot be gone on with
+    handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    with open(r.out / "log.csv", "a", buffering=1, newline="", encoding="utf-8") as f, \
             tqdm(total=a["iters"], initial=start, unit="it", disable=None) as bar:
         log = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        if start == 0:
+        if not f.tell():
             log.writeheader()
         for it in iterations:
             row = dict(iteration=it.i, loss=it.loss, lr=it.lr, grad_norm=it.grad_norm, k=it.k, concept=a["concept"][it.j])
@@ -252,15 +252,17 @@ def iterate(r, a, start):
                 if done < a["iters"]:
                     r.preview(done)
             log.writerow(row)
-            f.flush()
             peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
             bar.set_postfix(loss=f"{it.loss:.2e}", lr=f"{it.lr:.1e}", **peak, refresh=False)
             bar.update()
             if stop or done == a["iters"] or keep and done % keep == 0:
                 r.save(done)
             if stop:
-                print(f"\n{done} iterations are saved; to go on: python train.py --resume --out {r.out}", file=sys.stderr)
-                raise KeyboardInterrupt
+                break
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop:
+        raise UserError(f"stopped after {done} iterations, which are saved; to go on: python train.py --resume --out {r.out}")
 
 
 def train(args):

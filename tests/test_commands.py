@@ -207,7 +207,7 @@ def test_stable_diffusion_without_a_gpu_is_one_sentence():
     (["--model", "toy", "--concept", "star", "star"], "twice"),
     (["--model", "toy", "--concept", "elephant"], "it knows: a, arcadia"),
     (["--model", "toy", "--concept", "star " * 80], "77 tokens"),
-    (["--model", "toy", "--concept", *["a star " * 10, "a moon " * 10, "a red heart " * 10]], "77 tokens"),
+    (["--model", "toy", "--concept", *["a star " * 14, "a moon " * 14, "a red heart " * 9]], "77 tokens"),
     (["--model", "toy", "--concept", "star", "--ema", "1.5"], "--ema"),
     (["--model", "toy", "--concept", "star", "--steps", "1000"], "steps"),
     (["--model", "toy", "--concept", "star", "--device", "cuda"], "--device cuda"),
