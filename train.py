@@ -151,7 +151,7 @@ class Run:
         self.model = model._replace(text_encoder=None, vae=model.vae.to(self.device) if a["preview_every"] else None)
         self.shape = (4, model.resolution // model.vae.factor, model.resolution // model.vae.factor)
         print(f"training {len(names)} tensors, {sum(p.numel() for p in self.theta.values()):,} parameters, on {self.device} "
-              f"({str(self.dtype)[6:]} where frozen)")
+              f"({str(self.dtype)[6:]} where frozen); output: {out}")
 
     def encode_prompts(self, model):
         concepts, joined = self.a["concept"], ", ".join(self.a["concept"])
@@ -229,7 +229,7 @@ class Run:
 
 
 def iterate(r, a, start):
-    """The loop: Algorithm 1 does the work; here are log, bar, previews and checkpoints."""
+    """The loop: Algorithm 1 does the work; here are log, bar, previews and checkpoints. Ctrl-C waits for the iteration's end."""
     method = METHODS[a["method"]]
     iterations = sdd(
         r.student, r.teacher, r.original, r.optimizer, r.scheduler, r.concepts, r.joined, r.c_0, (a["batch_size"], *r.shape),
@@ -237,7 +237,6 @@ def iterate(r, a, start):
         lr_schedule=a["lr_schedule"], warmup=a["warmup"], ema_decay=a["ema"], guidance_scale=a["guidance_scale"],
         preserve=a["preserve"], max_grad_norm=a["max_grad_norm"], loss_scale=1024.0 if r.dtype == torch.float16 else 1.0)
     every, keep, stop = a["preview_every"], a["save_every"], []
-    # Ctrl-C waits for the iteration's end: half of one cannot be gone on with
     handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     with open(r.out / "log.csv", "a", buffering=1, newline="", encoding="utf-8") as f, \
             tqdm(total=a["iters"], initial=start, unit="it", disable=None) as bar:
@@ -267,7 +266,6 @@ def iterate(r, a, start):
 
 def train(args):
     out, a = open_run(args)
-    print(f"output: {out}")
     r = Run(out, a)
     if not args.resume:
         with weights.whole(out / "run.json") as beside:
