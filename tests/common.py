@@ -3,12 +3,11 @@
 A comparison takes no argument (or a name) and returns a relative error or raises AssertionError. test_parity and
 test_sampling ask that each is green; test_mistakes plants historical mistakes and asks that they turn red.
 """
-import json
-import json
 import math
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -18,9 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import clip_text
 import guidance
 import scheduler
+import train
 import unet
 import vae
+from toy import draw
 from toy.pretrain import write_tokenizer
+
+SD_WORDS = " ".join([*train.I2P, *train.PAPER["preview"]]).split()  # what the README asks of Stable Diffusion
 
 # Both sides run the same float32 operations, a few in another order. A rounding is 6e-8; errors of 0 (the same kernels in the
 # same order, bit for bit) to 1e-6 were measured, and the smallest of the mistakes in test_mistakes.py makes 1.4e-4.
@@ -260,13 +263,12 @@ def trajectory_error(kind, steps, s=7.5):
 
 # ------------------------------------------------------------------------------------------------ a model folder
 def write_vocabulary(path, words):
-    """The embedded model's tokenizer, with so many meaningless words more: a large vocabulary spells what it does not know."""
-    size, file = write_tokenizer(path), path / "tokenizer" / "vocab.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {f"w{i}</w>": size + i for i in range(words)}))
-    return size + words
+    """The embedded model's tokenizer with `words` more, each of them one token, as CLIP has them. Returns its size."""
+    with mock.patch.object(draw, "WORDS", tuple(sorted({*draw.WORDS, *words}))):
+        return write_tokenizer(path)
 
 
-def write_model_folder(path, words=0, **unet_sizes):
+def write_model_folder(path, words=(), **unet_sizes):
     """A tiny model with random weights, saved by diffusers itself: 2022's tokenizer files, SD 1.4's scheduler. Returns path."""
     path = Path(path)
     vocab_size = write_vocabulary(path, words)

@@ -17,7 +17,7 @@ from PIL import Image
 import generate
 import train
 import weights
-from common import write_model_folder
+from common import SD_WORDS, write_model_folder
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--iters 6 --warmup 2 --steps 3 --batch-size 2 --save-every 2 --preview-every 3 --preview-steps 2".split()
@@ -182,10 +182,10 @@ def test_killed_and_resumed_is_bit_identical(rows, trained, tmp_path):
 def test_full_size_on_the_cpu(tmp_path):
     """SD 1.4's own sizes and file layout (random weights; 8x8 latents, so that it is quick): a patch of 80 tensors."""
     folder = write_model_folder(
-        tmp_path / "sd", block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, attention_head_dim=8, cross_attention_dim=768,
+        tmp_path / "sd", words=SD_WORDS, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, attention_head_dim=8, cross_attention_dim=768,
         norm_num_groups=32, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
-    status, out, err = command("train.py", "--concept", "a star", "--model", folder, "--device", "cpu", "--iters", 1, "--warmup", 0, "--steps", 2,
+    status, out, err = command("train.py", "--concept", "nudity", "--model", folder, "--device", "cpu", "--iters", 1, "--warmup", 0, "--steps", 2,
                                "--preview-every", 0, "--out", tmp_path / "run")
     assert status == 0, err
     assert "unet: " in out and "686 tensors, 859,520,964 parameters" in out
