@@ -116,7 +116,7 @@ def parse(argv=None):
     parser.add_argument("--model", default="toy")
     parser.add_argument("--patch", action="append", default=[], metavar="NAME=FILE", help="an erased.safetensors; may be repeated")
     parser.add_argument("--limit", type=positive, default=200, help="pictures a figure")
-    parser.add_argument("--scheduler", choices=["ddim", "pndm"], help="default: the model's own")
+    parser.add_argument("--scheduler", choices=["ddim", "pndm"], default="ddim", help="PNDM needs more steps")
     parser.add_argument("--steps", type=positive, default=25)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")

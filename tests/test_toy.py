@@ -144,7 +144,7 @@ def test_exam_asks_for_what_it_counts():
 
 def test_eval_draws_counts_and_writes(tmp_path, capsys):
     """The embedded model as it is: most of what is asked for is drawn (its measured figures are in its model card)."""
-    args = evaluation.parse(["toy", "--limit", "32", "--steps", "12", "--device", "cpu", "--out", str(tmp_path / "o")])
+    args = evaluation.parse(["toy", "--limit", "32", "--steps", "12", "--scheduler", "ddim", "--device", "cpu", "--out", str(tmp_path / "o")])
     assert generate.run(evaluation.evaluate, args) == 0
     row = json.loads((tmp_path / "o" / "results.json").read_text())["rows"][0]
     assert row["model"] == "original"
