@@ -79,6 +79,13 @@ def corner_padding(self, x):
     return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
 
 
+def no_final_norm(self, tokens):
+    x = self.embeddings(tokens)
+    for layer in self.encoder["layers"]:
+        x = layer(x)
+    return x
+
+
 def padded_with_0(tokenizer, prompts, right=clip_text.tokenize):
     ids, cut = right(tokenizer, prompts)
     after_the_end = (ids == tokenizer.eos_token_id).cumsum(1) > 1
@@ -184,7 +191,7 @@ MISTAKES = [
     ("exact gelu", put(clip_text, "quick_gelu", F.gelu), common.text_error),
     ("no causal mask", functional(clip_text, **NO_MASK), common.text_error),
     ("no causal mask: one layer", functional(clip_text, **NO_MASK), common.text_layer_error),
-    ("no final layer norm", put(clip_text.TextModel, "forward", lambda self, tokens: self.encoder(self.embeddings(tokens))),
+    ("no final layer norm", put(clip_text.TextModel, "forward", no_final_norm),
      common.text_error),
     ("CLIP's LayerNorm with eps 1e-6", CLIP_EPS, lambda: common.text_error(gain=3e-3)),
     ("padding with 0", put(clip_text, "tokenize", padded_with_0), common.padding),
