@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import weights
 from clip_text import MAX_TOKENS, tokenize
-from guidance import cfg, sample
+from guidance import GUIDANCE, sample
 from scheduler import SAMPLERS
 from weights import UserError
 
@@ -85,17 +85,19 @@ def noise(shape, seeds):
 
 
 @torch.no_grad()
-def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None):
+def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None, method="sd", c_S=None):
     """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields n pictures, uint8 (size, size, 3).
 
     `unet` may be another than the model's own (an erased one). Runs on the device of its weights; `bar` names a progress bar.
+    `method`, one of GUIDANCE, keeps away from c_S; each batch is a trajectory of its own.
     """
     device, side = c_0.device, (size or model.resolution) // model.vae.factor
     for i in tqdm(range(0, len(seeds), batch_size), bar, unit="batch", disable=None if bar else True):
         part = slice(i, i + batch_size)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):  # cached casts go stale
             z = noise((4, side, side), seeds[part]).to(device)
-            pictures = model.vae.decode(sample(cfg(unet, c_0, c_p[part], guidance_scale), scheduler, z))
+            estimate = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale)
+            pictures = model.vae.decode(sample(estimate, scheduler, z))
         pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         yield from (pictures * 255).round().astype("uint8")
 
@@ -136,8 +138,20 @@ def refuse_used(folder, advice=""):
         raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
 
 
+def avoided(method, texts):
+    """The prompts that a method of GUIDANCE keeps away from: SEGA's one by one, for the others all in one."""
+    if (method == "sd") == bool(texts):
+        raise UserError("--avoid says what --method neg, sld-… or sega keeps away from: name both, or neither.")
+    if not all(text.strip() for text in texts):
+        raise UserError("--avoid has an empty concept: say what to keep away from.")
+    return list(texts) if method == "sega" else [", ".join(texts)] * bool(texts)
+
+
 def generate(args):
     refuse_used(args.out)
+    avoid = avoided(args.method, args.avoid)
+    if args.method == "neg" and args.negative_prompt:
+        raise UserError("--method neg puts --avoid in the place of --negative-prompt: name one of them.")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model = weights.load(args.model, args.revision)
@@ -145,15 +159,17 @@ def generate(args):
     if (args.resolution or 0) % model.vae.factor:
         raise UserError(f"--resolution {args.resolution}: it must be a multiple of {model.vae.factor} for this model.")
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    texts = encode(model, [args.negative_prompt, *args.prompts]).to(device)
+    texts = encode(model, [args.negative_prompt, *args.prompts, *avoid]).to(device)
+    c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
     model.unet.to(device), model.vae.to(device)
     jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
             for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
-    drawn = draw(model, model.unet, texts[:1], texts[1:].repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs],
-                 scheduler, args.guidance_scale, dtype, args.resolution, args.batch_size, "drawing")
+    drawn = draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs], scheduler,
+                 args.guidance_scale, dtype, args.resolution, args.batch_size, "drawing", args.method, c_S)
     pictures, erased = [], f"{args.patch} ({patch.get('concepts')})" if patch else "none"
+    told = {"method": args.method, "avoid": "; ".join(args.avoid)} if avoid else {}
     for job, picture in zip(jobs, drawn):
-        save_png(picture, args.out / job["file"], prompt=job["prompt"], seed=job["seed"], model=model.name, patch=erased)
+        save_png(picture, args.out / job["file"], prompt=job["prompt"], seed=job["seed"], model=model.name, patch=erased, **told)
         pictures.append(picture)
     rows = [pictures[i:i + args.num_images] for i in range(0, len(pictures), args.num_images)]
     save_png(grid(rows, [p if len(p) <= 40 else p[:39] + "…" for p in args.prompts]), args.out / "grid.png")
@@ -184,6 +200,8 @@ def parse(argv=None):
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="takes the place of the empty prompt (NEG)")
+    parser.add_argument("--method", choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
+    parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what to keep away from; sega takes several one by one")
     parser.add_argument("--seed", type=int, default=0, help="image n of a prompt starts from noise seeded with seed + n")
     parser.add_argument("--num-images", type=positive, default=1, help="pictures a prompt")
     parser.add_argument("--resolution", type=positive, help="pixels a side; default: what the model was trained for")

@@ -57,12 +57,19 @@ class PNDM(DDIM):
             e = self._mix()
         alpha, alpha_next = self._alpha(t), self._alpha(t_next)
         scale = alpha * (1 - alpha_next).sqrt() + (alpha * (1 - alpha) * alpha_next).sqrt()
-        return (alpha_next / alpha).sqrt() * z - (alpha_next - alpha) / scale * e  # eq. 11
+        return (alpha_next / alpha).sqrt() * z - (alpha_next - alpha) * e / scale  # eq. 11
 
     def _mix(self):
-        weights = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
-                   4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}[len(self.past)]
-        return sum(w * e for w, e in zip(weights, reversed(self.past)))
+        """Adams-Bashforth of order 1 to 4; written as diffusers writes it, so that a trajectory agrees bit for bit."""
+        match self.past[::-1]:
+            case [e]:
+                return e
+            case [e, e1]:
+                return (3 * e - e1) / 2
+            case [e, e1, e2]:
+                return (23 * e - 16 * e1 + 5 * e2) / 12
+            case [e, e1, e2, e3]:
+                return (1 / 24) * (55 * e - 59 * e1 + 37 * e2 - 9 * e3)
 
 
 SAMPLERS = {"ddim": DDIM, "pndm": PNDM}
