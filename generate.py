@@ -70,13 +70,14 @@ def check_words(model, prompts):
 
 @torch.no_grad()
 def encode(model, prompts):
-    """Prompts -> embeddings (len(prompts), 77, D), on the CPU; prompts that were cut to 77 tokens are told once."""
+    """Prompts -> embeddings (len(prompts), 77, D), on its device; prompts that were cut to 77 tokens are told once."""
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
     if any(cut):
         print(f"{sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; what is beyond is not read: "
               f"{prompts[cut.index(True)][:60]!r}…", file=sys.stderr)
-    return torch.cat([model.text_encoder(part) for part in tokens.split(64)])
+    device = next(model.text_encoder.parameters()).device
+    return torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
 
 
 def noise(shape, seeds):
@@ -85,8 +86,8 @@ def noise(shape, seeds):
 
 
 @torch.no_grad()
-def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None, method="sd", c_S=None):
-    """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields n pictures, uint8 (size, size, 3).
+def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None, method="sd", c_S=None):
+    """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields latents (batch, 4, h, w), n in all.
 
     `unet` may be another than the model's own (an erased one). Runs on the device of its weights; `bar` names a progress bar.
     `method`, one of GUIDANCE, keeps away from c_S; each batch is a trajectory of its own.
@@ -96,8 +97,16 @@ def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=No
         part = slice(i, i + batch_size)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):  # cached casts go stale
             z = noise((4, side, side), seeds[part]).to(device)
-            estimate = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale)
-            pictures = model.vae.decode(sample(estimate, scheduler, z))
+            z = sample(GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale), scheduler, z)
+        yield z
+
+
+@torch.no_grad()
+def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
+    """The same, decoded: yields n pictures, uint8 (size, size, 3)."""
+    for z in draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
+        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            pictures = model.vae.decode(z)
         pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         yield from (pictures * 255).round().astype("uint8")
 
@@ -155,7 +164,7 @@ def generate(args):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model = weights.load(args.model, args.revision)
-    patch = weights.load_patch(args.patch, model.unet) if args.patch else None
+    patch = weights.load_patch(args.patch, model.unet, model.text_encoder) if args.patch else None
     if (args.resolution or 0) % model.vae.factor:
         raise UserError(f"--resolution {args.resolution}: it must be a multiple of {model.vae.factor} for this model.")
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
@@ -165,7 +174,7 @@ def generate(args):
     jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
             for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
     drawn = draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs], scheduler,
-                 args.guidance_scale, dtype, args.resolution, args.batch_size, "drawing", args.method, c_S)
+                 args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing", method=args.method, c_S=c_S)
     pictures, erased = [], f"{args.patch} ({patch.get('concepts')})" if patch else "none"
     told = {"method": args.method, "avoid": "; ".join(args.avoid)} if avoid else {}
     for job, picture in zip(jobs, drawn):

@@ -17,6 +17,7 @@ Where this departs from the paper, or the paper from itself:
 6. A batch (--batch-size) shares one k and one concept. The paper's is 1.
 `roles="official"` follows the authors' script instead: latents from all concepts joined, one concept in turn as c_s, and as
 timestep any integer of the bin that holds the latent's level. Its k = 0 ran all 50 steps by mistake; here it takes none.
+The other trainers are this loop with other choices (losses.METHODS): another loss, another painter, noised pictures for z_t.
 """
 import math
 from typing import NamedTuple
@@ -24,8 +25,8 @@ from typing import NamedTuple
 import torch
 
 import ema
+import losses
 from guidance import cfg, sample
-from losses import preservation
 
 
 class Iteration(NamedTuple):
@@ -33,7 +34,7 @@ class Iteration(NamedTuple):
     loss: float
     lr: float
     grad_norm: float  # before clipping
-    k: int  # denoising steps that z_t has behind it
+    k: int | None  # denoising steps that z_t has behind it; none where it is a noised picture
     j: int  # which concept
 
 
@@ -55,31 +56,41 @@ def draw(roles, scheduler, K, i, generator):
     return k, scheduler.levels[k], int(torch.randint(K, (), generator=generator))
 
 
-def sdd(student, teacher, original, optimizer, scheduler, concepts, joined, c_0, shape, generator, *, loss, latents="teacher",
-        roles="paper", start=0, iters=1500, lr=1e-5, lr_schedule="cosine", warmup=500, ema_decay=0.999,
-        guidance_scale=3.0, preserve=0.0, max_grad_norm=1.0, loss_scale=1.0):
-    """Runs iterations `start` .. `iters` − 1 and yields an Iteration after each; the models change in place.
+def half_drawn(painter, scheduler, concepts, joined, c_0, shape, generator, roles="paper", guidance_scale=3.0, c_a=None):
+    """Algorithm 1's z_t: a function of the iteration's number that returns what the loss takes, k and j.
 
-    student, teacher, original: UNets that share every tensor the optimizer does not hold (`ema.twin`). concepts (K, 77, D),
-    joined and c_0 (1, 77, D): prompt embeddings. shape: of the latents, (B, 4, h, w). generator: a CPU generator, the only
-    source of randomness. `latents` names the model that draws z_t. `loss_scale`: for gradients in float16.
+    painter: the UNet that draws, the teacher in SDD. concepts (K, 77, D), joined and c_0 (1, 77, D): prompt embeddings. shape: of
+    the latents, (B, 4, h, w). generator: a CPU generator, the only source of randomness. c_a (1, 77, D): the alternative's prompt.
     """
-    theta = [p for group in optimizer.param_groups for p in group["params"]]
-    name_of = {id(p): name for name, p in student.named_parameters()}
-    theta_ema = [teacher.get_parameter(name_of[id(p)]) for p in theta]
-    painter = {"teacher": teacher, "student": student, "original": original}[latents]
-    device, B = c_0.device, shape[0]
-    c_0 = c_0.expand(B, -1, -1)
-    for i in range(start, iters):
-        z_T = torch.randn(shape, generator=generator).to(device)
+    def latents(i):
+        z_T = torch.randn(shape, generator=generator).to(c_0.device)
         k, t, j = draw(roles, scheduler, len(concepts), i, generator)
-        one, every = concepts[j:j + 1].expand(B, -1, -1), joined.expand(B, -1, -1)
-        c_p, c_s = (every, one) if roles == "official" else (one, every)
+        c_p, c_s = (joined, concepts[j:j + 1]) if roles == "official" else (concepts[j:j + 1], joined)
         with torch.no_grad():
             z_t = sample(cfg(painter, c_0, c_p, guidance_scale), scheduler, z_T, k)
-        value = loss(student, original, z_t, t, c_s, c_0)
+        more = {} if c_a is None else {"c_a": c_a.expand(len(z_t), -1, -1)}
+        return dict(z_t=z_t, t=t, c_s=c_s.expand(len(z_t), -1, -1), **more), k, j
+
+    return latents
+
+
+def sdd(student, original, optimizer, theta_ema, latents, c_0, *, loss, start=0, iters=1500, lr=1e-5, lr_schedule="cosine", warmup=500,
+        ema_decay=0.999, preserve=0.0, prior=0.0, max_grad_norm=1.0, loss_scale=1.0):
+    """Runs iterations `start` .. `iters` − 1 and yields an Iteration after each; the models change in place.
+
+    student, original: UNets that share every tensor the optimizer does not hold. theta_ema: the averages θ*, beside the optimizer's
+    parameters θ, in their order. latents: `half_drawn`, or `anchors.noised` for Ablating Concepts. c_0 (1, 77, D): the empty
+    prompt. loss: one of losses.METHODS. loss_scale: for gradients in float16.
+    """
+    theta = [p for group in optimizer.param_groups for p in group["params"]]
+    for i in range(start, iters):
+        x, k, j = latents(i)
+        x |= dict(e=student, e_original=original, c_0=c_0.expand(len(x["z_t"]), -1, -1))
+        value = loss(**x)
         if preserve:
-            value = value + preserve * preservation(student, original, z_t, t, c_0)
+            value = value + preserve * losses.preservation(**x)
+        if prior:
+            value = value + prior * losses.prior(**x)
         (loss_scale * value).backward()
         torch._foreach_div_([p.grad for p in theta], loss_scale)
         grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf)

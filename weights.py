@@ -252,10 +252,11 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-def load_patch(file, unet):
-    """Puts the tensors of a patch into `unet`; returns the patch's metadata. UserError if it is made for another base."""
+def load_patch(file, *modules):
+    """Puts a patch's tensors into those of `modules` (the UNet; the text encoder, whose names all begin with "text_model.") that have
+    them; returns its metadata. UserError if it is made for another base."""
     tensors, metadata = read(file)
-    own = unet.state_dict()
+    own = {name: x for module in modules for name, x in module.state_dict().items()}
     for name, x in tensors.items():
         if name not in own or own[name].shape != x.shape:
             raise UserError(f"{file}: {name} {tuple(x.shape)} does not fit this model; it was made for {metadata.get('model')}.")

@@ -14,9 +14,11 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+import anchors
 import generate
 import train
 import weights
+from losses import TRAIN_PARAMS
 from common import SD_WORDS, write_model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +137,51 @@ def test_what_training_leaves(trained):
     assert tensors and all(".attn2." in name for name in tensors)
 
 
+@pytest.mark.parametrize("words", [
+    ["--method", "esd-x", "--latents", "original"], ["--method", "esd-u"], ["--method", "ablate-noise", "--anchor", "circle", "--train-params", "full"],
+    ["--method", "ablate", "--anchor", "circle", "--prior", "1", "--detach-start"], ["--method", "all-but-one", "--anchor", "circle"],
+    ["--method", "all-but-one", "--quantile", "0.9"], ["--loss", f"{ROOT / 'losses.py'}:esd_loss"]], ids=" ".join)
+def test_the_other_trainers(words, tmp_path):
+    assert run(train, "--model", "toy", "--concept", "star", *SHORT[:8], "--preview-every", 0, "--anchor-images", 3, *words, "--out", tmp_path / "o") == 0
+    tensors, metadata = weights.read(tmp_path / "o" / "erased.safetensors")
+    method, options = metadata["method"], json.loads(metadata["args"])
+    unet = weights.load("toy").unet
+    assert set(tensors) == {name for name, _ in unet.named_parameters() if TRAIN_PARAMS[options["train_params"]](name)}
+    assert method in words or method == "sdd"
+    before = dict(unet.named_parameters())
+    assert any(not torch.equal(x, before[name]) for name, x in tensors.items())
+    assert run(generate, "a star", "--model", "toy", "--patch", tmp_path / "o" / "erased.safetensors", "--steps", 2, "--out", tmp_path / "p") == 0
+
+
+def test_ablating_trains_the_concepts_rows_only(tmp_path):
+    """And resumes: the anchor's pictures are made once, and their latents kept."""
+    words = ["--model", "toy", "--concept", "star", "--method", "ablate", "--anchor", "circle", "--train-params", "embedding", *SHORT, "--anchor-images", 3]
+    assert run(train, *words, "--out", tmp_path / "o") == 0
+    (name, after), = weights.read(tmp_path / "o" / "erased.safetensors")[0].items()
+    model = weights.load("toy")
+    changed = (after != model.text_encoder.get_parameter(name)).any(1).nonzero().flatten().tolist()
+    assert changed == model.tokenizer("star", add_special_tokens=False).input_ids
+    kept = weights.read(tmp_path / "o" / "anchors.safetensors")[0]["z_0"]
+    assert kept.shape == (3, 4, 16, 16) and not torch.equal(kept[0], kept[1])
+    for batch, patch in enumerate((["--patch", tmp_path / "o" / "erased.safetensors"], [])):
+        assert run(generate, "a star", "--model", "toy", *patch, "--steps", 4, "--device", "cpu", "--out", tmp_path / str(batch)) == 0
+    assert not np.array_equal(pictures(tmp_path / "0"), pictures(tmp_path / "1"))
+    (tmp_path / "o" / "erased.safetensors").rename(tmp_path / "whole.safetensors")
+    (tmp_path / "o" / "checkpoint.safetensors").unlink()
+    assert run(train, "--resume", "--out", tmp_path / "o") == 0
+    assert torch.equal(weights.read(tmp_path / "o" / "erased.safetensors")[0][name], after)
+
+
+def test_anchor_prompts():
+    pairs = anchors.prompt_pairs(["grumpy cat"], ["cat"], ["a cat on a mat", "the cat, sleeping"])
+    assert pairs == [(0, "a cat on a mat", "a grumpy cat on a mat"), (0, "the cat, sleeping", "the grumpy cat, sleeping")]
+    assert anchors.prompt_pairs(["star", "moon"], ["circle"], []) == [(0, "circle", "star"), (1, "circle", "moon")]
+    assert anchors.prompt_pairs(["Van Gogh"], [], ["a lake", "a hill"]) == [
+        (0, "a lake", "a lake, in the style of Van Gogh"), (0, "a hill", "in Van Gogh's style, a hill")]
+    with pytest.raises(weights.UserError, match="'dog'.*'a cat'"):
+        anchors.prompt_pairs(["wolf"], ["dog"], ["a cat"])
+
+
 def test_patch_fits_diffusers_and_changes_nothing_else(trained):
     theirs = UNet2DConditionModel.from_pretrained(weights.TOY / "unet")
     before = {name: x.clone() for name, x in theirs.state_dict().items()}
@@ -209,6 +256,16 @@ def test_stable_diffusion_without_a_gpu_is_one_sentence():
     (["--model", "toy", "--concept", "star " * 80], "77 tokens"),
     (["--model", "toy", "--concept", *["a star " * 14, "a moon " * 14, "a red heart " * 9]], "77 tokens"),
     (["--model", "toy", "--concept", "star", "--ema", "1.5"], "--ema"),
+    (["--model", "toy", "--concept", "star", "--method", "ablate"], "what to show instead"),
+    (["--model", "toy", "--concept", "star", "--method", "ablate", "--anchor", "a", "b"], "--anchor takes"),
+    (["--model", "toy", "--concept", "star", "--method", "ablate", "--anchor-prompts", "none.txt"], "none.txt"),
+    (["--model", "toy", "--concept", "star", "--anchor", "circle", "--prior", "1"], "no use for --prior, --anchor"),
+    (["--model", "toy", "--concept", "star", "--train-params", "embedding"], "no use for --train-params embedding"),
+    (["--model", "toy", "--concept", "star", "--method", "ablate", "--anchor", "circle", "--latents", "teacher"], "no use for --latents"),
+    (["--model", "toy", "--concept", "star", "--preset", "fast", "--method", "esd-x"], "SDD's"),
+    (["--model", "toy", "--concept", "star", "--loss", "none.py:loss"], "none.py"),
+    (["--model", "toy", "--concept", "star", "--loss", "losses"], "FILE.py:FUNCTION"),
+    (["--model", "toy", "--concept", "star", "--loss", f"{ROOT / 'losses.py'}:nothing"], "nothing"),
     (["--model", "toy", "--concept", "star", "--steps", "1000"], "steps"),
     (["--model", "toy", "--concept", "star", "--device", "cuda"], "--device cuda"),
     (["--model", "toy", "--concept", "star", "--device", "abacus"], "abacus"),

@@ -1,0 +1,57 @@
+"""What a training run shows of itself: gap and drift, preview grids, before and after, the film of student and teacher."""
+import numpy as np
+import torch
+from PIL import Image
+
+from generate import draw, encode, grid, noise, save_png
+from guidance import cfg, sample
+
+SEED = 1000  # of the first preview prompt; the next ones count on
+
+
+@torch.no_grad()
+def measure(r):
+    """gap = mean |e(c_s) − e(c_0)|² and drift = mean |e(c_0) − e°(c_0)|² of student and teacher, on fixed latents that the
+    original drew to a quarter, half and three quarters. The loss does not see drift: student and target can move together."""
+    T, z_T, figures = r.a["steps"], noise(r.shape, (0, 1)).to(r.device), {}
+    for k in {max(1, T // 4), max(1, T // 2), max(1, 3 * T // 4)}:
+        z = sample(cfg(r.original.unet, r.c_0, r.joined, r.a["guidance_scale"]), r.scheduler, z_T, k)
+        t, c_0 = r.scheduler.levels[k], r.c_0.expand(2, -1, -1)
+        before = r.original.unet(z, t, c_0)
+        for name, net in (("student", r.student), ("teacher", r.teacher)):
+            c_s = texts(r, net, [", ".join(r.a["concept"])]) if r.reads else r.joined
+            e_0, e_s = net.unet(z, t, c_0), net.unet(z, t, c_s.expand(2, -1, -1))
+            for key, d in ((f"gap_{name}", e_s - e_0), (f"drift_{name}", e_0 - before)):
+                figures.setdefault(key, []).append(d.float().square().mean().item())
+    return {key: float(np.mean(values)) for key, values in figures.items()}
+
+
+def texts(r, net, prompts):
+    """Embeddings by the text encoder of `net`: the three have one each where it is trained."""
+    return encode(net, prompts).to(r.device)
+
+
+def pictures(r, net):
+    """The preview prompts' pictures by one of the three models: same seeds, whichever it is."""
+    c_p, seeds = texts(r, net, r.a["preview"]) if r.reads else r.previews, range(SEED, SEED + len(r.a["preview"]))
+    return [*draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
+
+
+def preview(r, i):
+    """previews/i.png: rows prompts, columns original, student, teacher; and a frame of the film, the first prompt's."""
+    if not r.before:
+        r.before = pictures(r, r.original)
+    student, teacher = pictures(r, r.student), pictures(r, r.teacher)
+    sheet = grid(list(zip(r.before, student, teacher)), r.a["preview"], ["original", "student", "teacher"])
+    save_png(sheet, r.out / "previews" / f"{i:06d}.png", iteration=i)
+    save_png(np.concatenate([student[0], teacher[0]]), r.out / "film" / f"{i:06d}.png", iteration=i)
+    return student, teacher
+
+
+def finish(r, output):
+    """before_after.png, after by `output` ("teacher" or "student"), and film.png from the frames."""
+    after = dict(zip(("student", "teacher"), preview(r, r.a["iters"])))[output]
+    save_png(grid(list(zip(r.before, after)), r.a["preview"], ["before", "after"]), r.out / "before_after.png")
+    files = sorted((r.out / "film").glob("*.png"))
+    frames = [np.split(np.asarray(Image.open(file)), 2) for file in files]
+    save_png(grid(list(zip(*frames)), ["student", "teacher"], [str(int(f.stem)) for f in files]), r.out / "film.png")

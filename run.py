@@ -1,0 +1,113 @@
+"""What a training run is made of: three models that share what is not trained, the prompts' embeddings, the optimizer, checkpoints."""
+import json
+import platform
+
+import torch
+import transformers
+
+import anchors
+import ema
+import weights
+from clip_text import tokenize
+from generate import encode, make_scheduler, pick_device, pick_dtype
+from losses import METHODS, TRAIN_PARAMS
+from sdd import half_drawn
+from weights import UserError
+
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+EMBEDDING = "text_model.embeddings.token_embedding.weight"
+
+
+class Run:
+    """`a`: the settled arguments of train.py. Everything that an iteration needs, and what a checkpoint has to hold."""
+
+    def __init__(self, out, a):
+        self.out, self.a = out, a
+        self.device = pick_device(a["device"])
+        self.dtype = pick_dtype(a["dtype"], self.device)
+        model = weights.load(a["model"], a["revision"])
+        for text in [*a["concept"], ", ".join(a["concept"])]:
+            if len(model.tokenizer(text, verbose=False).input_ids) > model.tokenizer.model_max_length:
+                raise UserError(f"A concept has to fit 77 tokens, all of them joined too: {text[:60]!r}… does not.")
+        self.scheduler = make_scheduler(model.scheduler, a["steps"], "ddim")
+        self.preview_scheduler = make_scheduler(model.scheduler, a["preview_steps"], "ddim")
+        self.shape = (4, model.resolution // model.vae.factor, model.resolution // model.vae.factor)
+        self.before, self.generator = None, torch.Generator("cpu").manual_seed(a["seed"])
+        self.split(model)
+        c_s = self.encode_prompts()
+        self.latents = self.noised_anchors(c_s) if a["latents"] == "anchor" else half_drawn(
+            getattr(self, a["latents"]).unet, self.scheduler, self.concepts, self.joined, self.c_0, (a["batch_size"], *self.shape),
+            self.generator, a["roles"], a["guidance_scale"], c_a=self.anchor)
+        print(f"training {len(self.theta)} tensors, {sum(p.numel() for p in self.theta.values()):,} parameters, on {self.device} "
+              f"({str(self.dtype)[6:]} where frozen); output: {out}")
+
+    def split(self, model):
+        """student, teacher and original, which share all that is not trained; θ, θ* and the optimizer. `reads`: is the text encoder
+        trained? Otherwise it is let go once the prompts are encoded."""
+        a, parts = self.a, (model.unet, model.text_encoder)
+        theta = {name: p for part in parts for name, p in part.named_parameters() if TRAIN_PARAMS[a["train_params"]](name)}
+        self.reads = any(name.startswith("text_model.") for name in theta)
+        self.base = weights.fingerprint(theta)
+        for name, p in model.unet.named_parameters():
+            p.data = p.data.to(self.device, torch.float32 if name in theta else self.dtype)
+        model.text_encoder.to(self.device), model.vae.to(self.device)
+        names = [[name for name, _ in part.named_parameters() if name in theta] for part in parts]
+        self.student = model
+        self.teacher, self.original = (model._replace(unet=ema.twin(model.unet, names[0]), text_encoder=ema.twin(model.text_encoder, names[1]))
+                                       for _ in range(2))
+        averages = dict(self.teacher.unet.named_parameters()) | dict(self.teacher.text_encoder.named_parameters())
+        self.theta = {name: p.requires_grad_() for name, p in theta.items()}
+        self.theta_ema = {name: averages[name] for name in theta}
+        decay = 0.0 if self.reads else a["weight_decay"]  # it would shrink the rows of words that are not trained
+        self.optimizer = torch.optim.AdamW(self.theta.values(), a["lr"], betas=(0.9, 0.999), weight_decay=decay)
+
+    def encode_prompts(self):
+        """c_0, the concepts one by one and joined, the previews; for Ablating the anchor's prompts. Returns how the latter reach the loss."""
+        a, joined = self.a, ", ".join(self.a["concept"])
+        K, pictures = len(a["concept"]), a["latents"] == "anchor"
+        self.pairs = anchors.prompt_pairs(a["concept"], a["anchor"], a["anchor_prompts"]) if pictures else []
+        shown, asked = [pair[1] for pair in self.pairs] or [", ".join(a["anchor"])], [pair[2] for pair in self.pairs]
+        texts = encode(self.student, ["", joined, *a["concept"], *a["preview"], *shown, *asked])
+        self.c_0, self.joined, self.concepts, self.previews, self.anchor, c_s = texts.split([1, 1, K, len(a["preview"]), len(shown), len(asked)])
+        if not self.reads:
+            self.student, self.teacher, self.original = (net._replace(text_encoder=None) for net in (self.student, self.teacher, self.original))
+            return lambda which: c_s[which]
+        rows = torch.zeros(len(self.theta[EMBEDDING]), 1, device=self.device)
+        rows[[i for text in a["concept"] for i in self.student.tokenizer(text, add_special_tokens=False).input_ids]] = 1
+        self.theta[EMBEDDING].register_hook(lambda grad: grad * rows)
+        tokens = tokenize(self.student.tokenizer, asked)[0].to(self.device)
+        return lambda which: self.student.text_encoder(tokens[which])
+
+    def noised_anchors(self, c_s):
+        a = self.a
+        z_0 = anchors.make(self.out / "anchors.safetensors", self.original, self.c_0, self.anchor, self.scheduler, a["anchor_images"],
+                           a["guidance_scale"], self.dtype, a["seed"])
+        if a["detach_start"]:
+            anchors.detach_start(self.student.unet)
+        return anchors.noised(z_0, [pair[0] for pair in self.pairs], c_s, self.anchor, self.scheduler, a["batch_size"], self.generator)
+
+    def checkpoint_groups(self, generator_state):
+        return {"student": self.theta, "teacher": self.theta_ema, "generator": {"state": generator_state}}
+
+    def save(self, done):
+        groups = self.checkpoint_groups(self.generator.get_state())
+        weights.save_checkpoint(self.out / "checkpoint.safetensors", groups, self.optimizer, {"iterations": str(done)})
+
+    def restore(self):
+        """The number of iterations that are done, after putting everything back as it was then."""
+        file, log = self.out / "checkpoint.safetensors", self.out / "log.csv"
+        done, state = 0, self.generator.get_state()
+        if file.exists():
+            done = int(weights.load_checkpoint(file, self.checkpoint_groups(state), self.optimizer)["iterations"])
+            self.generator.set_state(state)
+        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)[:done + 1] if log.exists() else []
+        with weights.whole(log) as beside:  # rows past the checkpoint are made again
+            beside.write_text("".join(rows), encoding="utf-8")
+        return done
+
+    def export(self):
+        """erased.safetensors: the trained tensors of student or teacher, and what they are."""
+        output = {"teacher": self.theta_ema, "student": self.theta}[METHODS[self.a["method"]].output]
+        metadata = {"model": self.a["model"], "concepts": ", ".join(self.a["concept"]), "method": self.a["method"],
+                    "base_fingerprint": self.base, "args": json.dumps(self.a), "versions": json.dumps(VERSIONS)}
+        weights.save(self.out / "erased.safetensors", output, metadata)
