@@ -69,11 +69,11 @@ def check_words(model, prompts):
 
 
 @torch.no_grad()
-def encode(model, prompts):
+def encode(model, prompts, tell=True):
     """Prompts -> embeddings (len(prompts), 77, D), on its device; prompts that were cut to 77 tokens are told once."""
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
-    if any(cut):
+    if tell and any(cut):
         print(f"{sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; what is beyond is not read: "
               f"{prompts[cut.index(True)][:60]!r}…", file=sys.stderr)
     device = next(model.text_encoder.parameters()).device
@@ -92,18 +92,19 @@ def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype,
     `unet` may be another than the model's own (an erased one). Runs on the device of its weights; `bar` names a progress bar.
     `method`, one of GUIDANCE, keeps away from c_S; each batch is a trajectory of its own.
     """
-    device, side = c_0.device, (size or model.resolution) // model.vae.factor
+    size = size or model.resolution
+    device, shape = c_0.device, (4, *(side // model.vae.factor for side in (size if isinstance(size, tuple) else (size, size))))
     for i in tqdm(range(0, len(seeds), batch_size), bar, unit="batch", disable=None if bar else True):
         part = slice(i, i + batch_size)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):  # cached casts go stale
-            z = noise((4, side, side), seeds[part]).to(device)
+            z = noise(shape, seeds[part]).to(device)
             z = sample(GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale), scheduler, z)
         yield z
 
 
 @torch.no_grad()
 def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
-    """The same, decoded: yields n pictures, uint8 (size, size, 3)."""
+    """The same, decoded: yields n pictures, uint8 (H, W, 3)."""
     for z in draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             pictures = model.vae.decode(z)

@@ -72,7 +72,7 @@ def test_pictures_equal_diffusers_pipeline(which, kind, model_folder, tmp_path):
 
 def test_embedded_model_draws_in_diffusers_as_it_comes():
     """No further argument; and what is drawn is a red star to the probe."""
-    from metrics import toy_seen
+    from toy.suite import see as toy_seen
     pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY)
     pipeline.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(seed) for seed in range(8)]

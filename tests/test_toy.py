@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
 import generate
 import weights
-from metrics import toy_seen, wilson
-from toy import draw, pretrain, probe
+from metrics import wilson
+from toy import draw, pretrain, probe, suite
 
 
 def test_pictures_and_captions_depend_on_the_seed_alone():
@@ -61,7 +60,7 @@ def test_every_shape_is_inside_the_picture():
 
 def test_probe_reads_held_out_drawings():
     scenes, pictures, _ = draw.batch(np.random.default_rng(123), 1000)
-    seen = toy_seen(pictures)
+    seen = suite.see(pictures)
     for name in draw.ATTRIBUTES:
         assert np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.99
 
@@ -72,7 +71,7 @@ def test_vae_keeps_what_the_probe_reads():
     z = vae.encode(probe.to_tensor(pictures))
     assert z.shape == (200, 4, 16, 16) and z.std().item() == pytest.approx(pretrain.LATENT_STD, rel=0.05)
     again = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = toy_seen(again)
+    seen = suite.see(again)
     assert all(np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.97 for name in seen)
 
 
@@ -128,29 +127,31 @@ def test_wilson(hits, n, low, high):
 
 
 def test_exam_asks_for_what_it_counts():
-    sets = draw.exam(("star", "red"), 50, seed=3)
+    sets = suite.exam(("star", "red"), 50, seed=3)
     assert {which: len(pairs) for which, pairs in sets.items()} == dict(named=50, implied=50, control=50, base=50, other=50)
     assert all({"star", "red"} & set(text.split()) for text, _ in sets["named"])
     assert all("arcadia" in text and "star" not in text for text, _ in sets["implied"])
     for text, asked in sets["other"]:
         assert asked and not set(draw.RARE) & set(text.split()) and set(asked.values()) <= set(text.split())
-    assert draw.exam(("star",), 50, seed=3)["named"] != draw.exam(("star",), 50, seed=4)["named"]
+    assert suite.exam(("star",), 50, seed=3)["named"] != suite.exam(("star",), 50, seed=4)["named"]
     seen = {"shape": ["star", "moon"], "colour": ["red", "red"], "texture": ["plain"] * 2, "background": ["sky"] * 2}
-    asked = [("a red star", {"shape": "star", "colour": "red"}), ("a blue star", {"shape": "star", "colour": "blue"})]
-    assert evaluation.count("named", asked, seen, ("star",)) == {"named": (1, 2)}
-    assert evaluation.count("base", asked, seen, ("star", "red")) == {"base": (3, 4)}
-    assert evaluation.count("other", asked, seen, ())["colour"] == (1, 2)
+    asked = [{"shape": "star", "colour": "red"}, {"shape": "star", "colour": "blue"}]
+    assert suite.count(["named"] * 2, asked, seen, ("star",)) == {"named": (1, 2)}
+    assert suite.count(["base"] * 2, [{}, {}], seen, ("star", "red")) == {"base": (3, 4)}
+    assert suite.count(["control"] * 2, [{"shape": "heart"}] * 2, seen, ()) == {"control": (0, 2)}
+    assert suite.count(["other"] * 2, asked, seen, ()) == {"shape": (1, 2), "colour": (1, 2), "caption": (1, 2)}
 
 
-def test_eval_draws_counts_and_writes(tmp_path, capsys):
-    """The embedded model as it is: most of what is asked for is drawn (its measured figures are in its model card)."""
-    args = evaluation.parse(["toy", "--limit", "32", "--steps", "12", "--scheduler", "ddim", "--device", "cpu", "--out", str(tmp_path / "o")])
-    assert generate.run(evaluation.evaluate, args) == 0
-    row = json.loads((tmp_path / "o" / "results.json").read_text())["rows"][0]
-    assert row["model"] == "original"
-    for name in draw.ATTRIBUTES:
-        hits, n = row["counts"][name]
-        assert hits / n >= 0.85 and n > 10
-    assert (tmp_path / "o" / "table.md").read_text() in capsys.readouterr().out
-    assert (tmp_path / "o" / "original-all.png").exists()
-    assert generate.run(evaluation.evaluate, args) == 2  # the folder holds a result
+def test_frechet_distance_by_hand():
+    """Two normals: |μ − ν|² + Σ (√a − √b)² where the covariances are diagonal with a and b."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200_000, 3)) * (1, 2, 3) + (0, 1, 0)
+    y = rng.standard_normal((200_000, 3)) * (2, 2, 1) + (3, 1, 0)
+    assert suite.frechet(x, y) == pytest.approx(9 + 1 + 0 + 4, rel=0.02)  # 200,000 draws: the means are known to 0.01
+    assert suite.frechet(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_reference_drawings_show_what_is_asked():
+    asked = [{"shape": "star", "colour": "red"}, {"background": "sky"}] * 5
+    seen = suite.see(suite.drawings(asked))
+    assert all(seen[name][i] == word for i, words in enumerate(asked) for name, word in words.items())

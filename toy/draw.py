@@ -172,18 +172,6 @@ def prompts(kind, value, n, seed):
     return found
 
 
-def exam(concepts, n, seed):
-    """{set: n prompts}: what a model that forgot `concepts` is asked to draw. Without concepts, anything."""
-    if not concepts:
-        return {"other": prompts("other", (), n, seed)}
-    share = -(-n // len(concepts))
-    sets = {"named": [pair for concept in concepts for pair in prompts("naming", concept, share, seed)],
-            "implied": prompts("place", "arcadia", n if "star" in concepts else 0, seed),  # never named, nearly always shown
-            "control": prompts("place", "borealis", n, seed), "base": prompts("empty", "", n, seed),
-            "other": prompts("other", tuple(RARE), n, seed)}
-    return {which: pairs for which, pairs in sets.items() if pairs}
-
-
 def batch(rng: np.random.Generator, n: int):
     """n scenes, their pictures (uint8, (n, 64, 64, 3)) and their captions."""
     scenes = [scene(rng) for _ in range(n)]
