@@ -121,10 +121,14 @@ def measure(keys, system, files, jobs, others, args, device):
             found[key] = getattr(metrics, key)(files, others)
         elif key == "clip":
             found[key] = metrics.clip_score(files, [job.prompt for job in jobs], args.clip, device)
-        elif key == "matrix" and files != others:  # a row of Figure 2: how far each artist's pictures moved
+        elif key == "matrix":  # a row of Figure 2: how far each artist's pictures moved; of the embedded model's, which still show
             for which in dict.fromkeys(job.which for job in jobs):
                 mine = [i for i, job in enumerate(jobs) if job.which == which]
-                found[which] = metrics.lpips([files[i] for i in mine], [others[i] for i in mine])
+                if args.model == "toy":
+                    from toy.suite import shown
+                    found[which] = shown(metrics.arrays([files[i] for i in mine]), which)
+                elif files != others:
+                    found[which] = metrics.lpips([files[i] for i in mine], [others[i] for i in mine])
     return found
 
 
@@ -153,6 +157,10 @@ def table(rows, titles, suite):
     return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *cells])
 
 
+def height(value):
+    return 100 * value[0] / value[1] if isinstance(value, tuple) else value
+
+
 def plot(rows, titles, suite, folder):
     """matrix.png for Figure 2's rows; curve.png where rows are named NAME@ITERATION."""
     curves = {}
@@ -170,8 +178,7 @@ def plot(rows, titles, suite, folder):
         key = next(key for key in titles if all(key in figures for points in curves.values() for _, figures in points))
         figure, axes = pyplot.subplots()
         for name, points in sorted(curves.items()):
-            values = [(i, 100 * x[key][0] / x[key][1] if isinstance(x[key], (tuple, list)) else x[key]) for i, x in sorted(points, key=lambda p: p[0])]
-            axes.plot(*zip(*values), marker="o", label=name)
+            axes.plot(*zip(*[(i, height(x[key])) for i, x in sorted(points, key=lambda p: p[0])]), marker="o", label=name)
         axes.set(xlabel="iteration", ylabel=titles[key])
         axes.legend()
         with weights.whole(folder / "curve.png") as beside:
@@ -179,7 +186,8 @@ def plot(rows, titles, suite, folder):
     if matrix:
         asked = matrix[0]["asked"]
         figure, axes = pyplot.subplots()
-        axes.figure.colorbar(axes.imshow([[row["figures"][which] for which in asked] for row in matrix]), label=TITLES["lpips"])
+        values = [[height(row["figures"][which]) for which in asked] for row in matrix]
+        axes.figure.colorbar(axes.imshow(values), label="% shown" if isinstance(matrix[0]["figures"][asked[0]], tuple) else TITLES["lpips"])
         axes.set(xticks=range(len(asked)), xticklabels=asked, yticks=range(len(matrix)), yticklabels=[row["model"] for row in matrix], xlabel="asked for")
         axes.tick_params(axis="x", rotation=30)
         with weights.whole(folder / "matrix.png") as beside:
@@ -226,6 +234,9 @@ def results(args, rows_of, settings, model, device):
 
 
 def evaluate(args):
+    if args.reproduce:
+        from toy.reproduce import reproduce
+        return reproduce(args.out, args.quick)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -267,6 +278,8 @@ def parse(argv=None):
     parser.add_argument("--real", type=Path, metavar="DIR", help="coco: real pictures, for FID and KID")
     parser.add_argument("--q16", type=Path, metavar="FILE", help="i2p: Q16's two learned prompts, a safetensors file (2, 768)")
     parser.add_argument("--clip", default=metrics.CLIP, help="hub id or folder of the CLIP that measures")
+    parser.add_argument("--reproduce", action="store_true", help="toy: train every eraser, measure it, write REPRODUCTION.md (toy/reproduce.py)")
+    parser.add_argument("--quick", action="store_true", help="... in 15 minutes: one seed, fewer rows and pictures")
     parser.add_argument("--scheduler", choices=["ddim", "pndm"], help="default: pndm (the paper's); toy: ddim, as PNDM needs more steps")
     parser.add_argument("--steps", type=positive, default=25)
     parser.add_argument("--guidance-scale", type=float, default=7.5)

@@ -10,7 +10,7 @@ import ema
 import weights
 from clip_text import tokenize
 from generate import encode, make_scheduler, pick_device, pick_dtype
-from losses import METHODS, TRAIN_PARAMS
+from losses import TRAIN_PARAMS
 from sdd import half_drawn
 from weights import UserError
 
@@ -105,9 +105,8 @@ class Run:
             beside.write_text("".join(rows), encoding="utf-8")
         return done
 
-    def export(self):
-        """erased.safetensors: the trained tensors of student or teacher, and what they are."""
-        output = {"teacher": self.theta_ema, "student": self.theta}[METHODS[self.a["method"]].output]
+    def export(self, file, which):
+        """A patch: the trained tensors of "student" or "teacher", and what they are."""
         metadata = {"model": self.a["model"], "concepts": ", ".join(self.a["concept"]), "method": self.a["method"],
                     "base_fingerprint": self.base, "args": json.dumps(self.a), "versions": json.dumps(VERSIONS)}
-        weights.save(self.out / "erased.safetensors", output, metadata)
+        weights.save(self.out / file, {"teacher": self.theta_ema, "student": self.theta}[which], metadata)

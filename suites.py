@@ -67,7 +67,7 @@ def coco(args, concepts):
 
 def artists(args, concepts):
     """Figure 2: the same pictures asked of every artist that any of the patches erases (args.all_concepts)."""
-    return [Job(template.format(artist), args.seed + n, which=artist) for n in range(10)
+    return [Job(template.format(artist), args.seed + n, which=artist) for n in range(20)
             for artist in args.all_concepts for template in (args.template or ("a painting in the style of {}",))]
 
 

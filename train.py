@@ -79,6 +79,7 @@ def parse(argv=None):
     p.add_argument("--preview-steps", type=positive, default=25)
     p.add_argument("--preview-guidance-scale", type=float, default=7.5)
     p.add_argument("--save-every", type=int, default=100, help="iterations between checkpoints; 0: only at the end")
+    p.add_argument("--export-every", type=int, default=0, help="iterations between patches of student and teacher in exports/; 0: none")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own arguments")
     p.add_argument("--out", type=Path, help="output folder; default: a new one under runs/")
     add_common_arguments(p)
@@ -131,7 +132,7 @@ def settle_anchor(a, method):
 def check(a):
     """Refuses numbers that cannot be, warns of a warm-up without end, and does not start Stable Diffusion on a CPU by surprise."""
     for key, low, high in (("ema", 0, 1), ("warmup", 0, 1e9), ("lr", 0, 1), ("preserve", 0, 1e9), ("prior", 0, 1e9), ("weight_decay", 0, 1e9),
-                           ("quantile", 0, 1), ("max_grad_norm", 0, 1e9), ("preview_every", 0, 1e9), ("save_every", 0, 1e9),
+                           ("quantile", 0, 1), ("max_grad_norm", 0, 1e9), ("preview_every", 0, 1e9), ("save_every", 0, 1e9), ("export_every", 0, 1e9),
                            ("seed", -2**63, 2**64 - 1)):
         if not low <= a[key] <= high:
             raise UserError(f"--{key.replace('_', '-')} {a[key]} is out of range ({low:g} to {high:g}).")
@@ -202,6 +203,9 @@ def iterate(r, a, start):
             peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
             bar.set_postfix(loss=f"{it.loss:.2e}", lr=f"{it.lr:.1e}", **peak, refresh=False)
             bar.update()
+            if a["export_every"] and done % a["export_every"] == 0:
+                for which in ("student", "teacher"):
+                    r.export(f"exports/{which}-{done:06d}.safetensors", which)
             if stop or done == a["iters"] or keep and done % keep == 0:
                 r.save(done)
             if stop:
@@ -224,7 +228,7 @@ def train(args):
             previews.preview(r, 0)
         iterate(r, a, start)
         seconds = time.time() - began
-        r.export()
+        r.export("erased.safetensors", METHODS[a["method"]].output)
         if a["preview_every"]:
             previews.finish(r, METHODS[a["method"]].output)
     print(f"{a['iters'] - start} iterations in {seconds:.0f} s, previews included; forgotten: {', '.join(a['concept'])}\n"

@@ -14,12 +14,12 @@ ALLOWED = {  # module: the local modules that it may import; nothing else of the
     "run": "weights clip_text generate losses ema sdd anchors",
     "train": "weights generate losses sdd anchors run previews",
     "metrics": "", "suites": "weights toy.suite",
-    "eval": "generate guidance metrics suites weights clip_text toy.suite",
-    "toy": "", "toy.draw": "", "toy.probe": "toy.draw", "toy.suite": "toy.draw toy.probe",
+    "eval": "generate guidance metrics suites weights clip_text toy.suite toy.reproduce",
+    "toy": "", "toy.draw": "", "toy.probe": "toy.draw", "toy.suite": "toy.draw toy.probe", "toy.reproduce": "metrics",
     "toy.pretrain": "toy.draw toy.probe unet vae clip_text scheduler weights",
 }
-INSIDE_A_FUNCTION = {"suites": "toy.suite", "eval": "toy.suite", "toy.probe": "toy.draw"}  # needed for some commands only
-FILE, FUNCTION, CORE = 310, 42, 2420  # lines
+INSIDE_A_FUNCTION = {"suites": "toy.suite", "eval": "toy.suite toy.reproduce", "toy.reproduce": "metrics", "toy.probe": "toy.draw"}  # needed for some commands only
+FILE, FUNCTION, CORE = 310, 42, 2430  # lines
 REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.draw toy.probe toy.pretrain"
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -82,3 +82,8 @@ def measure(pictures, before, jobs, concepts):
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
     now, then, real = (see(x, features=True) for x in (pictures[rest], before[rest], drawings([jobs[i].asked for i in rest])))
     return figures | {"frechet": frechet(now, real), "moved": float(((now - then) ** 2).sum(1).mean() ** 0.5)}
+
+
+def shown(pictures, word):
+    """In how many of the pictures the probe sees `word`: (hits, n)."""
+    return sum(word in words for words in zip(*see(pictures).values())), len(pictures)

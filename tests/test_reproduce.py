@@ -1,0 +1,36 @@
+"""toy/reproduce.py: what it says of intervals, and the whole of it, cut short."""
+import pytest
+
+from test_commands import command
+from toy import reproduce
+
+
+def test_verdict():
+    assert reproduce.verdict((0, 200), (100, 200)) == "yes" and reproduce.verdict((100, 200), (0, 200)) == "no"
+    assert reproduce.verdict((10, 200), (14, 200)) == "open"
+
+
+def test_the_plans_are_trainings_that_exist():
+    import train
+    for quick in (True, False):
+        for _, _, rows, _, _ in reproduce.plan(quick):
+            for concepts, words in rows.values():
+                train.settle(train.parse(["--model", "toy", "--concept", *concepts, *words]))
+
+
+@pytest.mark.long
+def test_quick_reproduction_cut_short(tmp_path, monkeypatch):
+    """Every step of --quick with trainings of one sampling step and pictures of one: a page with all its sections."""
+    right = reproduce.command
+    short = {"train.py": ["--steps", "1", "--batch-size", "1"], "eval.py": ["--limit", "3", "--steps", "1"]}
+    monkeypatch.setattr(reproduce, "command", lambda *words: right(*words, *short[words[0]]))
+    reproduce.reproduce(tmp_path / "o", quick=True)
+    text = (tmp_path / "o" / "REPRODUCTION.md").read_text(encoding="utf-8")
+    assert all(row in text for row in ("| sdd |", "| esd-x |", "| sega |", "| sdd teacher@40 |", "| esd-x student@160 |"))
+    assert text.count("\n## ") == 4 and (tmp_path / "o" / "tables" / "curve" / "curve.png").exists()
+    monkeypatch.setattr(reproduce, "command", None)  # nothing is left to be done
+    reproduce.reproduce(tmp_path / "o", quick=True)
+
+
+def test_it_is_a_command():
+    assert "--reproduce" in command("eval.py", "--help")[1]
