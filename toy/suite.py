@@ -70,9 +70,10 @@ def see(pictures, features=False):
 
 def frechet(a, b):
     """The Fréchet distance of two sets of features (n, D), taken as normal: FID's formula, for features that clean-fid has not."""
-    mean, (A, B) = a.mean(0) - b.mean(0), (np.cov(x, rowvar=False) for x in (a, b))
-    roots = np.sqrt(np.maximum(np.linalg.eigvals(A @ B).real, 0))
-    return float(mean @ mean + np.trace(A) + np.trace(B) - 2 * roots.sum())
+    a, b = torch.from_numpy(a), torch.from_numpy(b)  # torch keeps to --threads, numpy's BLAS does not
+    mean, A, B = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
+    roots = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt()
+    return float(mean @ mean + A.trace() + B.trace() - 2 * roots.sum())
 
 
 def measure(pictures, before, jobs, concepts):
