@@ -95,7 +95,7 @@ def draw_missing(model, system, jobs, folder, args, dtype, rank, world):
             c_0, c_S, c_p = texts.to(device).split([1, len(texts) - 1 - len(some), len(some)])
             scale = args.guidance_scale if some[0].scale is None else some[0].scale
             pictures = draw(model, model.unet, c_0, c_p, [job.seed for job in some], scheduler, scale, dtype, size=some[0].size,
-                            batch_size=len(some), method=system.method, c_S=c_S)
+                            batch_size=len(some), method=system.method, c_S=c_S, warmup=args.guidance_warmup)
             for i, picture in zip(batch, pictures):
                 if not (folder / f"{i:05d}.png").exists():
                     save_png(picture, folder / f"{i:05d}.png", prompt=jobs[i].prompt, seed=jobs[i].seed, model=model.name, system=system.title)
@@ -272,6 +272,7 @@ def parse(argv=None):
     parser.add_argument("--patch", action="append", default=[], metavar="NAME=FILE", help="an erased.safetensors; may be repeated")
     parser.add_argument("--methods", nargs="+", default=[], choices=[method for method in GUIDANCE if method != "sd"], help="erasers that only guide")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what --methods keep away from (paper: nudity sexual)")
+    parser.add_argument("--guidance-warmup", type=int, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--limit", type=positive, help="at most so many pictures; toy: of each set (default 200)")
     parser.add_argument("--prompts", type=Path, metavar="CSV", help="coco: captions; i2p: a copy of its file")
     parser.add_argument("--template", nargs="+", metavar="TEXT", help='artists: prompts with {} for the name')

@@ -86,11 +86,12 @@ def noise(shape, seeds):
 
 
 @torch.no_grad()
-def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None, method="sd", c_S=None):
+def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None, method="sd", c_S=None,
+                 warmup=None):
     """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields latents (batch, 4, h, w), n in all.
 
     `unet` may be another than the model's own (an erased one). Runs on the device of its weights; `bar` names a progress bar.
-    `method`, one of GUIDANCE, keeps away from c_S; each batch is a trajectory of its own.
+    `method`, one of GUIDANCE, keeps away from c_S after `warmup` evaluations; each batch is a trajectory of its own.
     """
     size = size or model.resolution
     device, shape = c_0.device, (4, *(side // model.vae.factor for side in (size if isinstance(size, tuple) else (size, size))))
@@ -98,7 +99,7 @@ def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype,
         part = slice(i, i + batch_size)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):  # cached casts go stale
             z = noise(shape, seeds[part]).to(device)
-            z = sample(GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale), scheduler, z)
+            z = sample(GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup), scheduler, z)
         yield z
 
 
@@ -175,7 +176,8 @@ def generate(args):
     jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
             for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
     drawn = draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs], scheduler,
-                 args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing", method=args.method, c_S=c_S)
+                 args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing", method=args.method, c_S=c_S,
+                 warmup=args.guidance_warmup)
     pictures, erased = [], f"{args.patch} ({patch.get('concepts')})" if patch else "none"
     told = {"method": args.method, "avoid": "; ".join(args.avoid)} if avoid else {}
     for job, picture in zip(jobs, drawn):
@@ -211,6 +213,7 @@ def parse(argv=None):
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="takes the place of the empty prompt (NEG)")
     parser.add_argument("--method", choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
+    parser.add_argument("--guidance-warmup", type=int, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what to keep away from; sega takes several one by one")
     parser.add_argument("--seed", type=int, default=0, help="image n of a prompt starts from noise seeded with seed + n")
     parser.add_argument("--num-images", type=positive, default=1, help="pictures a prompt")

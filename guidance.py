@@ -44,9 +44,10 @@ SLD = {"weak": (15, 200, 0.0, 0.0, 0.0), "medium": (10, 1000, 0.01, 0.3, 0.4),
        "strong": (7, 2000, 0.025, 0.5, 0.7), "max": (0, 5000, 1.0, 0.5, 0.7)}
 
 
-def sld_step(e_0, e_p, e_S, s, i, nu, strength):
-    """One step of SLD: the estimate, and the momentum ν that goes into the next (at first 0)."""
+def sld_step(e_0, e_p, e_S, s, i, nu, strength, warmup=None):
+    """One step of SLD: the estimate, and the momentum ν that goes into the next (at first 0). `warmup` takes the place of δ."""
     delta, s_S, threshold, s_m, beta_m = SLD[strength]
+    delta = delta if warmup is None else warmup
     D = e_p - e_S
     mu = torch.where(D >= threshold, 0.0, (s_S * D.abs()).clamp(max=1))
     gamma = mu * (e_S - e_0) + s_m * nu
@@ -54,12 +55,12 @@ def sld_step(e_0, e_p, e_S, s, i, nu, strength):
     return e_0 + s * (e_p - e_0 - (gamma if i >= delta else 0)), nu
 
 
-def sld(unet, c_0, c_p, c_S, s, strength):
+def sld(unet, c_0, c_p, c_S, s, warmup, strength):
     nu = 0.0
 
     def estimate(z, t, i):
         nonlocal nu
-        e, nu = sld_step(*evaluate(unet, z, t, c_0, c_p, c_S), s, i, nu, strength)
+        e, nu = sld_step(*evaluate(unet, z, t, c_0, c_p, c_S), s, i, nu, strength, warmup)
         return e
 
     return estimate
@@ -79,22 +80,24 @@ def sega_step(e_0, e_p, edits, s, i, nu, warmup=(10,), s_e=5.0, quantile=0.9, s_
     return e_0 + s * (e_p - e_0) + gamma, nu
 
 
-def sega(unet, c_0, c_p, concepts, s):
+def sega(unet, c_0, c_p, concepts, s, warmup):
     """concepts: (K, 77, D), each of them avoided on its own."""
     nu = 0.0
 
     def estimate(z, t, i):
         nonlocal nu
         e_0, e_p, *edits = evaluate(unet, z, t, c_0, c_p, *concepts.split(1))
-        e, nu = sega_step(e_0, e_p, torch.stack(edits), s, i, nu)
+        e, nu = sega_step(e_0, e_p, torch.stack(edits), s, i, nu, (10 if warmup is None else warmup,))
         return e
 
     return estimate
 
 
-GUIDANCE = {  # name: (unet, c_0, c_p, c_S, s) -> the estimate of one batch; c_S (1, 77, D), SEGA's (K, 77, D), is avoided
-    "sd": lambda unet, c_0, c_p, c_S, s: cfg(unet, c_0, c_p, s),
-    "neg": lambda unet, c_0, c_p, c_S, s: cfg(unet, c_S, c_p, s),
+# name: (unet, c_0, c_p, c_S, s, warmup) -> the estimate of one batch. c_S (1, 77, D), SEGA's (K, 77, D), is avoided, from the
+# warmup-th evaluation on (None: the method's own, which is meant for 50 steps).
+GUIDANCE = {
+    "sd": lambda unet, c_0, c_p, c_S, s, warmup: cfg(unet, c_0, c_p, s),
+    "neg": lambda unet, c_0, c_p, c_S, s, warmup: cfg(unet, c_S, c_p, s),
     **{f"sld-{strength}": partial(sld, strength=strength) for strength in SLD},
     "sega": sega,
 }

@@ -85,7 +85,7 @@ def test_sega_combines_given_estimates(K, options):
 
 # ------------------------------------------------------------------------------------------------ planted mistakes
 def sld_wrong(sign=1, inside=True, momentum=True, printed=False, only_later=False):
-    def step(e_0, e_p, e_S, s, i, nu, strength):
+    def step(e_0, e_p, e_S, s, i, nu, strength, warmup=None):
         delta, s_S, threshold, s_m, beta_m = guidance.SLD[strength]
         D, zero = e_p - e_S, torch.zeros(())
         scale = (s_S * D.abs()).clamp(min=1) if printed else (s_S * D.abs()).clamp(max=1)
@@ -99,7 +99,7 @@ def sld_wrong(sign=1, inside=True, momentum=True, printed=False, only_later=Fals
 
 
 def sega_wrong(dims=3, inside=False, momentum=True, sign=-1, only_later=False):
-    def step(e_0, e_p, edits, s, i, nu):
+    def step(e_0, e_p, edits, s, i, nu, warmup=None):
         g = sign * 5.0 * (edits - e_0)
         limit = g.abs().flatten(dims).quantile(0.9, dim=-1)
         g = torch.where(g.abs() >= limit.reshape(*limit.shape, *[1] * (g.dim() - limit.dim())), g, torch.zeros(()))
@@ -158,6 +158,21 @@ def test_pictures_equal_diffusers_pipelines(method, kind, tmp_path):
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     images = pipe(prompt, num_images_per_prompt=2, num_inference_steps=steps, guidance_scale=7.5, generator=generators, **arguments).images
     assert same(pictures(tmp_path / "ours"), images)
+
+
+def test_warm_up_can_be_set():
+    """With the others' 0 for the warm-up, from the first evaluation on."""
+    e_0, e_p, e_S = next(estimates(3))
+    for strength in guidance.SLD:
+        early, late = (guidance.sld_step(e_0, e_p, e_S, S, 3, 0.0, strength, warmup)[0] for warmup in (3, 4))
+        assert torch.equal(late, e_0 + S * (e_p - e_0)) and not torch.equal(early, late)
+
+    def unet(z, t, c):
+        return c[:, 0, 0].view(-1, 1, 1, 1) * z
+    z, c = randn(1, 4, 8, 8), [torch.full((1, 77, 3), x) for x in (0.1, 0.2, 0.5)]
+    for method in ("sega", "sld-medium"):
+        plain, never, at_once = (guidance.GUIDANCE[name](unet, *c, S, warmup)(z, 1, 0) for name, warmup in (("sd", None), (method, 1), (method, 0)))
+        assert torch.equal(plain, never) and not torch.equal(plain, at_once)
 
 
 def test_what_is_avoided_is_said_and_told(tmp_path, capsys):
