@@ -23,7 +23,8 @@ from tqdm import tqdm
 import metrics
 import weights
 from clip_text import tokenize
-from generate import add_common_arguments, avoided, draw, encode, grid, make_scheduler, pick_device, pick_dtype, positive, refuse_used, run, save_png
+from generate import (add_common_arguments, avoided, draw, encode, grid, make_scheduler, pick_device, pick_dtype, positive, refuse_used,
+                      run, save_png)
 from guidance import GUIDANCE
 from suites import SUITES, paper
 from weights import UserError
@@ -91,14 +92,16 @@ def draw_missing(model, system, jobs, folder, args, dtype, rank, world):
             weights.load_patch(file, model.unet, model.text_encoder)
         for batch in tqdm(todo, system.title, unit="batch", disable=None):
             some = [jobs[i] for i in batch]
-            texts = encode(model, ["", *avoided(system.method, system.concepts * (system.method != "sd")), *(job.prompt for job in some)], tell=False)
-            c_0, c_S, c_p = texts.to(device).split([1, len(texts) - 1 - len(some), len(some)])
+            avoid = avoided(system.method, system.concepts if system.method != "sd" else ())
+            texts = encode(model, ["", *avoid, *(job.prompt for job in some)], tell=False)
+            c_0, c_S, c_p = texts.to(device).split([1, len(avoid), len(some)])
             scale = args.guidance_scale if some[0].scale is None else some[0].scale
             pictures = draw(model, model.unet, c_0, c_p, [job.seed for job in some], scheduler, scale, dtype, size=some[0].size,
                             batch_size=len(some), method=system.method, c_S=c_S, warmup=args.guidance_warmup)
             for i, picture in zip(batch, pictures):
                 if not (folder / f"{i:05d}.png").exists():
-                    save_png(picture, folder / f"{i:05d}.png", prompt=jobs[i].prompt, seed=jobs[i].seed, model=model.name, system=system.title)
+                    about = dict(prompt=jobs[i].prompt, seed=jobs[i].seed, model=model.name, system=system.title)
+                    save_png(picture, folder / f"{i:05d}.png", **about)
         for part in (model.unet, model.text_encoder):
             part.load_state_dict(base, strict=False)
 
@@ -221,8 +224,9 @@ def results(args, rows_of, settings, model, device):
         titles |= {which: which for which in asked} if args.suite == "artists" else {}
         rows.append({"model": system.name, "erased": system.concepts, "method": system.trained, "figures": figures, "asked": asked})
         sample = [[file for file, job in zip(files, jobs) if job.which == which][:12] for which in asked]
-        save_png(grid([list(metrics.arrays(some, Image.open(files[0]).size)) for some in sample], asked if asked != [""] else ()), args.out / f"{system.title}.png")
-    cut = sum(tokenize(model.tokenizer, [prompt])[1][0] for prompt in {job.prompt for _, jobs, _ in rows_of for job in jobs})
+        sheet = [list(metrics.arrays(some, Image.open(files[0]).size)) for some in sample]
+        save_png(grid(sheet, asked if asked != [""] else ()), args.out / f"{system.title}.png")
+    cut = sum(tokenize(model.tokenizer, sorted({job.prompt for _, jobs, _ in rows_of for job in jobs}))[1])
     notes = [metrics.nude_note()] * ("nude" in keys) + [f"{cut} prompts were cut to 77 tokens"] * bool(cut)
     text = table(rows, titles, args.suite) + "".join(f"\n{note}\n" for note in notes)
     plot(rows, titles, args.suite, args.out)
@@ -244,7 +248,8 @@ def evaluate(args):
     args.all_concepts = list(dict.fromkeys(concept for system in rows for concept in system.concepts))
     listed = [(system, SUITES[args.suite][0](args, system.concepts)) for system in rows]
     settings = open_folder(args) if rank == 0 else None
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "auto" and world > 1 and torch.cuda.is_available() else args.device)
+    many = args.device == "auto" and world > 1 and torch.cuda.is_available()
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if many else args.device)
     dtype, model = pick_dtype(args.dtype, device), weights.load(args.model, args.revision)
     for part in (model.unet, model.vae, model.text_encoder):
         part.to(device)
