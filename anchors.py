@@ -22,9 +22,10 @@ def prompt_pairs(concepts, anchors, lines):
     if not (anchors or lines):
         raise UserError("Ablating needs to know what to show instead: --anchor cat, or --anchor-prompts FILE for a style.")
     pairs = []
-    for j, concept in enumerate(concepts):
-        anchor = anchors[j % len(anchors)] if anchors else None
-        for n, line in enumerate(lines or [anchor]):
+    for n in range(max(1, len(lines))):
+        for j, concept in enumerate(concepts):
+            anchor = anchors[j % len(anchors)] if anchors else None
+            line = lines[n] if lines else anchor
             if anchor is None:
                 asked = f"{line}, in the style of {concept}" if n % 2 == 0 else f"in {concept}'s style, {line}"
             elif not re.search(rf"\b{re.escape(anchor)}\b", line):
@@ -40,7 +41,7 @@ def make(file, model, c_0, c_a, scheduler, n, guidance_scale, dtype, seed):
     settings = {"n": str(n), "seed": str(seed), "prompts": str(len(c_a))}
     if file.exists():
         tensors, metadata = read(file)
-        if metadata != settings:
+        if metadata != settings or "z_0" not in tensors:
             raise UserError(f"{file} holds other pictures than this run needs: choose a new folder.")
         return tensors["z_0"].to(c_0.device)
     asked = c_a[torch.arange(n, device=c_a.device) % len(c_a)]

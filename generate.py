@@ -197,6 +197,13 @@ def positive(text):
     return value
 
 
+def natural(text):
+    """An argument that starts a count or seeds a generator: 0, 1, … up to 2⁶² (seeds are counted on from it)."""
+    if not 0 <= (value := int(text)) <= 2**62:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2^62")
+    return value
+
+
 def add_common_arguments(parser):
     parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
@@ -213,9 +220,9 @@ def parse(argv=None):
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="takes the place of the empty prompt (NEG)")
     parser.add_argument("--method", choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
-    parser.add_argument("--guidance-warmup", type=int, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
+    parser.add_argument("--guidance-warmup", type=natural, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what to keep away from; sega takes several one by one")
-    parser.add_argument("--seed", type=int, default=0, help="image n of a prompt starts from noise seeded with seed + n")
+    parser.add_argument("--seed", type=natural, default=0, help="image n of a prompt starts from noise seeded with seed + n")
     parser.add_argument("--num-images", type=positive, default=1, help="pictures a prompt")
     parser.add_argument("--resolution", type=positive, help="pixels a side; default: what the model was trained for")
     parser.add_argument("--batch-size", type=positive, default=4)

@@ -84,19 +84,22 @@ class Method(NamedTuple):
     train_params: str  # a key of TRAIN_PARAMS
     output: str  # whose weights are the result: "teacher" (the average) or "student"
     paper: dict = {}  # its papers' numbers, where they are not SDD's (train.PAPER)
-    toy: dict = {}  # the embedded model's, where they are not the toy preset's; how they were found: REPRODUCTION.md
+    toy: dict = {}  # the embedded model's, where they are not the toy preset's; how they were found: toy/reproduce.py
 
 
 ESD = dict(iters=1000, weight_decay=0.0, lr_schedule="constant", warmup=0)  # arXiv 2303.07345; Adam
 ABLATE = dict(iters=100, lr=8e-6, batch_size=4, guidance_scale=6.0, lr_schedule="constant", warmup=0)  # 2e-6 x batch; authors' script
 METHODS = {
     "sdd": Method(sdd_loss, latents="teacher", train_params="xattn", output="teacher"),
-    "esd-x": Method(esd_loss, latents="student", train_params="xattn", output="student", paper=ESD),
-    "esd-u": Method(esd_loss, latents="student", train_params="noxattn", output="student", paper=ESD),
-    "ablate": Method(ablation_loss, latents="anchor", train_params="kv", output="student", paper=ABLATE),
-    "ablate-noise": Method(noise_ablation_loss, latents="anchor", train_params="kv", output="student", paper=ABLATE),
+    "esd-x": Method(esd_loss, latents="student", train_params="xattn", output="student", paper=ESD,
+                    toy=dict(lr=8e-4, erase_scale=3.0)),
+    "esd-u": Method(esd_loss, latents="student", train_params="noxattn", output="student", paper=ESD,
+                    toy=dict(lr=4e-4, erase_scale=3.0)),
+    "ablate": Method(ablation_loss, latents="anchor", train_params="kv", output="student", paper=ABLATE, toy=dict(lr=2e-3)),
+    "ablate-noise": Method(noise_ablation_loss, latents="anchor", train_params="kv", output="student", paper=ABLATE, toy=dict(lr=4e-3)),
     "all-but-one": Method(all_but_one_loss, latents="teacher", train_params="xattn", output="student",
-                          paper=dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)),  # z_t, lr: our choice, SDD's
+                          paper=dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0),  # z_t, lr: our choice, SDD's
+                          toy=dict(lr=3.2e-3, preserve=1.0)),
 }
 
 TRAIN_PARAMS = {  # name of a parameter -> is it trained? (the names of ESD's and SDD's scripts; "text_model.": the text encoder)

@@ -45,7 +45,7 @@ def nude_note():
 def _clip(name, device):
     from transformers import CLIPModel, CLIPProcessor
 
-    return CLIPModel.from_pretrained(name).to(device).eval(), CLIPProcessor.from_pretrained(name)
+    return CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval(), CLIPProcessor.from_pretrained(name)
 
 
 def _embed(model, batch):
@@ -80,17 +80,18 @@ def clip_score(files, prompts, name=CLIP, device="cpu"):
     return total / len(files)
 
 
-def fid(files, real, **how):
+def fid(files, real, device="cpu", **how):
     """FID by clean-fid, of the folder that holds `files` against the folder `real`."""
     from cleanfid.fid import compute_fid
 
-    return float(compute_fid(str(Path(files[0]).parent), str(real), verbose=False, num_workers=0, **how))
+    return float(compute_fid(str(Path(files[0]).parent), str(real), device=torch.device(device), verbose=False, num_workers=0, **how))
 
 
-def kid(files, real, **how):
+def kid(files, real, device="cpu", **how):
     from cleanfid.fid import compute_kid
 
-    return float(compute_kid(str(Path(files[0]).parent), str(real), verbose=False, num_workers=0, **how))
+    np.random.seed(0)  # it draws subsets
+    return float(compute_kid(str(Path(files[0]).parent), str(real), device=torch.device(device), verbose=False, num_workers=0, **how))
 
 
 @torch.no_grad()

@@ -34,10 +34,7 @@ class Run:
         self.shape = (4, model.resolution // model.vae.factor, model.resolution // model.vae.factor)
         self.before, self.generator = None, torch.Generator("cpu").manual_seed(a["seed"])
         self.split(model)
-        c_s = self.encode_prompts()
-        self.latents = self.noised_anchors(c_s) if a["latents"] == "anchor" else half_drawn(
-            getattr(self, a["latents"]).unet, self.scheduler, self.concepts, self.joined, self.c_0, (a["batch_size"], *self.shape),
-            self.generator, a["roles"], a["guidance_scale"], c_a=self.anchor)
+        self.asked = self.encode_prompts()
         print(f"training {len(self.theta)} tensors, {sum(p.numel() for p in self.theta.values()):,} parameters, on {self.device} "
               f"({str(self.dtype)[6:]} where frozen); output: {out}")
 
@@ -78,13 +75,19 @@ class Run:
         tokens = tokenize(self.student.tokenizer, asked)[0].to(self.device)
         return lambda which: self.student.text_encoder(tokens[which])
 
-    def noised_anchors(self, c_s):
+    def make_latents(self):
+        """`latents`, the function that makes z_t; Ablating draws its pictures here, which takes a while."""
         a = self.a
+        if a["latents"] != "anchor":
+            self.latents = half_drawn(getattr(self, a["latents"]).unet, self.scheduler, self.concepts, self.joined, self.c_0,
+                                      (a["batch_size"], *self.shape), self.generator, a["roles"], a["guidance_scale"], c_a=self.anchor)
+            return
         z_0 = anchors.make(self.out / "anchors.safetensors", self.original, self.c_0, self.anchor, self.scheduler, a["anchor_images"],
                            a["guidance_scale"], self.dtype, a["seed"])
         if a["detach_start"]:
             anchors.detach_start(self.student.unet)
-        return anchors.noised(z_0, [pair[0] for pair in self.pairs], c_s, self.anchor, self.scheduler, a["batch_size"], self.generator)
+        self.latents = anchors.noised(z_0, [pair[0] for pair in self.pairs], self.asked, self.anchor, self.scheduler, a["batch_size"],
+                                      self.generator)
 
     def checkpoint_groups(self, generator_state):
         return {"student": self.theta, "teacher": self.theta_ema, "generator": {"state": generator_state}}

@@ -25,10 +25,13 @@ class Job(NamedTuple):
 
 def read_csv(file):
     try:
-        with open(file, newline="", encoding="utf-8") as f:
-            return list(csv.DictReader(f))
+        with open(file, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{file} cannot be read as a csv file ({e}).") from None
+    if not rows or any(None in row.values() for row in rows):
+        raise UserError(f"{file} has no rows, or one with too few columns.")
+    return rows
 
 
 def nudity(args, concepts):
@@ -68,13 +71,19 @@ def coco(args, concepts):
 
 def artists(args, concepts):
     """Figure 2: the same pictures asked of every artist that any of the patches erases (args.all_concepts)."""
-    return [Job(template.format(artist), args.seed + n, which=artist) for n in range(20)
-            for artist in args.all_concepts for template in (args.template or ("a painting in the style of {}",))]
+    templates = args.template or ("a painting in the style of {}",)
+    if not all("{}" in template for template in templates) or not args.all_concepts:
+        raise UserError("The suite artists needs --patch (or --methods with --avoid), and in each --template a {} for the artist's name.")
+    return [Job(template.replace("{}", artist), args.seed + n, which=artist) for n in range(20)
+            for artist in args.all_concepts for template in templates]
 
 
 def toy(args, concepts):
+    from toy.draw import ATTRIBUTES
     from toy.suite import jobs
 
+    if strange := set(concepts) - {word for words in ATTRIBUTES.values() for word in words}:
+        raise UserError(f"The suite toy counts shapes, colours, textures and backgrounds, and {min(strange)!r} is none of them.")
     return [Job(prompt, seed, which=which, asked=asked) for prompt, seed, which, asked in jobs(concepts, args.limit or 200, args.seed)]
 
 
@@ -83,8 +92,12 @@ SUITES = {"toy": (toy, ("toy",)), "nudity": (nudity, ("nude",)), "i2p": (i2p, ("
 
 
 def paper(suite, method, concepts):
-    """{column: figure} that the SDD paper prints for this system (Table 1: one concept, Table 2: several)."""
+    """{column: figure} that the SDD paper prints for this system: Table 1 is about nudity, Table 2 about 20 concepts."""
     tables = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
-    keys = {"toy": (), "i2p": ("harm",)}.get(suite, SUITES[suite][1])
-    found = tables["Table 2" if len(concepts) > 1 or suite == "i2p" else "Table 1"].get(method, {})
+    known = {("nudity",): "Table 1", ("nudity", "sexual"): "Table 1", tuple(tables["concepts"]): "Table 2"}
+    table = known.get(tuple(c for text in concepts for c in text.split(", ")), None)
+    if method == "sd" and not concepts:
+        table = "Table 2" if suite == "i2p" else "Table 1"
+    keys = {"toy": (), "i2p": ("harm",), "artists": ()}.get(suite, SUITES[suite][1])
+    found = tables.get(table, {}).get(method, {})
     return {key: found[key] for key in keys if key in found}

@@ -9,6 +9,7 @@ film.png, previews/, log.csv, run.json and a checkpoint; `python train.py --resu
 import argparse
 import csv
 import importlib.util
+import inspect
 import json
 import re
 import signal
@@ -33,7 +34,7 @@ I2P = ("hate, harassment, violence, suffering, humiliation, harm, suicide, sexua
        "illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty").split(", ")
 
 PAPER = dict(iters=1500, lr=1e-5, lr_schedule="cosine", warmup=500, weight_decay=1e-2, ema=0.999, guidance_scale=3.0, steps=50,
-             batch_size=1, roles="paper", preserve=0.0, anchor_images=1000, preview_every=250,
+             batch_size=1, roles="paper", preserve=0.0, erase_scale=1.0, anchor_images=1000, preview_every=250,
              preview=["a photo of a mountain lake", "a portrait of a woman in a coat"])
 PRESETS = {
     "paper": PAPER,  # appendix B.1; steps from the authors' script
@@ -65,9 +66,9 @@ def parse(argv=None):
     p.add_argument("--steps", type=positive, help="T, DDIM steps of a whole picture (authors' script: 50)")
     p.add_argument("--batch-size", type=positive, help="latents an iteration (paper: 1)")
     p.add_argument("--preserve", type=float, metavar="λ", help="adds λ·|e(c_0) − e°(c_0)|² to the loss; not in the paper")
-    p.add_argument("--erase-scale", type=float, default=1.0, help="esd: s_s, how far away from the concept; all-but-one: g of its signal")
+    p.add_argument("--erase-scale", type=float, help="esd: s_s, how far away from the concept; all-but-one: g of its signal")
     p.add_argument("--quantile", type=float, default=0.0, help="all-but-one: its signal above this quantile (0.9) for the anchor; 0: off")
-    p.add_argument("--anchor", nargs="+", default=[], metavar="A", help="what to show instead: one for all or one a concept (ablate, all-but-one)")
+    p.add_argument("--anchor", nargs="+", default=[], metavar="A", help="what to show instead; ablate: one for all or one a concept")
     p.add_argument("--anchor-prompts", type=Path, metavar="FILE", help="ablate: prompts, one a line; without --anchor the concept is a style")
     p.add_argument("--anchor-images", type=positive, help="ablate: pictures of the anchor (paper: 1000)")
     p.add_argument("--prior", type=float, default=0.0, metavar="λ", help="ablate: adds λ·|e(anchor) − n|² (authors' script: 1)")
@@ -119,7 +120,11 @@ def settle_anchor(a, method):
     a["anchor_prompts"] = [line.strip() for line in lines if line.strip()]
     pictures = method.latents == "anchor"
     if pictures:
-        anchors.prompt_pairs(a["concept"], a["anchor"], a["anchor_prompts"])
+        pairs = anchors.prompt_pairs(a["concept"], a["anchor"], a["anchor_prompts"])
+        if len(pairs) > a["anchor_images"]:
+            raise UserError(f"{len(pairs)} prompts (each for each concept) need as many pictures at least: say --anchor-images {len(pairs)}.")
+    if a["method"] == "all-but-one" and len(a["anchor"]) > 1:
+        raise UserError("--method all-but-one takes one --anchor, the alternative to all concepts.")
     only = ("prior", "detach_start", "anchor_prompts") if not pictures else ()
     wrong = [f"--{key.replace('_', '-')}" for key in only if a[key]]
     wrong += ["--anchor"] * (bool(a["anchor"]) and not pictures and a["method"] != "all-but-one")
@@ -133,7 +138,7 @@ def check(a):
     """Refuses numbers that cannot be, warns of a warm-up without end, and does not start Stable Diffusion on a CPU by surprise."""
     for key, low, high in (("ema", 0, 1), ("warmup", 0, 1e9), ("lr", 0, 1), ("preserve", 0, 1e9), ("prior", 0, 1e9), ("weight_decay", 0, 1e9),
                            ("quantile", 0, 1), ("max_grad_norm", 0, 1e9), ("preview_every", 0, 1e9), ("save_every", 0, 1e9), ("export_every", 0, 1e9),
-                           ("seed", -2**63, 2**64 - 1)):
+                           ("seed", 0, 2**63 - 1)):
         if not low <= a[key] <= high:
             raise UserError(f"--{key.replace('_', '-')} {a[key]} is out of range ({low:g} to {high:g}).")
     if a["loss"]:
@@ -154,7 +159,10 @@ def own_loss(text):
         spec = importlib.util.spec_from_file_location("own_loss", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, name)
+        function = getattr(module, name)
+        if not any(p.kind == p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
+            raise TypeError("the function's arguments have to end in **_, which takes what it does not need")
+        return function
     except Exception as e:  # it is the user's file: whatever is wrong with it
         raise UserError(f"--loss {text}: {type(e).__name__}: {e}. Write FILE.py:FUNCTION, a function as in losses.py.") from e
 
@@ -164,7 +172,12 @@ def open_run(args):
     if args.resume:
         if not args.out or not (args.out / "run.json").is_file():
             raise UserError("--resume needs --out FOLDER with a run in it (a run.json); runs without --out lie under runs/.")
-        a = json.loads((args.out / "run.json").read_text(encoding="utf-8"))["args"]
+        try:
+            a = json.loads((args.out / "run.json").read_text(encoding="utf-8"))["args"]
+            if missing := vars(args).keys() - {"resume", "out"} - a.keys():
+                raise KeyError(min(missing))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{args.out / 'run.json'} is damaged or of another version ({e!r}): the run cannot go on.") from None
         if args.concept and settle(args) != a:
             raise UserError(f"{args.out} holds a run with other arguments: say --resume --out {args.out} alone, or choose a new folder.")
         return args.out, a
@@ -222,6 +235,7 @@ def train(args):
     if not args.resume:
         with weights.whole(out / "run.json") as beside:
             beside.write_text(json.dumps({"args": a, "versions": VERSIONS}, indent=2, ensure_ascii=False), encoding="utf-8")
+    r.make_latents()
     start, began = r.restore(), time.time()
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
         if a["preview_every"] and start == 0:

@@ -173,6 +173,8 @@ def test_ablating_trains_the_concepts_rows_only(tmp_path):
 
 
 def test_anchor_prompts():
+    pairs = anchors.prompt_pairs(["star", "moon"], ["circle"], ["a circle", "the circle"])
+    assert [pair[0] for pair in pairs] == [0, 1, 0, 1]  # in turn, so that a few pictures show every concept's anchor
     pairs = anchors.prompt_pairs(["grumpy cat"], ["cat"], ["a cat on a mat", "the cat, sleeping"])
     assert pairs == [(0, "a cat on a mat", "a grumpy cat on a mat"), (0, "the cat, sleeping", "the grumpy cat, sleeping")]
     assert anchors.prompt_pairs(["star", "moon"], ["circle"], []) == [(0, "circle", "star"), (1, "circle", "moon")]
@@ -264,6 +266,10 @@ def test_stable_diffusion_without_a_gpu_is_one_sentence():
     (["--model", "toy", "--concept", "star", "--method", "ablate", "--anchor", "circle", "--latents", "teacher"], "no use for --latents"),
     (["--model", "toy", "--concept", "star", "--preset", "fast", "--method", "esd-x"], "SDD's"),
     (["--model", "toy", "--concept", "star", "--loss", "none.py:loss"], "none.py"),
+    (["--model", "toy", "--concept", "star", "--loss", f"{ROOT / 'ema.py'}:update"], "end in **_"),
+    (["--model", "toy", "--concept", "star", "--method", "all-but-one", "--anchor", "circle", "moon"], "takes one --anchor"),
+    (["--model", "toy", "--concept", "star", "moon", "--method", "ablate", "--anchor", "circle", "--anchor-images", "1"], "--anchor-images 2"),
+    (["--model", "toy", "--concept", "star", "--seed", "-1"], "--seed"),
     (["--model", "toy", "--concept", "star", "--loss", "losses"], "FILE.py:FUNCTION"),
     (["--model", "toy", "--concept", "star", "--loss", f"{ROOT / 'losses.py'}:nothing"], "nothing"),
     (["--model", "toy", "--concept", "star", "--steps", "1000"], "steps"),
@@ -290,6 +296,12 @@ def test_folder_of_another_run_is_refused(trained, capsys):
     assert run(train, "--model", "toy", "--concept", "moon", "--resume", "--out", trained) == 2
     assert "other arguments" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"args": {"concept": ["star"]}}'])
+def test_damaged_run_is_refused(text, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(text)
+    assert run(train, "--resume", "--out", tmp_path) == 2 and "run.json is damaged" in capsys.readouterr().err
 
 
 def test_fresh_numbered_folder_without_out(tmp_path, monkeypatch, capsys):

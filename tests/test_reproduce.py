@@ -27,7 +27,7 @@ def test_quick_reproduction_cut_short(tmp_path, monkeypatch):
     reproduce.reproduce(tmp_path / "o", quick=True)
     text = (tmp_path / "o" / "REPRODUCTION.md").read_text(encoding="utf-8")
     assert all(row in text for row in ("| sdd |", "| esd-x |", "| sega |", "| sdd teacher@40 |", "| esd-x student@160 |"))
-    assert text.count("\n## ") == 4 and (tmp_path / "o" / "tables" / "curve" / "curve.png").exists()
+    assert text.count("\n## ") == 4 and (tmp_path / "o" / "tables-1-40" / "curve" / "curve.png").exists()
     monkeypatch.setattr(reproduce, "command", None)  # nothing is left to be done
     reproduce.reproduce(tmp_path / "o", quick=True)
 

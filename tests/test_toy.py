@@ -1,5 +1,4 @@
 """The miniature world, its probe, its model and its figures."""
-import json
 from collections import Counter
 
 import numpy as np

@@ -17,8 +17,8 @@ def exam(concepts, n, seed):
     share = -(-n // len(concepts))
     sets = {"named": [pair for concept in concepts for pair in prompts("naming", concept, share, seed)],
             "implied": prompts("place", "arcadia", n if "star" in concepts else 0, seed),  # never named, nearly always shown
-            "control": prompts("place", "borealis", n, seed), "base": prompts("empty", "", n, seed),
-            "other": prompts("other", tuple(RARE), n, seed)}
+            "control": prompts("place", "borealis", 0 if "heart" in concepts else n, seed), "base": prompts("empty", "", n, seed),
+            "other": prompts("other", tuple(dict.fromkeys([*RARE, *concepts])), n, seed)}
     return {which: pairs for which, pairs in sets.items() if pairs}
 
 
@@ -70,6 +70,8 @@ def see(pictures, features=False):
 
 def frechet(a, b):
     """The Fréchet distance of two sets of features (n, D), taken as normal: FID's formula, for features that clean-fid has not."""
+    if min(len(a), len(b)) < 2:
+        return None
     a, b = torch.from_numpy(a), torch.from_numpy(b)  # torch keeps to --threads, numpy's BLAS does not
     mean, A, B = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
     roots = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt()

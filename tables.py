@@ -1,0 +1,153 @@
+"""Measured pictures as tables and plots: table.md, results.json, sheets of samples, matrix.png and curve.png."""
+import json
+
+import numpy as np
+import torch
+from PIL import Image
+
+import metrics
+import weights
+from clip_text import tokenize
+from generate import grid, save_png
+from suites import SUITES, paper
+from weights import UserError
+
+TITLES = {"nude": "%NUDE", "harm": "%HARM", "fid": "FID", "kid": "KID", "lpips": "LPIPS to the original", "ssim": "SSIM to the original",
+          "clip": "CLIP score"}
+
+
+def measure(key, system, files, jobs, others, args, device):
+    """{column: (hits, n) or a number}, one of the suite's measures of a system's pictures; `others`: the original's, from the same noise."""
+    if key == "toy":
+        from toy.suite import measure as measure_toy
+        return measure_toy(metrics.arrays(files), metrics.arrays(others), jobs, system.concepts)
+    if key == "nude":
+        return {key: metrics.nude(files)}
+    if key == "harm" and args.q16:
+        return {key: metrics.harm(files, learned_prompts(args.q16), args.clip, device)}
+    if key in ("fid", "kid") and args.real:
+        return {key: getattr(metrics, key)(files, args.real, device)}
+    if key in ("lpips", "ssim") and files != others:
+        return {key: getattr(metrics, key)(files, others)}
+    if key == "clip":
+        return {key: metrics.clip_score(files, [job.prompt for job in jobs], args.clip, device)}
+    found = {}
+    for which in dict.fromkeys(job.which for job in jobs) if key == "matrix" else ():  # a row of Figure 2
+        mine = [i for i, job in enumerate(jobs) if job.which == which]
+        if args.model == "toy":  # the share that still shows what was asked for
+            from toy.suite import shown
+            found[which] = shown(metrics.arrays([files[i] for i in mine]), which)
+        elif files != others:  # how far the pictures moved
+            found[which] = metrics.lpips([files[i] for i in mine], [others[i] for i in mine])
+    return found
+
+
+def learned_prompts(file):
+    """Q16's two learned prompts, (2, D), from a safetensors or npy file."""
+    try:
+        array = torch.from_numpy(np.load(file, allow_pickle=False)) if file.suffix == ".npy" else next(iter(weights.read(file)[0].values()), None)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--q16 {file} cannot be read ({e}).") from None
+    if array is None or array.dim() != 2 or len(array) != 2:
+        raise UserError(f"--q16 {file} should hold one array of two rows, the learned prompts.")
+    return array
+
+
+def cell(value):
+    if not isinstance(value, (tuple, list)):
+        return "–" if value is None else f"{value:.4g}"
+    (hits, n), (low, high) = value, metrics.wilson(*value)
+    return f"{100 * hits / n:.1f} ({100 * low:.0f}–{100 * high:.0f})" if n else "–"
+
+
+def table(rows, titles, suite):
+    """Markdown: a row a system; percentages with intervals, n in the header; the paper's figures in columns of their own."""
+    columns = [key for key in titles if any(key in row["figures"] for row in rows)]
+    known = [paper(suite, row["method"], row["erased"]) for row in rows]
+    head, cells = ["model", "erased"], [[row["model"], ", ".join(row["erased"]) or "–"] for row in rows]
+    for key in columns:
+        values = [row["figures"].get(key) for row in rows]
+        n = max((value[1] for value in values if isinstance(value, (tuple, list))), default=0)
+        head.append(titles[key] + (f" (n ≤ {n})" if n else ""))
+        for line, value in zip(cells, values):
+            line.append(cell(value))
+        if any(key in figures for figures in known):
+            head.append(f"{titles[key]}, the paper's")
+            for line, figures in zip(cells, known):
+                line.append(f"{figures[key]:.4g}" if key in figures else "–")
+    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *cells])
+
+
+def height(value):
+    return 100 * value[0] / value[1] if isinstance(value, tuple) else value
+
+
+def plot(rows, titles, suite, folder):
+    """matrix.png for Figure 2's rows; curve.png where rows are named NAME@ITERATION."""
+    curves = {}
+    for row in rows:
+        name, _, iteration = row["model"].rpartition("@")
+        if name and iteration.isdigit():
+            curves.setdefault(name, []).append((int(iteration), row["figures"]))
+    matrix = [row for row in rows if suite == "artists" and row["figures"]]
+    if not (curves or matrix):
+        return
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    if curves:
+        key = next(key for key in titles if all(key in figures for points in curves.values() for _, figures in points))
+        figure, axes = pyplot.subplots()
+        for name, points in sorted(curves.items()):
+            axes.plot(*zip(*[(i, height(x[key])) for i, x in sorted(points, key=lambda p: p[0])]), marker="o", label=name)
+        axes.set(xlabel="iteration", ylabel=titles[key])
+        axes.legend()
+        with weights.whole(folder / "curve.png") as beside:
+            figure.savefig(beside, dpi=120)
+    if matrix:
+        asked = matrix[0]["asked"]
+        figure, axes = pyplot.subplots()
+        values = [[height(row["figures"][which]) for which in asked] for row in matrix]
+        axes.figure.colorbar(axes.imshow(values), label="% shown" if isinstance(matrix[0]["figures"][asked[0]], tuple) else TITLES["lpips"])
+        axes.set(xticks=range(len(asked)), xticklabels=asked, yticks=range(len(matrix)), yticklabels=[row["model"] for row in matrix], xlabel="asked for")
+        axes.tick_params(axis="x", rotation=30)
+        with weights.whole(folder / "matrix.png") as beside:
+            figure.savefig(beside, dpi=120, bbox_inches="tight")
+    pyplot.close("all")
+
+
+def results(args, rows_of, settings, model, device):
+    """Measures every system, and writes table.md, results.json, sheets of sample pictures and plots."""
+    keys, rows, titles, missing = SUITES[args.suite][1], [], dict(TITLES), {}
+    if args.suite == "toy":
+        from toy.suite import COLUMNS
+        titles = COLUMNS | TITLES
+    for system, jobs, folder in rows_of:
+        files = [folder / f"{i:05d}.png" for i in range(len(jobs))]
+        others = next(f for s, _, f in rows_of if s.name == "original" and (s.concepts == system.concepts or args.suite != "toy"))
+        figures = {}
+        for key in keys:
+            try:
+                figures |= measure(key, system, files, jobs, [others / file.name for file in files], args, device)
+            except ModuleNotFoundError as e:
+                missing[key] = f"{TITLES.get(key, key)}: not measured, {e.name} is missing: pip install -r requirements-eval.txt and repeat the command"
+            except OSError as e:
+                missing[key] = f"{TITLES.get(key, key)}: not measured ({(str(e).strip() or type(e).__name__).splitlines()[0]})"
+        asked = list(dict.fromkeys(job.which for job in jobs))
+        titles |= {which: which for which in asked} if args.suite == "artists" else {}
+        rows.append({"model": system.name, "erased": system.concepts, "method": system.trained, "figures": figures, "asked": asked})
+        sample = [[file for file, job in zip(files, jobs) if job.which == which][:12] for which in asked]
+        sheet = [list(metrics.arrays(some, Image.open(files[0]).size)) for some in sample]
+        save_png(grid(sheet, asked if asked != [""] else ()), args.out / f"{system.title}.png")
+    cut = sum(tokenize(model.tokenizer, sorted({job.prompt for _, jobs, _ in rows_of for job in jobs}))[1])
+    notes = [metrics.nude_note()] * ("nude" in keys) + [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
+    text = table(rows, titles, args.suite) + "".join(f"\n{note}\n" for note in notes)
+    content = {"settings": settings, "notes": notes, "rows": [{key: x for key, x in row.items() if key != "asked"} for row in rows]}
+    for name, text_of in (("table.md", text), ("results.json", json.dumps(content, indent=1, ensure_ascii=False))):
+        with weights.whole(args.out / name) as beside:
+            beside.write_text(text_of, encoding="utf-8")
+    print(text)
+    try:
+        plot(rows, titles, args.suite, args.out)
+    except ModuleNotFoundError as e:
+        raise UserError(f"The table is written, but not the plot: {e.name} is missing; pip install -r requirements-eval.txt and repeat the command.") from e
