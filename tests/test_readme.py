@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import SD_WORDS, write_model_folder
+from suites import COUNTRIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +25,7 @@ def commands():
     """[(script, its words)] of every `python SCRIPT …` in a shell block or in backticks, in the README's order."""
     text = "\n".join(m[0] or m[1] for m in re.findall(r"^```sh\n(.*?)^```|`((?:\.venv/bin/)?python \w+\.py [^`]*)`", README, re.M | re.S))
     found = [shlex.split(line) for line in re.findall(r"python (\w+\.py .*)", text)]
-    return [(words[0], words[1:]) for words in found if "--help" not in words]
+    return [(words[0], words[1:]) for words in found if not {"--help", "--reproduce"} & set(words)]  # the latter: test_reproduce.py
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def project(tmp_path_factory):
 
 def test_readme_commands(project, tmp_path):
     """Those for Stable Diffusion get a tiny random model in its layout for --model: its own is on a hub."""
-    model = write_model_folder(tmp_path / "sd", words=SD_WORDS)
+    model = write_model_folder(tmp_path / "sd", words=[*SD_WORDS, "body", *" ".join(COUNTRIES).lower().split()])
     (tmp_path / "toy").mkdir()
     (tmp_path / "gpu").mkdir()
     example = re.findall(r"## Change the loss.*?```python\n(.*?)```", README, re.S)[0]

@@ -146,8 +146,8 @@ def reproduce(folder, quick=False, jobs=2):
         matrix(folder, made, seeds, 240, jobs)
     spent = folder / "seconds.txt"  # of this and earlier, unfinished calls
     spent.write_text(f"{(float(spent.read_text()) if spent.exists() else 0) + time.time() - began:.0f}")
-    text = [f"# The papers' claims, in miniature\n\n`python eval.py toy --reproduce{' --quick' * quick} --out {folder.name}`, {datetime.date.today()}, {platform.machine()}, "
-            f"{os.cpu_count()} cores, torch {torch.__version__}, {float(spent.read_text()) / 60:.0f} minutes. Training seeds {', '.join(map(str, seeds))}, pooled; up to {limit} pictures a figure, "
+    text = [f"# The papers' claims, in miniature\n\n`python eval.py toy --reproduce{' --quick' * quick} --out {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.name}`, {datetime.date.today()}, {platform.machine()}, "
+            f"{os.cpu_count()} cores, torch {torch.__version__}, {float(spent.read_text()) / 60:.0f} minutes. Training seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{', pooled' * (len(seeds) > 1)}; up to {limit} pictures a figure, "
             f"percentages by the probe with 95 % Wilson intervals.\n\n{TUNING}\n"]
     for title, name, *_ in sections:
         text.append(f"\n## {title}\n\n{(made / name / 'table.md').read_text(encoding='utf-8')}")
