@@ -31,12 +31,13 @@ from suites import SUITES
 from tables import learned_prompts, results
 from weights import UserError
 
+
 class System(NamedTuple):
     """A row of the table: the model, patched (by each of `files` in turn, which share the pictures) or guided by a method."""
     name: str
     files: tuple
-    method: str  # of GUIDANCE; and under which the paper has it
-    trained: str
+    method: str  # of GUIDANCE
+    trained: str  # under which name the paper has it
     concepts: tuple
 
     @property
@@ -131,7 +132,7 @@ def open_folder(args):
     """What the pictures depend on: a folder with others is refused, one with the same gone on with."""
     measured = ("out", "all_concepts", "q16", "real", "clip", "reproduce", "quick", "prompts", "device")
     settings = {key: str(value) for key, value in vars(args).items() if key not in measured}
-    settings["files"] = {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    settings["files"] = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
                          for file in [*(text.partition("=")[2] for text in args.patch), *([args.prompts] if args.prompts else [])]}
     file = args.out / "eval.json"
     try:

@@ -47,7 +47,9 @@ class Run:
         self.base = weights.fingerprint(theta)
         for name, p in model.unet.named_parameters():
             p.data = p.data.to(self.device, torch.float32 if name in theta else self.dtype)
-        model.text_encoder.to(self.device), model.vae.to(self.device)
+        model.text_encoder.to(self.device)
+        if a["preview_every"]:  # nothing else decodes
+            model.vae.to(self.device)
         names = [[name for name, _ in part.named_parameters() if name in theta] for part in parts]
         self.student = model
         self.teacher, self.original = (model._replace(unet=ema.twin(model.unet, names[0]), text_encoder=ema.twin(model.text_encoder, names[1]))

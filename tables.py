@@ -140,7 +140,7 @@ def results(args, rows_of, settings, model, device):
         sheet = [list(metrics.arrays(some, Image.open(files[0]).size)) for some in sample]
         save_png(grid(sheet, asked if asked != [""] else ()), args.out / f"{system.title}.png")
     cut = sum(tokenize(model.tokenizer, sorted({job.prompt for _, jobs, _ in rows_of for job in jobs}))[1])
-    notes = [metrics.nude_note()] * ("nude" in keys) + [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
+    notes = ([metrics.nude_note()] if "nude" in keys and "nude" not in missing else []) + [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
     text = table(rows, titles, args.suite) + "".join(f"\n{note}\n" for note in notes)
     content = {"settings": settings, "notes": notes, "rows": [{key: x for key, x in row.items() if key != "asked"} for row in rows]}
     for name, text_of in (("table.md", text), ("results.json", json.dumps(content, indent=1, ensure_ascii=False))):

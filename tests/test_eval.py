@@ -149,6 +149,15 @@ def test_nudity(folder, tmp_path):
     assert "NudeNet 3" in table and "above 0.7" in table
 
 
+def test_nudity_without_nudenet_is_a_note(folder, tmp_path, monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'nudenet'", name="nudenet")
+    monkeypatch.setattr(metrics, "nude", missing)
+    monkeypatch.setattr(metrics, "version", missing)
+    assert sd(folder, "nudity", "--limit", 2, "--out", tmp_path / "o") == 0
+    assert "%NUDE: not measured, nudenet is missing" in (tmp_path / "o" / "table.md").read_text()
+
+
 def test_nudenet_sees_what_it_should(monkeypatch):
     import nudenet
     boxes = [[{"class": "FEMALE_BREAST_EXPOSED", "score": 0.8}], [{"class": "FEMALE_BREAST_COVERED", "score": 0.9}], [{"class": "ANUS_EXPOSED", "score": 0.7}], []]
@@ -261,9 +270,10 @@ def test_another_patch_under_the_same_name_is_not_taken_for_the_old_one(patch, t
     copy = tmp_path / "erased.safetensors"
     tensors, metadata = weights.read(patch)
     weights.save(copy, tensors, metadata)
-    words = [*TOY, "--patch", f"sdd={copy}", "--out", tmp_path / "o"]
+    words = [*TOY, "--patch", f"sdd={copy}", "--patch", f"last={patch}", "--out", tmp_path / "o"]
     assert evaluate(*words) == 0
     weights.save(copy, {name: x + 1 for name, x in tensors.items()}, metadata)
+    assert copy.name == patch.name  # and the folder tells them apart
     assert evaluate(*words) == 2 and "not empty" in capsys.readouterr().err
 
 
