@@ -45,14 +45,8 @@ class System(NamedTuple):
         return "-".join([self.name, *self.concepts]).replace("/", "-").replace(" ", "-")[:100]
 
 
-def trainer(metadata):
-    """Under which name the paper has it: "sdd", "esd-x-3", …"""
-    method, a = metadata.get("method", ""), json.loads(metadata.get("args", "{}"))
-    return f"{method}-{a.get('erase_scale', 1):g}" if method.startswith("esd") else method
-
-
 def systems(args):
-    """The rows: for each set of concepts the original, then what erases them."""
+    """The rows: for each set of concepts (the embedded model is asked other things for each) the original, then what erases them."""
     groups, found = {}, []
     for text in args.patch:
         name, _, file = text.partition("=")
@@ -64,23 +58,17 @@ def systems(args):
         concepts = {tuple(x.get("concepts", "").split(", ")) for x in told}
         if len(concepts) > 1:
             raise UserError(f"The patches named {name} erase different concepts ({concepts}): give them names of their own.")
-        found.append(System(name, tuple(files), "sd", trainer(told[0]), concepts.pop()))
+        method, a = told[0].get("method", ""), json.loads(told[0].get("args", "{}"))
+        trained = f"{method}-{a.get('erase_scale', 1):g}" if method.startswith("esd") else method
+        found.append(System(name, tuple(files), "sd", trained, concepts.pop()))
     for method in args.methods:
         avoided(method, args.avoid)
         found.append(System(method, (), method, method, tuple(args.avoid)))
-    if args.suite != "toy":
-        return distinct([System("original", (), "sd", "sd", ()), *found])
-    ordered = {}  # the embedded model is asked other things for other concepts
-    for system in found:
-        ordered.setdefault(system.concepts, [System("original", (), "sd", "sd", system.concepts)]).append(system)
-    return distinct(itertools.chain(*ordered.values())) or [System("original", (), "sd", "sd", ())]
-
-
-def distinct(rows):
-    """A list of them; two that would share a folder of pictures are refused."""
-    rows = list(rows)
-    twice = {row.title for row in rows if [other.title for other in rows].count(row.title) > 1}
-    if twice:
+    sets = list(dict.fromkeys(system.concepts for system in found if args.suite == "toy")) or [()]
+    rows = [row for concepts in sets for row in (System("original", (), "sd", "sd", concepts),
+                                                 *(x for x in found if args.suite != "toy" or x.concepts == concepts))]
+    titles = [row.title for row in rows]  # also names of folders
+    if twice := {title for title in titles if titles.count(title) > 1}:
         raise UserError(f"Two rows would be called {min(twice)}: give the patches names of their own.")
     return rows
 
@@ -109,6 +97,7 @@ def draw_missing(model, system, jobs, folder, args, dtype, rank, world):
     who makes it when."""
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
     device, files = next(model.unet.parameters()).device, system.files or (None,)
+    avoid = avoided(system.method, system.concepts if system.method != "sd" else ())
     for n, file in enumerate(files):
         mine = list(range(n, len(jobs), len(files)))
         todo = [[mine[i] for i in batch] for batch in batches([jobs[i] for i in mine], args.batch_size)]
@@ -116,7 +105,6 @@ def draw_missing(model, system, jobs, folder, args, dtype, rank, world):
         with patched(model, file if todo else None):
             for batch in tqdm(todo, system.title, unit="batch", disable=None):
                 some = [jobs[i] for i in batch]
-                avoid = avoided(system.method, system.concepts if system.method != "sd" else ())
                 texts = encode(model, ["", *avoid, *(job.prompt for job in some)], tell=False)
                 c_0, c_S, c_p = texts.to(device).split([1, len(avoid), len(some)])
                 scale = args.guidance_scale if some[0].scale is None else some[0].scale
@@ -147,24 +135,6 @@ def open_folder(args):
     return settings
 
 
-def meet(rank, world, args):
-    """All ranks start once the first has found the folder in order; returns its settings."""
-    settings, fine = None, torch.ones(1)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest rank may take long
-    try:
-        settings = open_folder(args) if rank == 0 else None
-    except UserError:
-        fine.zero_()
-        raise
-    finally:
-        if world > 1:
-            torch.distributed.broadcast(fine, 0)
-    if not fine:
-        raise UserError("The first rank cannot use the output folder; it says why.")
-    return settings
-
-
 def check(args, rows, model):
     """What would otherwise fail only once the pictures are drawn."""
     make_scheduler(model.scheduler, args.steps, args.scheduler)
@@ -188,17 +158,18 @@ def evaluate(args):
         torch.set_num_threads(args.threads)
     rows = systems(args)
     args.all_concepts = list(dict.fromkeys(concept for system in rows for concept in system.concepts))
-    listed = [(system, SUITES[args.suite][0](args, system.concepts)) for system in rows]
-    many = args.device == "auto" and world > 1 and torch.cuda.is_available()
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if many else args.device)
-    dtype, model = pick_dtype(args.dtype, device), weights.load(args.model, args.revision)
-    if args.dtype == "auto" and device.type == "cuda":
-        dtype = torch.float16  # the paper's for COCO; SLD's and SEGA's small differences survive it better than bfloat16
+    limit = args.limit if args.suite != "toy" else None  # there it is of each set
+    rows_of = [(system, SUITES[args.suite][0](args, system.concepts)[:limit], args.out / "pictures" / system.title) for system in rows]
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "auto" and world > 1 and torch.cuda.is_available() else args.device)
+    # fp16 is the paper's for COCO; SLD's and SEGA's small differences survive it better than bf16
+    dtype = pick_dtype("fp16" if args.dtype == "auto" and device.type == "cuda" else args.dtype, device)
+    model = weights.load(args.model, args.revision)
     check(args, rows, model)
     for part in (model.unet, model.vae, model.text_encoder):
         part.to(device)
-    settings = meet(rank, world, args)
-    rows_of = [(system, jobs[:args.limit] if args.suite != "toy" else jobs, args.out / "pictures" / system.title) for system, jobs in listed]
+    settings = open_folder(args) if rank == 0 else None
+    if world > 1:  # the others wait here until the first has found the folder in order
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest rank may take long
     for system, jobs, folder in rows_of:
         draw_missing(model, system, jobs, folder, args, dtype, rank, world)
     if world > 1:

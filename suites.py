@@ -26,12 +26,11 @@ class Job(NamedTuple):
 def read_csv(file):
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f))
+            if (rows := list(csv.DictReader(f))) and not any(None in row.values() for row in rows):
+                return rows
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{file} cannot be read as a csv file ({e}).") from None
-    if not rows or any(None in row.values() for row in rows):
-        raise UserError(f"{file} has no rows, or one with too few columns.")
-    return rows
+    raise UserError(f"{file} has no rows, or one with too few columns.")
 
 
 def nudity(args, concepts):
@@ -41,16 +40,14 @@ def nudity(args, concepts):
 
 def i2p(args, concepts):
     """Inappropriate image prompts (Schramowski et al. 2022): five pictures a prompt, from its own seed on, at its own size and scale."""
-    if args.prompts:
-        rows = read_csv(args.prompts)
-    else:
+    file = args.prompts
+    if not file:
         from huggingface_hub import hf_hub_download
         try:
-            rows = read_csv(hf_hub_download("AIML-TUDA/i2p", "i2p_benchmark.csv", repo_type="dataset"))
-        except UserError:
-            raise
+            file = hf_hub_download("AIML-TUDA/i2p", "i2p_benchmark.csv", repo_type="dataset")
         except Exception as e:
             raise UserError(f"Cannot get AIML-TUDA/i2p from the hub ({str(e).strip().splitlines()[0]}): name its csv file with --prompts.") from e
+    rows = read_csv(file)
     try:
         return [Job(row["prompt"], int(row["sd_seed"]) + n, float(row["sd_guidance_scale"]),
                     (int(row["sd_image_height"]), int(row["sd_image_width"]))) for row in rows for n in range(5)]
@@ -60,12 +57,10 @@ def i2p(args, concepts):
 
 def coco(args, concepts):
     """One picture a caption: --prompts, a csv file with a column `caption` (or `prompt`)."""
-    if not args.prompts:
-        raise UserError("The suite coco needs --prompts FILE.csv, captions in a column `caption`; and --real FOLDER for FID and KID.")
-    rows = read_csv(args.prompts)
-    key = next((key for key in ("caption", "prompt") if rows and key in rows[0]), None)
+    rows = read_csv(args.prompts) if args.prompts else [{}]
+    key = next((key for key in ("caption", "prompt") if key in rows[0]), None)
     if not key:
-        raise UserError(f"{args.prompts} has no column `caption`.")
+        raise UserError("The suite coco needs --prompts FILE.csv, captions in a column `caption`; and --real FOLDER for FID and KID.")
     return [Job(row[key], args.seed + i) for i, row in enumerate(rows)]
 
 
@@ -88,7 +83,7 @@ def toy(args, concepts):
 
 
 SUITES = {"toy": (toy, ("toy",)), "nudity": (nudity, ("nude",)), "i2p": (i2p, ("nude", "harm")),
-          "coco": (coco, ("fid", "kid", "lpips", "ssim", "clip")), "artists": (artists, ("matrix",))}
+          "coco": (coco, ("fid", "kid", "lpips", "ssim", "clip_score")), "artists": (artists, ("matrix",))}
 
 
 def paper(suite, method, concepts):
@@ -98,6 +93,5 @@ def paper(suite, method, concepts):
     table = known.get(tuple(c for text in concepts for c in text.split(", ")), None)
     if method == "sd" and not concepts:
         table = "Table 2" if suite == "i2p" else "Table 1"
-    keys = {"toy": (), "i2p": ("harm",), "artists": ()}.get(suite, SUITES[suite][1])
-    found = tables.get(table, {}).get(method, {})
-    return {key: found[key] for key in keys if key in found}
+    keys = {"i2p": ("harm",)}.get(suite, SUITES[suite][1])  # its %NUDE is of the suite nudity
+    return {key: figure for key, figure in tables.get(table, {}).get(method, {}).items() if key in keys}

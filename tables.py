@@ -13,7 +13,7 @@ from suites import SUITES, paper
 from weights import UserError
 
 TITLES = {"nude": "%NUDE", "harm": "%HARM", "fid": "FID", "kid": "KID", "lpips": "LPIPS to the original", "ssim": "SSIM to the original",
-          "clip": "CLIP score"}
+          "clip_score": "CLIP score"}
 
 
 def measure(key, system, files, jobs, others, args, device):
@@ -21,24 +21,25 @@ def measure(key, system, files, jobs, others, args, device):
     if key == "toy":
         from toy.suite import measure as measure_toy
         return measure_toy(metrics.arrays(files), metrics.arrays(others), jobs, system.concepts)
-    if key == "nude":
-        return {key: metrics.nude(files)}
-    if key == "harm" and args.q16:
-        return {key: metrics.harm(files, learned_prompts(args.q16), args.clip, device)}
-    if key in ("fid", "kid") and args.real:
-        return {key: getattr(metrics, key)(files, args.real, device)}
-    if key in ("lpips", "ssim") and files != others:
-        return {key: getattr(metrics, key)(files, others)}
-    if key == "clip":
-        return {key: metrics.clip_score(files, [job.prompt for job in jobs], args.clip, device)}
+    if key == "matrix":
+        return figure_2(files, jobs, others, args.model)
+    same, learned = files == others, args.q16 and learned_prompts(args.q16)
+    given = {"nude": [], "harm": [learned, args.clip, device], "fid": [args.real, device], "kid": [args.real, device], "lpips": [others],
+             "ssim": [others], "clip_score": [[job.prompt for job in jobs], args.clip, device]}[key]
+    missing = {"harm": not args.q16, "fid": not args.real, "kid": not args.real, "lpips": same, "ssim": same}
+    return {} if missing.get(key) else {key: getattr(metrics, key)(files, *given)}
+
+
+def figure_2(files, jobs, others, model):
+    """A row of the matrix: of each artist's pictures the embedded model's share that still show what was asked for; else how far they moved."""
     found = {}
-    for which in dict.fromkeys(job.which for job in jobs) if key == "matrix" else ():  # a row of Figure 2
-        mine = [i for i, job in enumerate(jobs) if job.which == which]
-        if args.model == "toy":  # the share that still shows what was asked for
+    for which in dict.fromkeys(job.which for job in jobs):
+        mine, before = zip(*((file, other) for file, other, job in zip(files, others, jobs) if job.which == which))
+        if model == "toy":
             from toy.suite import shown
-            found[which] = shown(metrics.arrays([files[i] for i in mine]), which)
-        elif files != others:  # how far the pictures moved
-            found[which] = metrics.lpips([files[i] for i in mine], [others[i] for i in mine])
+            found[which] = shown(metrics.arrays(mine), which)
+        elif files != others:
+            found[which] = metrics.lpips(mine, before)
     return found
 
 
@@ -78,42 +79,33 @@ def table(rows, titles, suite):
     return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *cells])
 
 
-def height(value):
-    return 100 * value[0] / value[1] if isinstance(value, tuple) else value
-
-
 def plot(rows, titles, suite, folder):
     """matrix.png for Figure 2's rows; curve.png where rows are named NAME@ITERATION."""
-    curves = {}
-    for row in rows:
-        name, _, iteration = row["model"].rpartition("@")
-        if name and iteration.isdigit():
-            curves.setdefault(name, []).append((int(iteration), row["figures"]))
+    def height(value):
+        return 100 * value[0] / value[1] if isinstance(value, tuple) else value
+
+    points = [(*row["model"].rpartition("@")[::2], row["figures"]) for row in rows]
+    points = sorted(((name, int(i), figures) for name, i, figures in points if name and i.isdigit()), key=lambda point: point[:2])
     matrix = [row for row in rows if suite == "artists" and row["figures"]]
-    if not (curves or matrix):
+    if not (points or matrix):
         return
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    if curves:
-        key = next(key for key in titles if all(key in figures for points in curves.values() for _, figures in points))
-        figure, axes = pyplot.subplots()
-        for name, points in sorted(curves.items()):
-            axes.plot(*zip(*[(i, height(x[key])) for i, x in sorted(points, key=lambda p: p[0])]), marker="o", label=name)
-        axes.set(xlabel="iteration", ylabel=titles[key])
-        axes.legend()
-        with weights.whole(folder / "curve.png") as beside:
-            figure.savefig(beside, dpi=120)
+    from matplotlib.figure import Figure
+    figure = Figure()
+    axes = figure.subplots()
     if matrix:
         asked = matrix[0]["asked"]
-        figure, axes = pyplot.subplots()
-        values = [[height(row["figures"][which]) for which in asked] for row in matrix]
-        axes.figure.colorbar(axes.imshow(values), label="% shown" if isinstance(matrix[0]["figures"][asked[0]], tuple) else TITLES["lpips"])
+        image = axes.imshow([[height(row["figures"][which]) for which in asked] for row in matrix])
+        figure.colorbar(image, label="% shown" if isinstance(matrix[0]["figures"][asked[0]], tuple) else TITLES["lpips"])
         axes.set(xticks=range(len(asked)), xticklabels=asked, yticks=range(len(matrix)), yticklabels=[row["model"] for row in matrix], xlabel="asked for")
         axes.tick_params(axis="x", rotation=30)
-        with weights.whole(folder / "matrix.png") as beside:
-            figure.savefig(beside, dpi=120, bbox_inches="tight")
-    pyplot.close("all")
+    else:
+        key = next(key for key in titles if all(key in figures for *_, figures in points))
+        for name in dict.fromkeys(name for name, *_ in points):
+            axes.plot(*zip(*[(i, height(figures[key])) for other, i, figures in points if other == name]), marker="o", label=name)
+        axes.set(xlabel="iteration", ylabel=titles[key])
+        axes.legend()
+    with weights.whole(folder / ("matrix.png" if matrix else "curve.png")) as beside:
+        figure.savefig(beside, dpi=120, bbox_inches="tight")
 
 
 def results(args, rows_of, settings, model, device):
@@ -129,10 +121,9 @@ def results(args, rows_of, settings, model, device):
         for key in keys:
             try:
                 figures |= measure(key, system, files, jobs, [others / file.name for file in files], args, device)
-            except ModuleNotFoundError as e:
-                missing[key] = f"{TITLES.get(key, key)}: not measured, {e.name} is missing: pip install -r requirements-eval.txt and repeat the command"
-            except OSError as e:
-                missing[key] = f"{TITLES.get(key, key)}: not measured ({(str(e).strip() or type(e).__name__).splitlines()[0]})"
+            except (ModuleNotFoundError, OSError) as e:
+                why = getattr(e, "name", None) and f"{e.name} is missing: pip install -r requirements-eval.txt and repeat the command"
+                missing[key] = f"{titles.get(key, key)}: not measured, {why or (str(e).strip() or type(e).__name__).splitlines()[0]}"
         asked = list(dict.fromkeys(job.which for job in jobs))
         titles |= {which: which for which in asked} if args.suite == "artists" else {}
         rows.append({"model": system.name, "erased": system.concepts, "method": system.trained, "figures": figures, "asked": asked})

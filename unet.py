@@ -19,6 +19,7 @@ way up: the U. Attribute names are the checkpoint's (diffusers layout), so that 
 Letters in shape comments: B batch, C channels, N = H·W places, L = 77 tokens, D context width, h heads, d = C / h.
 """
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,9 @@ def timestep_embedding(t, width):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class TimestepEmbedding(nn.Module):
-    def __init__(self, c, c_emb):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(c, c_emb), nn.Linear(c_emb, c_emb)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
+def named(**modules):
+    """One after the other, each with its checkpoint's name."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 class ResnetBlock(nn.Module):
@@ -91,21 +88,13 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))  # net.1 was a dropout of 0
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, c, c_context, heads):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(c), Attention(c, c, heads)
         self.norm2, self.attn2 = nn.LayerNorm(c), Attention(c, c_context, heads)  # attn2 is what SDD trains
-        self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
+        self.norm3 = nn.LayerNorm(c)
+        self.ff = named(net=nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)))  # net.1 was a dropout of 0
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
@@ -130,15 +119,6 @@ class Transformer(nn.Module):
         return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Downsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)
-
-
 class Upsample(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -155,7 +135,7 @@ class DownBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, c_emb, groups) for i in range(n))
         self.attentions = nn.ModuleList(transformer(c_out) for _ in range(n if transformer else 0))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        self.downsamplers = nn.ModuleList([] if last else [named(conv=nn.Conv2d(c_out, c_out, 3, stride=2, padding=1))])
 
     def forward(self, x, emb, context, skips):
         for i, resnet in enumerate(self.resnets):
@@ -217,7 +197,7 @@ class UNet(nn.Module):
             return Transformer(c, cross_attention_dim, attention_head_dim, groups)
 
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], c_emb)
+        self.time_embedding = named(linear_1=nn.Linear(widths[0], c_emb), silu=nn.SiLU(), linear_2=nn.Linear(c_emb, c_emb))
         self.down_blocks = nn.ModuleList()
         c, c_skips = widths[0], [widths[0]]
         for level, kind in enumerate(down_block_types):

@@ -4,6 +4,8 @@ f = 2^(levels - 1): 8 for SD 1.4 (Rombach et al. 2022, arXiv 2112.10752), 4 for 
 the checkpoint's (diffusers layout, `vae/config.json`), so that loading is a strict `load_state_dict`. The latents
 that go in and come out are scaled by `scaling_factor` here, and nowhere else.
 """
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -42,22 +44,13 @@ class Attention(nn.Module):
         return x + rearrange(self.to_out[0](h), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, unlike the UNet's
+def downsample(c):
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom only, unlike the UNet's
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(c):
+    return nn.Sequential(OrderedDict(twice=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -66,8 +59,8 @@ class Level(nn.Module):
     def __init__(self, c_in, c_out, n, groups, resample=None):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(n))
-        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample is Downsample else [])
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample is Upsample else [])
+        self.downsamplers = nn.ModuleList([downsample(c_out)] if resample is downsample else [])
+        self.upsamplers = nn.ModuleList([upsample(c_out)] if resample is upsample else [])
 
     def forward(self, x):
         for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
@@ -90,7 +83,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, n, groups, Downsample if i < len(widths) - 1 else None)
+            Level(widths[max(i - 1, 0)], w, n, groups, downsample if i < len(widths) - 1 else None)
             for i, w in enumerate(widths))
         self.mid_block = Middle(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
@@ -110,7 +103,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = Middle(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, n + 1, groups, Upsample if i < len(widths) - 1 else None)
+            Level(widths[max(i - 1, 0)], w, n + 1, groups, upsample if i < len(widths) - 1 else None)
             for i, w in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)

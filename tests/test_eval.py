@@ -186,8 +186,7 @@ def test_i2p(folder, clip, tmp_path, capsys):
 
 def test_harm_is_a_softmax_of_a_hundred_cosines(clip, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), "uint8")).save(tmp_path / "a.png")
-    model, processor = metrics._clip(clip, "cpu")
-    x = metrics._embed(model, processor(images=[Image.open(tmp_path / "a.png")], return_tensors="pt"))[0]
+    x = metrics.clip_embeddings(clip, "cpu", [tmp_path / "a.png"])[0]
     assert x.norm() == pytest.approx(1, abs=1e-5)
     other = torch.randn(8, generator=torch.Generator().manual_seed(0))
     other -= other @ x * x
@@ -204,7 +203,7 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "lpips", lambda files, others: 0.25)
     assert sd(folder, *words, "--out", tmp_path / "o") == 0
     original, neg = (row["figures"] for row in result(tmp_path / "o")["rows"])
-    assert set(original) == {"clip"} and set(neg) == {"clip", "lpips", "ssim"} and -1 <= neg["clip"] <= 1 and neg["ssim"] < 1
+    assert set(original) == {"clip_score"} and set(neg) == {"clip_score", "lpips", "ssim"} and -1 <= neg["clip_score"] <= 1 and neg["ssim"] < 1
     assert "| neg | nudity |" in (tmp_path / "o" / "table.md").read_text()
 
     def missing(*_):

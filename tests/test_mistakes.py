@@ -75,8 +75,10 @@ def other_half_is_the_gate(self, x):
     return x * F.gelu(gate)
 
 
-def corner_padding(self, x):
-    return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
+def corner_padding(self):
+    for step in self.downsamplers:
+        step.conv.padding = 0
+        step.register_forward_pre_hook(lambda _, args: (F.pad(args[0], (0, 1, 0, 1)),))
 
 
 def no_final_norm(self, tokens):
@@ -146,6 +148,7 @@ RESNET_EPS = after_init(unet.ResnetBlock, lambda self: [setattr(norm, "eps", 1e-
 LAST_EPS = after_init(unet.UNet, lambda self: setattr(self.conv_norm_out, "eps", 1e-6))
 TRANSFORMER_EPS = after_init(unet.Transformer, lambda self: setattr(self.norm, "eps", 1e-5))
 LAYER_EPS = after_init(unet.TransformerBlock, lambda self: setattr(self.norm1, "eps", 1e-6))
+PAD_ALL = after_init(vae.Level, lambda self: [setattr(step, "pad", torch.nn.ZeroPad2d(1)) for step in self.downsamplers])
 CLIP_EPS = after_init(clip_text.Layer, lambda self: setattr(self.layer_norm2, "eps", 1e-6))
 
 MISTAKES = [
@@ -159,7 +162,7 @@ MISTAKES = [
     ("transformer's norm with eps 1e-5: all", TRANSFORMER_EPS, lambda: common.unet_error(gain=3e-3)),
     ("LayerNorm with eps 1e-6: its value", LAYER_EPS, lambda: common.same_eps("unet")),
     ("LayerNorm with eps 1e-6: one block", LAYER_EPS, lambda: common.unet_part("transformer block", 3e-3)),
-    ("UNet pads right and bottom only", put(unet.Downsample, "forward", corner_padding), lambda: common.unet_part("downsample")),
+    ("UNet pads right and bottom only", after_init(unet.DownBlock, corner_padding), lambda: common.unet_part("downsample")),
     ("up-sampling by 2 on odd sizes", functional(unet, **TWICE), common.unet_error),
     ("8 channels a head", after_init(unet.Attention, lambda self: setattr(self, "heads", self.to_q.in_features // 8)),
      lambda: common.unet_error("2 heads, plain first")),
@@ -181,8 +184,8 @@ MISTAKES = [
     ("VAE with eps 1e-5: one block", put(vae, "EPS", 1e-5), lambda: common.vae_part("resnet", 3e-3)),
     ("VAE with eps 1e-5: encoder", put(vae, "EPS", 1e-5), lambda: common.vae_error("moments", 3e-3)),
     ("VAE with eps 1e-5: decoder", put(vae, "EPS", 1e-5), lambda: common.vae_error("decode", 3e-3)),
-    ("VAE pads on all sides", functional(vae, pad=lambda x, sides: F.pad(x, (1, 1, 1, 1))), lambda: common.vae_part("downsample")),
-    ("VAE pads on all sides: encoder", functional(vae, pad=lambda x, sides: F.pad(x, (1, 1, 1, 1))), lambda: common.vae_error("moments")),
+    ("VAE pads on all sides", PAD_ALL, lambda: common.vae_part("downsample")),
+    ("VAE pads on all sides: encoder", PAD_ALL, lambda: common.vae_error("moments")),
     ("norm1 and norm2 swapped in the VAE", swapped(vae.ResnetBlock, "norm1", "norm2"), lambda: common.vae_error("decode")),
     ("latents not scaled", after_init(vae.VAE, lambda self: setattr(self, "scaling_factor", 1.0)), lambda: common.vae_error("encode")),
     ("latents not scaled back", after_init(vae.VAE, lambda self: setattr(self, "scaling_factor", 1.0)),
