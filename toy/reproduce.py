@@ -42,12 +42,12 @@ def plan(quick):
     star = {name: (["star"], TRAINERS[name]) for name in few}
     if quick:
         return [("One concept (the paper's Table 1)", "one", star, ["neg", "sld-max", "sega"], ["star"])]
-    three = {name: (THREE, TRAINERS[name] + LONGER) for name in TRAINERS}
-    three |= {name: (THREE, ["--method", name, "--anchor", "circle", "blue", "plain", *LONGER]) for name in ("ablate", "ablate-noise")}
+    three = {name: (THREE, TRAINERS[name] + LONGER) for name in ("sdd", "sdd + preserve", "esd-x", "all-but-one")}
+    three["ablate"] = (THREE, ["--method", "ablate", "--anchor", "circle", "blue", "plain", *LONGER])
     three |= {f"{name}, official roles": (THREE, [*three[name][1], "--roles", "official"]) for name in ("sdd", "sdd + preserve")}
-    three |= {"sdd, lr 2e-3": (THREE, ["--lr", "2e-3", *LONGER])}  # what --preserve does, apart from what its learning rate does
-    three |= {f"sdd + preserve {keep}": (THREE, ["--lr", "2e-3", *LONGER, "--preserve", keep]) for keep in ("0.1", "1")}
-    three |= {f"{name} + preserve": (THREE, [*three[name][1], "--preserve", "0.3"]) for name in ("esd-x", "ablate")}
+    three["sdd, lr 2e-3"] = (THREE, ["--lr", "2e-3", *LONGER])  # what --preserve does, apart from what its learning rate does
+    three["sdd + preserve 0.1"] = (THREE, ["--lr", "2e-3", *LONGER, "--preserve", "0.1"])
+    three["esd-x + preserve"] = (THREE, [*three["esd-x"][1], "--preserve", "0.3"])
     sizes = {f"sdd, batch {B}{' + preserve' * bool(keep)}": (["star"], ["--batch-size", B, *keep]) for B in "14" for keep in ([], TRAINERS["sdd + preserve"])}
     return [("One concept (the paper's Table 1)", "one", star, GUIDED, ["star"]),
             ("Three concepts at once (Table 2)", "three", three, ["neg", "sld-medium", "sld-max", "sega"], THREE),
