@@ -6,7 +6,7 @@ from toy import reproduce
 
 
 def test_verdict():
-    assert reproduce.verdict((0, 200), (100, 200)) == "yes" and reproduce.verdict((100, 200), (0, 200)) == "no"
+    assert reproduce.verdict((0, 200), (100, 200)) == "holds" and reproduce.verdict((100, 200), (0, 200)) == "fails"
     assert reproduce.verdict((10, 200), (14, 200)) == "open"
 
 
@@ -28,6 +28,7 @@ def test_quick_reproduction_cut_short(tmp_path, monkeypatch):
     text = (tmp_path / "o" / "REPRODUCTION.md").read_text(encoding="utf-8")
     assert all(row in text for row in ("| sdd |", "| esd-x |", "| sega |", "| sdd teacher@40 |", "| esd-x student@160 |"))
     assert text.count("\n## ") == 4 and (tmp_path / "o" / "tables-1-40" / "curve" / "curve.png").exists()
+    assert all((tmp_path / "o" / name).exists() for name in ("docs/curve.png", "docs/film_sdd.png", "docs/film_esd-x.png")) and "](docs/curve.png)" in text
     monkeypatch.setattr(reproduce, "command", None)  # nothing is left to be done
     reproduce.reproduce(tmp_path / "o", quick=True)
 

@@ -33,6 +33,7 @@ GUIDED = ["neg", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega"]
 THREE = ["star", "red", "striped"]
 TEXTURES = ["striped", "dotted", "outlined"]
 LONGER = ["--iters", "300"]  # for three concepts
+POINTS = (40, 80, 120, 160)  # iterations, of the curve
 TEMPLATES = ["a {} circle", "a blue {} square on sand", "a {} triangle on snow", "something {}"]  # four, as three seeds share the pictures
 
 
@@ -88,7 +89,7 @@ def tables(folder, sections, seeds, limit, jobs):
         points = []
         for row in ("sdd", "esd-x"):
             for which in ("teacher", "student"):
-                for i in (40, 80, 120, 160):
+                for i in POINTS:
                     points += [word for seed in seeds for word in ("--patch", f"{row} {which}@{i}={run('one', row, seed) / 'exports' / f'{which}-{i:06d}.safetensors'}")]
         work.append(["eval.py", "toy", *measured, *points, "--out", made / "curve"])
         list(pool.map(lambda words: (words[-1] / "results.json").exists() or command(*words), work))
@@ -108,56 +109,90 @@ def matrix(folder, made, seeds, limit, jobs):
 
 
 def verdict(a, b):
-    """Does a fall below b? By 95 % Wilson intervals: "yes", "no" (it is above) or "open" (they overlap)."""
+    """Is the proportion a below b? By 95 % Wilson intervals: "holds", "fails" (it is above) or "open" (they overlap)."""
     from metrics import wilson
     (low_a, high_a), (low_b, high_b) = wilson(*a), wilson(*b)
-    return "yes" if high_a < low_b else "no" if low_a > high_b else "open"
+    return "holds" if high_a < low_b else "fails" if low_a > high_b else "open"
 
 
 def claims(rows):
-    """Markdown: the paper's claims beside what was measured."""
-    said = ["| the paper says that … | leaves less of the target than … | named | implied |\n|---|---|---|---|\n"]
-    for table in ("one", "three"):
-        found = {row["model"]: row["figures"] for row in rows.get(table, [])}
-        for other in [name for name in found if not name.startswith(("sdd", "original")) and "+" not in name]:
-            a, b = found["sdd"], found[other]
-            cells = [f"{100 * a[key][0] / a[key][1]:.0f} against {100 * b[key][0] / b[key][1]:.0f}: {verdict(a[key], b[key])}" if key in a else "–"
-                     for key in ("named", "implied")]
-            said.append(f"| SDD, {'one concept' if table == 'one' else 'three'} | {other} | " + " | ".join(cells) + " |\n")
-    return "".join(said)
+    """Markdown: the papers' claims as comparisons of two rows of the tables above, and which hold."""
+    one, three, curve = ({row["model"]: row["figures"] for row in rows.get(name, [])} for name in ("one", "three", "curve"))
+    target, kept = {"named": "named", "implied": "implied"}, {"caption": "wrong captions"}
+    listed = [(f"SDD leaves less of {many} than {other} (Table {1 if found is one else 2})", found["sdd"], found[other], target)
+              for found, many in ((one, "one concept"), (three, "three concepts")) for other in found
+              if not other.startswith(("sdd", "original")) and "+" not in other]
+    listed += [(f"SDD harms the rest less than {other} (the paper claims no such thing)", one["sdd"], one[other], kept) for other in one if other.startswith(("esd", "sld-max"))]
+    listed += [(f"After {i} iterations SDD leaves less than ESD-x (Figure 5)", curve[f"sdd teacher@{i}"], curve[f"esd-x student@{i}"], target)
+               for i in POINTS if f"sdd teacher@{i}" in curve]
+    listed += [(f"After {i} iterations the teacher harms the rest less than the student (Figures 3, 10, 11)", curve[f"sdd teacher@{i}"], curve[f"sdd student@{i}"], kept)
+               for i in POINTS if f"sdd teacher@{i}" in curve]
+    listed += [("Algorithm 1's roles leave less than the authors' script's", three[name], three[f"{name}, official roles"], target)
+               for name in ("sdd", "sdd + preserve") if name in three]
+    text = "| claim | measured | |\n|---|---|---|\n"
+    for said, a, b, keys in listed:
+        for key, name in keys.items():
+            (hits, n), (others, m) = ((x[1] - x[0], x[1]) if key == "caption" else x for x in (a.get(key, (0, 0)), b.get(key, (0, 0))))
+            if n and m:
+                text += f"| {said} | {name}: {100 * hits / n:.1f} against {100 * others / m:.1f} % | {verdict((hits, n), (others, m))} |\n"
+    return text
 
 
-def drifts(run, sections, seeds):
-    """Markdown: gap and drift when they were last measured in each training (every 40 iterations), the mean of the seeds."""
-    lines = ["| trained | for | gap, student | drift, student | gap, teacher | drift, teacher |\n|---|---|---|---|---|---|\n"]
-    for _, name, rows, _, _ in sections:
-        for row, (concepts, _) in rows.items():
+def drifts(run, rows, sections, seeds):
+    """Markdown: gap and drift at the end of each training, the mean of the seeds, beside what is left of the target and of the rest."""
+    text = "| trained | for | gap, student | drift, student | gap, teacher | drift, teacher | target, named | whole captions |\n" + "|---" * 8 + "|\n"
+    for _, name, trained, _, _ in sections:
+        figures = {row["model"]: row["figures"] for row in rows[name]}
+        for row, (concepts, _) in trained.items():
             last = []
             for seed in seeds:
                 with open(run(name, row, seed) / "log.csv", newline="", encoding="utf-8") as f:
                     last.append([line for line in csv.DictReader(f) if line["gap_student"]][-1])
-            means = [sum(float(line[key]) for line in last) / len(last) for key in ("gap_student", "drift_student", "gap_teacher", "drift_teacher")]
-            lines.append(f"| {row} | {', '.join(concepts)} | " + " | ".join(f"{mean:.2g}" for mean in means) + " |\n")
-    return "".join(lines)
+            cells = [f"{sum(float(line[key]) for line in last) / len(last):.2g}" for key in ("gap_student", "drift_student", "gap_teacher", "drift_teacher")]
+            cells += [f"{100 * hits / n:.1f}" for hits, n in (figures[row]["named"], figures[row]["caption"])]
+            text += f"| {row} | {', '.join(concepts)} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
+    """REPRODUCTION.md and the pictures that it shows, beside it in docs/."""
+    (folder / "docs").mkdir(exist_ok=True)
+    shown = {"curve": made / "curve" / "curve.png", "film_sdd": run("one", "sdd", seeds[0]) / "film.png", "film_esd-x": run("one", "esd-x", seeds[0]) / "film.png"}
+    shown |= {} if quick else {"matrix": made / "matrix" / "matrix.png"}
+    for name, file in shown.items():
+        shutil.copyfile(file, folder / "docs" / f"{name}.png")
+
+    def picture(name, alt):
+        return f"![{alt}](docs/{name}.png)\n\n"
+
+    def table(name):
+        return (made / name / "table.md").read_text(encoding="utf-8")
+
+    several = f"s {', '.join(map(str, seeds))}, pooled" if len(seeds) > 1 else f" {seeds[0]}"
+    text = [f"# The papers' claims, in miniature\n\n`python eval.py toy --reproduce{' --quick' * quick} --out {os.path.relpath(folder, ROOT)}`, {datetime.date.today()}, "
+            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {minutes:.0f} minutes. Training seed{several}; up to {limit} pictures a figure, "
+            f"percentages by the probe with 95 % Wilson intervals.\n\n{TUNING}\n"]
+    text += [f"\n## {title}\n\n{table(name)}" for title, name, *_ in sections]
+    text.append(f"\n## What holds\n\nA claim holds or fails where the two intervals do not meet, and is open where they do.\n\n{claims(rows)}")
+    if not quick:
+        text.append(f"\n## Artists (Figure 2): textures in their place\n\nWhat shows, of what was asked for.\n\n{picture('matrix', 'who was erased and who is asked for')}{table('matrix')}")
+    text.append(f"\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n{picture('curve', 'target over iterations')}SDD, the star, seed {seeds[0]}:\n\n"
+                f"{picture('film_sdd', 'student and teacher of SDD over the iterations')}ESD-x:\n\n{picture('film_esd-x', 'student and average of ESD-x')}{table('curve')}")
+    text.append(f"\n## Gap and drift\n\nMean |e(c_s) − e(c_0)|² and |e(c_0) − e°(c_0)|² on fixed latents, after the last iteration, beside what else the model lost.\n\n"
+                f"{drifts(run, rows, sections, seeds)}")
+    (folder / "REPRODUCTION.md").write_text("".join(text), encoding="utf-8")
 
 
 def reproduce(folder, quick=False, jobs=2):
     seeds, limit, began = ((2,), 40, time.time()) if quick else ((2, 3, 4), 120, time.time())
-    sections = plan(quick)
-    rows, run, made = tables(folder, sections, seeds, limit, jobs)
-    if not quick:
-        matrix(folder, made, seeds, 240, jobs)
-    spent = folder / "seconds.txt"  # of this and earlier, unfinished calls
-    spent.write_text(f"{(float(spent.read_text()) if spent.exists() else 0) + time.time() - began:.0f}")
-    text = [f"# The papers' claims, in miniature\n\n`python eval.py toy --reproduce{' --quick' * quick} --out {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.name}`, {datetime.date.today()}, {platform.machine()}, "
-            f"{os.cpu_count()} cores, torch {torch.__version__}, {float(spent.read_text()) / 60:.0f} minutes. Training seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{', pooled' * (len(seeds) > 1)}; up to {limit} pictures a figure, "
-            f"percentages by the probe with 95 % Wilson intervals.\n\n{TUNING}\n"]
-    for title, name, *_ in sections:
-        text.append(f"\n## {title}\n\n{(made / name / 'table.md').read_text(encoding='utf-8')}")
-    text.append(f"\n## Who leaves less\n\n{claims(rows)}")
-    if not quick:
-        text.append(f"\n## Artists (Figure 2): textures in their place\n\nWhat shows, of what was asked for.\n\n{(made / 'matrix' / 'table.md').read_text(encoding='utf-8')}")
-    text.append(f"\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n{(made / 'curve' / 'table.md').read_text(encoding='utf-8')}")
-    text.append(f"\n## Gap and drift\n\n{drifts(run, sections, seeds)}")
-    (folder / "REPRODUCTION.md").write_text("".join(text), encoding="utf-8")
-    print(f"{folder / 'REPRODUCTION.md'} is written; pictures and plots are in {made}")
+    sections, spent = plan(quick), folder / "seconds.txt"  # of this and of earlier, unfinished calls
+    try:
+        rows, run, made = tables(folder, sections, seeds, limit, jobs)
+        if not quick:
+            matrix(folder, made, seeds, 240, jobs)
+    finally:
+        folder.mkdir(parents=True, exist_ok=True)
+        seconds = (float(spent.read_text()) if spent.exists() else 0) + time.time() - began
+        spent.write_text(f"{seconds:.0f}")
+    write(folder, made, run, rows, sections, seeds, limit, quick, seconds / 60)
+    print(f"{folder / 'REPRODUCTION.md'} is written, with its pictures in docs/ beside it; tables and plots are in {made}")
