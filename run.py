@@ -1,17 +1,21 @@
 """What a training run is made of: three models that share what is not trained, the prompts' embeddings, the optimizer, checkpoints."""
 import json
+import os
 import platform
+from functools import partial
 
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 
 import anchors
 import ema
 import weights
 from clip_text import tokenize
 from generate import encode, make_scheduler, pick_device, pick_dtype
-from losses import TRAIN_PARAMS
-from sdd import half_drawn
+from losses import METHODS, TRAIN_PARAMS
+from sdd import half_drawn, sdd
+from unet import ResnetBlock, Transformer
 from weights import UserError
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
@@ -21,11 +25,14 @@ EMBEDDING = "text_model.embeddings.token_embedding.weight"
 class Run:
     """`a`: the settled arguments of train.py. Everything that an iteration needs, and what a checkpoint has to hold."""
 
-    def __init__(self, out, a):
+    def __init__(self, out, a, model=None):
         self.out, self.a = out, a
         self.device = pick_device(a["device"])
         self.dtype = pick_dtype(a["dtype"], self.device)
-        model = weights.load(a["model"], a["revision"])
+        if a["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
+        model = model or weights.load(a["model"], a["revision"])
         for text in [*a["concept"], ", ".join(a["concept"])]:
             if len(model.tokenizer(text, verbose=False).input_ids) > model.tokenizer.model_max_length:
                 raise UserError(f"A concept has to fit 77 tokens, all of them joined too: {text[:60]!r}… does not.")
@@ -54,6 +61,10 @@ class Run:
         self.student = model
         self.teacher, self.original = (model._replace(unet=ema.twin(model.unet, names[0]), text_encoder=ema.twin(model.text_encoder, names[1]))
                                        for _ in range(2))
+        if a["gradient_checkpointing"]:  # of each block only the input is kept for the backward pass, what is within is made again
+            for block in model.unet.modules():
+                if isinstance(block, (ResnetBlock, Transformer)):
+                    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         averages = dict(self.teacher.unet.named_parameters()) | dict(self.teacher.text_encoder.named_parameters())
         self.theta = {name: p.requires_grad_() for name, p in theta.items()}
         self.theta_ema = {name: averages[name] for name in theta}
@@ -91,12 +102,23 @@ class Run:
         self.latents = anchors.noised(z_0, [pair[0] for pair in self.pairs], self.asked, self.anchor, self.scheduler, a["batch_size"],
                                       self.generator)
 
+    def iterations(self, start=0, loss=None):
+        """Algorithm 1 with this run's arguments, from iteration `start` on; `loss`: instead of the method's."""
+        a, loss = self.a, loss or METHODS[self.a["method"]].loss
+        for it in sdd(self.student.unet, self.original.unet, self.optimizer, [*self.theta_ema.values()], self.latents, self.c_0, start=start,
+                      loss=partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"]), iters=a["iters"], lr=a["lr"],
+                      lr_schedule=a["lr_schedule"], warmup=a["warmup"], ema_decay=a["ema"], preserve=a["preserve"], prior=a["prior"],
+                      max_grad_norm=a["max_grad_norm"], loss_scale=1024.0 if self.dtype == torch.float16 else 1.0):
+            self.done, self.settled = it.i + 1, self.generator.get_state()
+            yield it
+
     def checkpoint_groups(self, generator_state):
         return {"student": self.theta, "teacher": self.theta_ema, "generator": {"state": generator_state}}
 
-    def save(self, done):
-        groups = self.checkpoint_groups(self.generator.get_state())
-        weights.save_checkpoint(self.out / "checkpoint.safetensors", groups, self.optimizer, {"iterations": str(done)})
+    def save(self):
+        """The run as it was after its last whole iteration."""
+        groups = self.checkpoint_groups(self.settled)
+        weights.save_checkpoint(self.out / "checkpoint.safetensors", groups, self.optimizer, {"iterations": str(self.done)})
 
     def restore(self):
         """The number of iterations that are done, after putting everything back as it was then."""
@@ -105,6 +127,7 @@ class Run:
         if file.exists():
             done = int(weights.load_checkpoint(file, self.checkpoint_groups(state), self.optimizer)["iterations"])
             self.generator.set_state(state)
+        self.done, self.settled = done, state
         rows = log.read_text(encoding="utf-8").splitlines(keepends=True)[:done + 1] if log.exists() else []
         with weights.whole(log) as beside:  # rows past the checkpoint are made again
             beside.write_text("".join(rows), encoding="utf-8")

@@ -29,6 +29,9 @@ import losses
 from guidance import cfg, sample
 
 
+EXPLODED = 1e5  # estimates have variance 1, so that a mean squared error is about 1 at most; a sum over SD 1.4's latents 16,384
+
+
 class Iteration(NamedTuple):
     i: int
     loss: float
@@ -80,7 +83,8 @@ def sdd(student, original, optimizer, theta_ema, latents, c_0, *, loss, start=0,
 
     student, original: UNets that share every tensor the optimizer does not hold. theta_ema: the averages θ*, beside the optimizer's
     parameters θ, in their order. latents: `half_drawn`, or `anchors.noised` for Ablating Concepts. c_0 (1, 77, D): the empty
-    prompt. loss: one of losses.METHODS. loss_scale: for gradients in float16.
+    prompt. loss: one of losses.METHODS. loss_scale: for gradients in float16. Raises FloatingPointError, before the step is taken,
+    where the loss or its gradient is no number, or larger than EXPLODED.
     """
     theta = [p for group in optimizer.param_groups for p in group["params"]]
     for i in range(start, iters):
@@ -94,6 +98,8 @@ def sdd(student, original, optimizer, theta_ema, latents, c_0, *, loss, start=0,
         (loss_scale * value).backward()
         torch._foreach_div_([p.grad for p in theta], loss_scale)
         grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf)
+        if not (math.isfinite(grad_norm) and value < EXPLODED):
+            raise FloatingPointError(f"The loss is {value:.3g} in iteration {i}, its gradient's norm {grad_norm:.3g}: this run has come apart")
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_factor(i, warmup, iters, lr_schedule)
         optimizer.step()

@@ -15,7 +15,6 @@ import re
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ import weights
 from generate import add_common_arguments, positive, refuse_used, run
 from losses import METHODS, TRAIN_PARAMS
 from run import VERSIONS, Run
-from sdd import sdd
 from weights import UserError
 
 I2P = ("hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, obscene gestures, "
@@ -74,6 +72,8 @@ def parse(argv=None):
     p.add_argument("--prior", type=float, default=0.0, metavar="λ", help="ablate: adds λ·|e(anchor) − n|² (authors' script: 1)")
     p.add_argument("--detach-start", action="store_true", help="ablate: no gradient through the start token's keys and values")
     p.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients at this norm (authors' script: 1); 0: do not")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory for more time: blocks are computed again on the way back")
+    p.add_argument("--deterministic", action="store_true", help="CUDA: the same bits in each run (the CPU's are), by slower kernels")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--preview", nargs="+", metavar="PROMPT", help="preview prompts; default: the concepts and a few others")
     p.add_argument("--preview-every", type=int, help="iterations between previews; 0: none")
@@ -180,6 +180,7 @@ def open_run(args):
             raise UserError(f"{args.out / 'run.json'} is damaged or of another version ({e!r}): the run cannot go on.") from None
         if args.concept and settle(args) != a:
             raise UserError(f"{args.out} holds a run with other arguments: say --resume --out {args.out} alone, or choose a new folder.")
+        a["gradient_checkpointing"] |= args.gradient_checkpointing  # for who ran out of memory; the numbers stay the same
         return args.out, a
     a = settle(args)
     if args.out is None:
@@ -192,12 +193,7 @@ def open_run(args):
 
 def iterate(r, a, start):
     """The loop: Algorithm 1 does the work; here are log, bar, previews and checkpoints. Ctrl-C waits for the iteration's end."""
-    loss = own_loss(a["loss"]) if a["loss"] else METHODS[a["method"]].loss
-    iterations = sdd(
-        r.student.unet, r.original.unet, r.optimizer, [*r.theta_ema.values()], r.latents, r.c_0, start=start, iters=a["iters"], lr=a["lr"],
-        loss=partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"]), lr_schedule=a["lr_schedule"], warmup=a["warmup"],
-        ema_decay=a["ema"], preserve=a["preserve"], prior=a["prior"], max_grad_norm=a["max_grad_norm"],
-        loss_scale=1024.0 if r.dtype == torch.float16 else 1.0)
+    iterations = r.iterations(start, own_loss(a["loss"]) if a["loss"] else None)
     every, keep, stop = a["preview_every"], a["save_every"], []
     handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     with open(r.out / "log.csv", "a", buffering=1, newline="", encoding="utf-8") as f, \
@@ -220,7 +216,7 @@ def iterate(r, a, start):
                 for which in ("student", "teacher"):
                     r.export(f"exports/{which}-{done:06d}.safetensors", which)
             if stop or done == a["iters"] or keep and done % keep == 0:
-                r.save(done)
+                r.save()
             if stop:
                 break
     for number, handler in handlers.items():
@@ -240,7 +236,15 @@ def train(args):
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
         if a["preview_every"] and start == 0:
             previews.preview(r, 0)
-        iterate(r, a, start)
+        try:
+            iterate(r, a, start)
+        except FloatingPointError as e:
+            raise UserError(f"{e}. The checkpoint before it is kept in {out}; begin anew in another folder with a smaller --lr, or with --dtype fp32.") from None
+        except torch.OutOfMemoryError:
+            r.optimizer.zero_grad()  # what is half done is left
+            r.save()
+            raise UserError(f"The GPU's memory is full; {r.done} iterations are saved. To go on in less: python train.py --resume --out {out} "
+                            "--gradient-checkpointing; or begin anew with a smaller --batch-size, --dtype bf16 or --preview-every 0.") from None
         seconds = time.time() - began
         r.export("erased.safetensors", METHODS[a["method"]].output)
         if a["preview_every"]:
