@@ -1,0 +1,323 @@
+"""How fast, and in how much memory: ours beside the authors' loop on diffusers' classes, in one process.
+
+    python bench.py                          SD 1.4's sizes on a CUDA GPU; on a CPU the embedded model
+    python bench.py --size sd14 --rounds 1 --parts step memory      on a CPU: SD 1.4's iteration, in minutes, and the bytes it needs
+    python bench.py --rows BENCHMARKS.md     adds what it prints to that file
+
+Weights are random at SD 1.4's sizes, as speed does not depend on values. The loops take turns, iteration by iteration, with the same k.
+Memory is the allocator's on a GPU; on a CPU it is counted: the bytes of all tensors that live at the peak, whatever the device would
+add (workspaces, rounding of the allocator). Needs diffusers (requirements-test.txt).
+"""
+import argparse
+import copy
+import datetime
+import gc
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import sdd
+import train
+import weights
+from clip_text import CLIPText
+from generate import draw, encode, make_scheduler, pick_device, positive, run
+from run import Run
+from unet import UNet
+from vae import VAE
+from weights import UserError
+
+PROMPT = "star"  # a word that the embedded model's tokenizer knows
+THEIRS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the authors' default, and what a user would try next
+
+
+def our_model(size, device):
+    toy = weights.load("toy")  # its tokenizer and schedule serve both sizes
+    if size == "toy":
+        return toy
+    with torch.device(device):
+        parts = dict(unet=UNet(), vae=VAE(), text_encoder=CLIPText())
+    return toy._replace(name="random", resolution=512, **{name: part.eval().requires_grad_(False) for name, part in parts.items()})
+
+
+def their_parts(size, device):
+    """unet, vae, text_encoder, tokenizer by diffusers and transformers."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(weights.TOY / "tokenizer")
+    if size == "toy":
+        return (UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device),
+                AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device),
+                CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device), tokenizer)
+    with torch.device(device):
+        vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=512,
+                            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4)
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                            num_attention_heads=12))
+        return UNet2DConditionModel(cross_attention_dim=768, sample_size=64), vae, text, tokenizer
+
+
+class Authors:
+    """The authors' script's loop: two whole UNets in fp32, a gradient for every tensor, prompts encoded in each iteration, an average over
+    everything. As a user would have it who adds `dtype` autocast to it."""
+
+    def __init__(self, size, device, batch_size, steps, dtype):
+        from diffusers import DDIMScheduler
+        self.unet, _, self.text_encoder, self.tokenizer = their_parts(size, device)
+        self.ema = copy.deepcopy(self.unet).requires_grad_(False)
+        self.text_encoder.requires_grad_(False)
+        self.unet.requires_grad_(True)
+        self.trained = [p for name, p in self.unet.named_parameters() if "attn2" in name]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
+        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                                       clip_sample=False, set_alpha_to_one=False)
+        self.scheduler.set_timesteps(steps, device=device)
+        side = self.unet.config.sample_size if size == "toy" else 64
+        self.device, self.shape, self.dtype = device, (batch_size, 4, side, side), dtype
+        self.parts = [self.unet, self.ema, self.optimizer]
+
+    def iteration(self, k):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with torch.no_grad():
+                ids = self.tokenizer(["", PROMPT, PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
+                c_0, c_p, c_s = (c.expand(self.shape[0], -1, -1) for c in self.text_encoder(ids.to(self.device))[0].split(1))
+                z = torch.randn(self.shape, device=self.device)
+                for t in self.scheduler.timesteps[:k]:
+                    e_0, e_p = self.ema(torch.cat([z, z]), t, torch.cat([c_0, c_p])).sample.chunk(2)
+                    z = self.scheduler.step(e_0 + 3.0 * (e_p - e_0), t, z).prev_sample
+                t = self.scheduler.timesteps[min(k, len(self.scheduler.timesteps) - 1)]
+                target = self.unet(z, t, c_0).sample
+            loss = F.mse_loss(self.unet(z, t, c_s).sample.float(), target.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.unet.zero_grad()
+        with torch.no_grad():
+            for average, p in zip(self.ema.parameters(), self.unet.parameters()):
+                average.lerp_(p, 0.001)
+        return loss.item()
+
+
+class Ours:
+    """train.py's own run, with its previews left out; `words`: more of its arguments."""
+
+    def __init__(self, size, device, batch_size, steps, *words):
+        a = train.settle(train.parse(["--concept", PROMPT, "--model", "toy" if size == "toy" else "random", "--device", str(device), "--preview-every", "0",
+                                      "--batch-size", str(batch_size), "--steps", str(steps), "--iters", "1000000", *words]))
+        self.run = Run(Path(tempfile.gettempdir()), a, our_model(size, device))
+        self.run.make_latents()
+        self.iterations = self.run.iterations()
+        self.parts = [self.run.student.unet, self.run.teacher.unet, self.run.original.unet, self.run.optimizer]
+
+    def iteration(self, k):
+        sdd.draw = lambda roles, scheduler, K, i, generator: (k, scheduler.levels[k], 0)
+        with torch.autocast(self.run.device.type, self.run.dtype, enabled=self.run.dtype != torch.float32, cache_enabled=False):
+            return next(self.iterations).loss
+
+
+def contenders(size, device, batch_size, steps):
+    """{name: a function that makes it}; the last is what train.py does here by default."""
+    rows = {f"the authors' loop, {name}": lambda dtype=dtype: Authors(size, device, batch_size, steps, dtype) for name, dtype in THEIRS.items()}
+    for name, words in {"ours, fp32": ["--dtype", "fp32"], "ours, bf16, checkpointing": ["--dtype", "bf16", "--gradient-checkpointing"],
+                        "ours, bf16": ["--dtype", "bf16"], "ours as shipped": []}.items():
+        rows[name] = lambda words=words: Ours(size, device, batch_size, steps, *words)
+    return rows
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def paired(made, ks, device):
+    """{name: seconds of each iteration}; all take turns, the order reversed each time."""
+    spent = {name: [] for name in made}
+    for i, k in enumerate(ks):
+        for name in list(made)[::1 - 2 * (i % 2)]:
+            began = clock(device)
+            made[name].iteration(k)
+            spent[name].append(clock(device) - began)
+    return spent
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive: those of `parts` (modules and optimizers), and whatever an operation makes."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+        for part in parts:
+            states = part.state.values() if isinstance(part, torch.optim.Optimizer) else []
+            for x in [*(part.parameters() if isinstance(part, torch.nn.Module) else ()), *(x for state in states for x in state.values())]:
+                self.add(x)
+                self.add(x.grad)
+
+    def add(self, x):
+        if not isinstance(x, torch.Tensor) or (storage := x.untyped_storage())._cdata in self.known:
+            return
+        self.known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+
+    def gone(self, key, n):
+        self.known.discard(key)
+        self.now -= n
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            self.add(x)
+        return out
+
+
+@contextmanager
+def counted(parts, device):
+    """A list that gets the peak of the bytes that live at once."""
+    found = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found.append(torch.cuda.max_memory_allocated())
+    else:
+        with Live(parts) as live:
+            yield found
+        found.append(live.peak)
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product: the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
+    for _ in range(10):
+        began = clock(device)
+        a @ a
+        best = max(best, 2 * n**3 / (clock(device) - began))
+    return best
+
+
+def spread(values):
+    q = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return f"{statistics.median(values):.3g} s ({q[0]:.3g}–{q[2]:.3g})"
+
+
+def training(args, device, rows):
+    """One iteration of each loop at a fixed k and over real draws of k; FLOPs, and the fraction of the machine's matmul rate."""
+    batch_size, steps = (8, 6) if args.size == "toy" else (1, 50)
+    made = {name: make() for name, make in contenders(args.size, device, batch_size, steps).items() if not args.only or name in args.only}
+    k, generator = args.k or steps // 2, random.Random(0)
+    for what, ks in (("k = " + str(k), [k] * args.rounds), (f"k drawn from 1..{steps}", [generator.randint(1, steps) for _ in range(args.rounds)])):
+        for contender in made.values() if what.startswith("k =") else ():
+            contender.iteration(1)  # warm-up
+        spent = paired(made, ks, device)
+        first = next(iter(spent))
+        for name, seconds in spent.items():
+            with FlopCounterMode(display=False) as flops:
+                made[name].iteration(k)
+            dtype = made[name].dtype if isinstance(made[name], Authors) else made[name].run.dtype
+            share = flops.get_total_flops() / statistics.median(seconds) / matmul_rate(device, dtype)
+            ratio = statistics.median(a / b for a, b in zip(spent[first], seconds))
+            rate = f", {flops.get_total_flops() / 1e12:.3g} TFLOP at {share:.0%} of {str(dtype)[6:]} matmuls" if len(set(ks)) == 1 else ""
+            rows.append((f"{args.size}, an iteration of {batch_size}, {what}: {name}", f"{spread(seconds)}, {ratio:.2f} × {first.split(',')[0]}{rate}"))
+
+
+def memory(args, device, rows):
+    """The peak of an iteration, of each loop alone, after one that makes gradients and moments."""
+    batch_size, steps = (8, 6) if args.size == "toy" else (1, 50)
+    for name, make in contenders(args.size, device, batch_size, steps).items():
+        if args.only and name not in args.only:
+            continue
+        contender = make()
+        contender.iteration(1)
+        with counted(contender.parts, device) as peak:
+            contender.iteration(1)
+        rows.append((f"{args.size}, an iteration of {batch_size}: {name}, peak memory", f"{peak[0] / 2**30:.2f} GiB{' (counted)' * (device.type == 'cpu')}"))
+        del contender
+        gc.collect()
+        torch.cuda.empty_cache() if device.type == "cuda" else None
+
+
+def generation(args, device, rows):
+    """Pictures a second, DDIM; ours and diffusers' pipeline take turns."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    model, (unet, vae, text, tokenizer) = our_model(args.size, device), their_parts(args.size, device)
+    for part in (model.unet, model.vae, model.text_encoder):
+        part.to(device)
+    dtype, steps = (torch.float16, 50) if device.type == "cuda" else (torch.float32, 12 if args.size == "toy" else 1)
+    scheduler = make_scheduler(model.scheduler, steps, "ddim")
+    theirs = StableDiffusionPipeline(vae.to(dtype), text.to(dtype), tokenizer, unet.to(dtype), DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    c_0, c_p = encode(model, ["", PROMPT]).split(1)
+
+    def ours_draw(n):
+        return [*draw(model, model.unet, c_0, c_p.expand(n, -1, -1), range(n), scheduler, 7.5, dtype, batch_size=n)]
+
+    def theirs_draw(n):
+        return theirs(prompt_embeds=c_p.expand(n, -1, -1).to(dtype), negative_prompt_embeds=c_0.expand(n, -1, -1).to(dtype),
+                      num_inference_steps=steps, guidance_scale=7.5, height=model.resolution, width=model.resolution)
+
+    for n in (1, 8):
+        spent = {ours_draw: [], theirs_draw: []}
+        for i in range(args.rounds + 1):
+            for who in spent:
+                began = clock(device)
+                who(n)
+                spent[who].append(clock(device) - began)
+        ours, theirs_spent = (statistics.median(values[1:]) for values in spent.values())
+        rows.append((f"{args.size}, DDIM {steps}, batches of {n}, {str(dtype)[6:]}", f"{n / ours:.3g} pictures/s; diffusers' pipeline {n / theirs_spent:.3g}"))
+
+
+PARTS = {"step": training, "memory": memory, "generation": generation}
+
+
+def bench(args):
+    try:
+        import diffusers
+    except ModuleNotFoundError:
+        raise UserError("bench.py measures diffusers too: pip install -r requirements-test.txt.") from None
+    device, rows = pick_device(args.device), []
+    args.size = args.size or ("sd14" if device.type == "cuda" else "toy")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    machine += f", torch {torch.__version__}, diffusers {diffusers.__version__}"
+    said = " ".join(["python", "bench.py", *(word for word in sys.argv[1:])])
+    for part in args.parts:
+        before = len(rows)
+        with torch.enable_grad():
+            PARTS[part](args, device, rows)
+        for what, figure in rows[before:]:
+            print(f"{what}: {figure}", flush=True)
+    if args.rows:
+        lines = [f"| {datetime.date.today()} | {machine} | {what} | `{said}` | {figure} |\n" for what, figure in rows]
+        text = args.rows.read_text(encoding="utf-8") if args.rows.exists() else ""
+        with weights.whole(args.rows) as beside:
+            beside.write_text(text.rstrip("\n") + "\n" + "".join(lines), encoding="utf-8")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["toy", "sd14"], help="default: sd14 on a GPU, toy on a CPU")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders by name, as printed; the first is what the others are compared to")
+    parser.add_argument("--rounds", type=positive, default=11, help="timed iterations of each contender")
+    parser.add_argument("--k", type=positive, help="denoising steps of the fixed part; default: half of T (25 for SD 1.4)")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="append the figures to a Markdown table")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(bench, parse()))
