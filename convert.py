@@ -50,8 +50,8 @@ def sd14_configs():
 def read_single(file, folder):
     """The networks of one file in the original layout; its configs are put into `folder`."""
     if file.suffix in PICKLES:
-        raise UserError(f"{file} is a pickle, which can run code when opened and is never read here: get the model as .safetensors"
-                        ", or convert it to that first, on a machine that holds nothing you would miss.")
+        raise UserError(f"{file} is a pickle, which can run code when opened and is never read here: get the model as safetensors"
+                        " or convert it first, on a machine that holds nothing you would miss.")
     tensors, metadata = weights.read(file)
     try:
         configs = json.loads(metadata["configs"]) if "configs" in metadata else sd14_configs()

@@ -81,7 +81,7 @@ def to_original(networks):
 
 
 def from_original(tensors, networks, file):
-    """Puts {original name: tensor} into {network: module on the meta device}, as float32. Returns the names of what it left aside.
+    """Puts {original name: tensor} into {network: module on the meta device}, as float32. Returns the names that it left aside.
     UserError if a tensor is missing, unknown to its network or of another shape."""
     tensors = {re.sub(BARE, r"\g<0>text_model.", name): x for name, x in tensors.items()}
     names = {network: original_names(network, module) for network, module in networks.items()}
@@ -100,8 +100,8 @@ def from_original(tensors, networks, file):
             if network == "vae" and ".attentions." in name and x.shape == (*like.shape, 1, 1):
                 x = x.flatten(1)
             if x.shape != like.shape or not x.is_floating_point():
-                raise UserError(f"{file}: {theirs} is {x.dtype} {tuple(x.shape)}, and should be floating point {tuple(like.shape)}"
-                                ": it is of another architecture than Stable Diffusion 1.x.")
+                raise UserError(f"{file}: {theirs} is {x.dtype} {tuple(x.shape)}, and should be floating point "
+                                f"{tuple(like.shape)}: it is of another architecture than Stable Diffusion 1.x.")
             state[name] = x.float()
         module.load_state_dict(state, strict=True, assign=True)
     return tensors.keys() - wanted
