@@ -86,8 +86,7 @@ def find(model, revision=None):
             raise UserError(f"--revision is for models from the hub; {model} is a folder on this machine.")
         return TOY if model == "toy" else Path(model)
     if model and (Path(model).is_file() or str(model).endswith(".safetensors")):
-        raise UserError(f"{model} is a single file: say python convert.py --model {model} --format diffusers --out FOLDER, and then "
-                        "--model FOLDER.")
+        raise UserError(f"{model} is one file: make it a folder: python convert.py --model {model} --format diffusers --out DIR")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(f"There is no folder {model}, and it is not a hub id like {DEFAULT_MODEL}; or say `toy`.")
     from huggingface_hub import HfApi, snapshot_download

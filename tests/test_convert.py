@@ -78,6 +78,8 @@ def test_diffusers_reads_what_we_write(sizes):
     networks = tagged(sizes)
     tensors = original.to_original(networks)
     assert len(tensors) == sum(SIZES[sizes])
+    matrices = [x for name, x in tensors.items() if ".attn_1." in name and name.endswith("weight") and "norm" not in name]
+    assert len(matrices) == 8 and {x.shape[2:] for x in matrices} == {(1, 1)}  # the original's 1x1 convolutions
     levels = len(networks["vae"].encoder.down_blocks)
     n = len(networks["unet"].down_blocks[0].resnets)
     blocks = dict(down_block_types=range(levels), up_block_types=range(levels))
@@ -195,7 +197,9 @@ def test_sd14_configs_are_what_diffusers_builds(tmp_path):
         theirs = {"unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tmp_path / "unet")),
                   "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(tmp_path / "vae")),
                   "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(tmp_path / "text_encoder"))}
-        assert theirs["vae"].config.scaling_factor == 0.18215 and theirs["text_encoder"].config.hidden_act == "quick_gelu"
+        unet, vae, text = (theirs[network].config for network in ("unet", "vae", "text_encoder"))
+        assert (unet.attention_head_dim, unet.sample_size, vae.scaling_factor) == (8, 64, 0.18215)  # no tensor's shape shows them
+        assert (text.num_attention_heads, text.hidden_act) == (12, "quick_gelu")
         default = {network: make().state_dict() for network, (make, _) in NETWORKS.items()}
     for network, module in theirs.items():
         expected = {name: x.shape for name, x in module.state_dict().items()}
@@ -311,6 +315,18 @@ def test_a_float16_export_draws_in_diffusers_as_it_comes(patch, tmp_path):
     half = tmp_path / "half"
     assert run(convert, "--model", "toy", "--patch", patch, "--format", "diffusers", "--dtype", "fp16", "--out", half) == 0
     draws_like(StableDiffusionPipeline.from_pretrained(half), "ddim", draw(half, "ddim", tmp_path / "o"))
+
+
+def test_a_text_encoder_that_says_float16_is_loaded_as_float32(model_folder, tmp_path):
+    """Otherwise from_pretrained, without torch_dtype, puts it as float16 beside a float32 UNet, and drawing ends in an error."""
+    file = shutil.copytree(model_folder, tmp_path / "model") / "text_encoder" / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "dtype"} | {"torch_dtype": "float16"}
+    file.write_text(json.dumps(config))
+    half = tmp_path / "half"
+    assert run(convert, "--model", tmp_path / "model", "--format", "diffusers", "--dtype", "fp16", "--out", half) == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(half, safety_checker=None)
+    assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
+    draws_like(pipeline, "ddim", draw(half, "ddim", tmp_path / "o"))
 
 
 def test_the_documented_lines_for_a_patch_in_diffusers(patch, ours):
