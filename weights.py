@@ -85,6 +85,8 @@ def find(model, revision=None):
         if revision:
             raise UserError(f"--revision is for models from the hub; {model} is a folder on this machine.")
         return TOY if model == "toy" else Path(model)
+    if model and (Path(model).is_file() or str(model).endswith(".safetensors")):
+        raise UserError(f"{model} is one file: make it a folder: python convert.py --model {model} --format diffusers --out DIR")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(f"There is no folder {model}, and it is not a hub id like {DEFAULT_MODEL}; or say `toy`.")
     from huggingface_hub import HfApi, snapshot_download
@@ -117,7 +119,7 @@ def _weights_file(names, network, model):
     raise UserError(f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout (see the README).")
 
 
-def _config(folder, part):
+def read_config(folder, part):
     """part's config.json; a value that these modules do not implement is refused by name."""
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     try:
@@ -201,15 +203,19 @@ def _fill(module, tensors, file):
     module.load_state_dict({name: x.float() for name, x in tensors.items()}, strict=True, assign=True)
 
 
-def load_network(folder, network):
-    """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
-    config, names = _config(folder, network), {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
-    ours = {key: value for key, value in config.items() if key in ARGUMENTS[network]}
+def make_network(folder, network):
+    """One of NETWORKS as its config.json has it, on the meta device: names and shapes, no numbers."""
+    ours = {key: value for key, value in read_config(folder, network).items() if key in ARGUMENTS[network]}
     try:
         with torch.device("meta"):
-            module = NETWORKS[network][0](**ours)
+            return NETWORKS[network][0](**ours)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError, IndexError) as e:
         raise UserError(f"{folder / network / 'config.json'}: these sizes make no network ({e}).") from e
+
+
+def load_network(folder, network):
+    """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
+    module, names = make_network(folder, network), {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
     file = folder / _weights_file(names, network, folder)
     tensors, _ = read(file)
     _fill(module, _rename(network, tensors), file)
@@ -229,7 +235,7 @@ def load(model=DEFAULT_MODEL, revision=None):
     """The three networks (float32, on the CPU, in eval mode), the tokenizer and the sampler's config. UserError if any file is
     missing, damaged, or not what Stable Diffusion 1.x computes."""
     folder = find(model, revision)
-    scheduler, config = _config(folder, "scheduler"), _config(folder, "unet")
+    scheduler, config = read_config(folder, "scheduler"), read_config(folder, "unet")
     tokenizer = load_tokenizer(folder)
     networks = {network: load_network(folder, network) for network in NETWORKS}
     size, version = config.get("sample_size") or 64, str(config.get("_diffusers_version", "0"))
