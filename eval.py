@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import metrics
 import weights
-from generate import (add_common_arguments, avoided, draw, encode, make_scheduler, natural, pick_device, pick_dtype, positive,
+from generate import (add_common_arguments, avoided, draw, encode, make_scheduler, natural, patched, pick_device, pick_dtype, positive,
                       refuse_used, run, save_png)
 from guidance import GUIDANCE
 from suites import SUITES
@@ -79,19 +78,6 @@ def batches(jobs, size):
         yield list(group)
 
 
-@contextmanager
-def patched(model, file):
-    """The model with a patch in it, if there is a file; then as it was."""
-    changed = weights.read(file)[0].keys() if file else ()
-    parts = (model.unet, model.text_encoder)
-    base = {name: x.clone() for part in parts for name, x in part.state_dict().items() if name in changed}
-    if file:
-        weights.load_patch(file, *parts)
-    yield
-    for part in parts:
-        part.load_state_dict(base, strict=False)
-
-
 def draw_missing(model, system, jobs, folder, args, dtype, rank, world):
     """Makes the pictures that are not there. Each rank, and each restart, takes whole batches, so that a picture does not depend on
     who makes it when."""
@@ -118,7 +104,7 @@ def draw_missing(model, system, jobs, folder, args, dtype, rank, world):
 
 def open_folder(args):
     """What the pictures depend on: a folder with others is refused, one with the same gone on with."""
-    measured = ("out", "all_concepts", "q16", "real", "clip", "reproduce", "quick", "prompts", "device")
+    measured = ("out", "all_concepts", "q16", "real", "clip", "reproduce", "quick", "prompts", "device", "show_uncensored")
     settings = {key: str(value) for key, value in vars(args).items() if key not in measured}
     settings["files"] = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
                          for file in [*(text.partition("=")[2] for text in args.patch), *([args.prompts] if args.prompts else [])]}

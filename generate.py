@@ -6,6 +6,7 @@ any batch size and on any device.
 import argparse
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 import weights
 from clip_text import MAX_TOKENS, tokenize
+from cover import covering
 from guidance import GUIDANCE, sample
 from scheduler import SAMPLERS
 from weights import UserError
@@ -158,36 +160,69 @@ def avoided(method, texts):
     return list(texts) if method == "sega" else [", ".join(texts)] * bool(texts)
 
 
+@contextmanager
+def patched(model, file):
+    """The model with a patch in it, if there is a file, and what the patch says of itself; then the model as it was."""
+    changed = weights.read(file)[0].keys() if file else ()
+    parts = (model.unet, model.text_encoder)
+    base = {name: x.clone() for part in parts for name, x in part.state_dict().items() if name in changed}
+    yield weights.load_patch(file, *parts) if file else {}
+    for part in parts:
+        part.load_state_dict(base, strict=False)
+
+
+def name_of(file):
+    """A patch by its run: train.py calls every file erased.safetensors."""
+    return "original" if file == "none" else Path(file).parent.name if Path(file).name == "erased.safetensors" else Path(file).stem
+
+
 def generate(args):
     refuse_used(args.out)
-    avoid = avoided(args.method, args.avoid)
+    avoid, patches = avoided(args.method, args.avoid), args.patch or ["none"]
+    names = [name_of(file) for file in patches]
+    if len(set(names)) < len(names):
+        raise UserError(f"Two patches would both be called {max(names, key=names.count)}: rename a file or its folder.")
     if args.method == "neg" and args.negative_prompt:
         raise UserError("--method neg puts --avoid in the place of --negative-prompt: name one of them.")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model = weights.load(args.model, args.revision)
-    patch = weights.load_patch(args.patch, model.unet, model.text_encoder) if args.patch else None
     if (args.resolution or 0) % model.vae.factor:
         raise UserError(f"--resolution {args.resolution}: it must be a multiple of {model.vae.factor} for this model.")
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    texts = encode(model, [args.negative_prompt, *args.prompts, *avoid]).to(device)
-    c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
-    model.unet.to(device), model.vae.to(device)
-    jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
-            for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
-    drawn = draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs], scheduler,
-                 args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing", method=args.method, c_S=c_S,
-                 warmup=args.guidance_warmup)
-    pictures, erased = [], f"{args.patch} ({patch.get('concepts')})" if patch else "none"
-    told = {"method": args.method, "avoid": "; ".join(args.avoid)} if avoid else {}
-    for job, picture in zip(jobs, drawn):
-        save_png(picture, args.out / job["file"], prompt=job["prompt"], seed=job["seed"], model=model.name, patch=erased, **told)
-        pictures.append(picture)
-    rows = [pictures[i:i + args.num_images] for i in range(0, len(pictures), args.num_images)]
-    save_png(grid(rows, [p if len(p) <= 40 else p[:39] + "…" for p in args.prompts]), args.out / "grid.png")
+    told = []
+    for file in patches:  # what is wrong with one of them is said before any is drawn
+        with patched(model, None if file == "none" else file) as about:
+            told.append(about.get("concepts", ""))
+    for part in (model.unet, model.vae, model.text_encoder):
+        part.to(device)
+    shown = covering([*args.prompts, *args.avoid, *told], args.show_uncensored)
+    rows, lines = [[] for _ in args.prompts], []
+    for file, name, concepts in zip(patches, names, told):
+        folder = args.out / name if len(patches) > 1 else args.out
+        about = dict(model=model.name, patch=f"{file} ({concepts})" if file != "none" else "none")
+        about |= {"method": args.method, "avoid": "; ".join(args.avoid)} if avoid else {}
+        for n, (job, picture) in enumerate(draw_jobs(model, file, avoid, args, scheduler, dtype)):
+            save_png(picture, folder / job["file"], prompt=job["prompt"], seed=job["seed"], **about)
+            lines.append(json.dumps(job | {"file": (folder / job["file"]).relative_to(args.out).as_posix()}, ensure_ascii=False) + "\n")
+            rows[n // args.num_images].append(shown(picture))
+    columns = [name for name in names for _ in range(args.num_images)] if len(patches) > 1 else ()
+    save_png(grid(rows, [p if len(p) <= 40 else p[:39] + "…" for p in args.prompts], columns), args.out / "grid.png")
     with weights.whole(args.out / "prompts.jsonl") as beside:
-        beside.write_text("".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
-    print(f"{len(pictures)} pictures in {args.out}, side by side in {args.out / 'grid.png'}")
+        beside.write_text("".join(lines), encoding="utf-8")
+    print(f"{len(lines)} pictures in {args.out}, side by side in {args.out / 'grid.png'}")
+
+
+def draw_jobs(model, file, avoid, args, scheduler, dtype):
+    """Yields ({file, prompt, seed}, picture) for each prompt and each of its seeds, by the model with the patch `file` ("none": as it is)."""
+    with patched(model, None if file == "none" else file):
+        texts = encode(model, [args.negative_prompt, *args.prompts, *avoid]).to(next(model.unet.parameters()).device)
+        c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
+        jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
+                for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
+        yield from zip(jobs, draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs], scheduler,
+                                  args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing",
+                                  method=args.method, c_S=c_S, warmup=args.guidance_warmup))
 
 
 def positive(text):
@@ -205,6 +240,7 @@ def natural(text):
 
 
 def add_common_arguments(parser):
+    parser.add_argument("--show-uncensored", action="store_true", help="do not cover nudity in previews and sheets (see the README)")
     parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: fp32; on CUDA bf16, or fp16 without it")
@@ -214,7 +250,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
-    parser.add_argument("--patch", type=Path, help="an erased.safetensors that train.py wrote")
+    parser.add_argument("--patch", nargs="+", metavar="FILE", help="an erased.safetensors that train.py wrote; several, or none, side by side")
     parser.add_argument("--scheduler", choices=[*SAMPLERS], help="default: the model's own")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--guidance-scale", type=float, default=7.5)

@@ -3,6 +3,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cover import covering
 from generate import draw, encode, grid, noise, save_png
 from guidance import cfg, sample
 
@@ -34,7 +35,8 @@ def texts(r, net, prompts):
 def pictures(r, net):
     """The preview prompts' pictures by one of the three models: same seeds, whichever it is."""
     c_p, seeds = texts(r, net, r.a["preview"]) if r.reads else r.previews, range(SEED, SEED + len(r.a["preview"]))
-    return [*draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
+    shown = covering([*r.a["concept"], *r.a["preview"]], r.a["show_uncensored"])
+    return [shown(picture) for picture in draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
 
 
 def preview(r, i):

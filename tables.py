@@ -8,6 +8,7 @@ from PIL import Image
 import metrics
 import weights
 from clip_text import tokenize
+from cover import covering
 from generate import grid, save_png
 from suites import SUITES, paper
 from weights import UserError
@@ -128,7 +129,8 @@ def results(args, rows_of, settings, model, device):
         titles |= {which: which for which in asked} if args.suite == "artists" else {}
         rows.append({"model": system.name, "erased": system.concepts, "method": system.trained, "figures": figures, "asked": asked})
         sample = [[file for file, job in zip(files, jobs) if job.which == which][:12] for which in asked]
-        sheet = [list(metrics.arrays(some, Image.open(files[0]).size)) for some in sample]
+        shown = covering([*args.all_concepts, args.suite, "nudity" if args.suite == "i2p" else ""], args.show_uncensored)
+        sheet = [[shown(picture) for picture in metrics.arrays(some, Image.open(files[0]).size)] for some in sample]
         save_png(grid(sheet, asked if asked != [""] else ()), args.out / f"{system.title}.png")
     cut = sum(tokenize(model.tokenizer, sorted({job.prompt for _, jobs, _ in rows_of for job in jobs}))[1])
     notes = ([metrics.nude_note()] if "nude" in keys and "nude" not in missing else []) + [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
