@@ -12,14 +12,15 @@ ALLOWED = {  # module: the local modules that it may import; nothing else of the
     "generate": "weights scheduler guidance clip_text",
     "anchors": "weights generate", "previews": "generate guidance",
     "run": "weights clip_text generate losses ema sdd anchors",
-    "train": "weights generate losses sdd anchors run previews",
+    "train": "weights generate losses sdd anchors run previews report",
+    "report": "weights",
     "metrics": "", "suites": "weights toy.draw toy.suite",
-    "tables": "weights clip_text generate metrics suites toy.suite",
+    "tables": "weights clip_text generate metrics suites toy.suite report",
     "eval": "weights generate guidance metrics suites tables toy.reproduce",
     "toy": "", "toy.draw": "", "toy.probe": "toy.draw", "toy.suite": "toy.draw toy.probe", "toy.reproduce": "metrics weights",
     "toy.pretrain": "toy.draw toy.probe unet vae clip_text scheduler weights",
 }
-INSIDE_A_FUNCTION = {"suites": "toy.draw toy.suite", "tables": "toy.suite", "eval": "toy.reproduce", "toy.probe": "toy.draw",
+INSIDE_A_FUNCTION = {"report": "weights", "suites": "toy.draw toy.suite", "tables": "toy.suite", "eval": "toy.reproduce", "toy.probe": "toy.draw",
                      "toy.reproduce": "metrics weights"}
 FILE, FUNCTION, CORE = 310, 42, 2600  # lines
 REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.draw toy.probe toy.pretrain"
