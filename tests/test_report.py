@@ -186,7 +186,7 @@ def test_damaged_files_are_said_and_the_rest_is_shown(tmp_path):
     folder = write_run(tmp_path / "run")
     for file in (folder / "before_after.png", folder / "previews" / "000006.png"):
         file.write_bytes(file.read_bytes()[:300])
-    (folder / "log.csv").write_text(f"{COLUMNS}\n0,nan,0,,,,,,,\n\0\0\n1,0.25,inf,,,,,,,\n")
+    (folder / "log.csv").write_text(f"{COLUMNS}\n0,nan,0,,,,,,,\n\0\0\n1,0.25,inf,,,,,,,\nx\n")
     page = made(folder)
     assert "before_after.png cannot be read" in page.text and "000006.png cannot be read" in page.text
     assert "previews after 6 iterations: missing" in page.text and "the student after 4 iterations" in page.text
