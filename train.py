@@ -240,7 +240,8 @@ def train(args):
     r = Run(out, a)
     if not args.resume:
         with weights.whole(out / "run.json") as beside:
-            beside.write_text(json.dumps({"args": a, "versions": VERSIONS, "command": shlex.join(["python", *sys.argv])}, indent=2, ensure_ascii=False), encoding="utf-8")
+            content = {"args": a, "versions": VERSIONS, "command": shlex.join(["python", *sys.argv])}
+            beside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     r.make_latents()
     start, began = r.restore(), time.time()
     watch = report.Watch(out, a["report_to"], start)
