@@ -1,11 +1,14 @@
 """Measured pictures as tables and plots: table.md, results.json, sheets of samples, matrix.png and curve.png."""
 import json
+import shlex
+import sys
 
 import numpy as np
 import torch
 from PIL import Image
 
 import metrics
+import report
 import weights
 from clip_text import tokenize
 from cover import covering
@@ -135,7 +138,8 @@ def results(args, rows_of, settings, model, device):
     cut = sum(tokenize(model.tokenizer, sorted({job.prompt for _, jobs, _ in rows_of for job in jobs}))[1])
     notes = ([metrics.nude_note()] if "nude" in keys and "nude" not in missing else []) + [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
     text = table(rows, titles, args.suite) + "".join(f"\n{note}\n" for note in notes)
-    content = {"settings": settings, "notes": notes, "rows": [{key: x for key, x in row.items() if key != "asked"} for row in rows]}
+    content = {"settings": settings, "command": shlex.join(["python", *sys.argv]), "versions": {"torch": torch.__version__}, "notes": notes,
+               "rows": [{key: x for key, x in row.items() if key != "asked"} for row in rows]}
     for name, text_of in (("table.md", text), ("results.json", json.dumps(content, indent=1, ensure_ascii=False))):
         with weights.whole(args.out / name) as beside:
             beside.write_text(text_of, encoding="utf-8")
@@ -144,3 +148,5 @@ def results(args, rows_of, settings, model, device):
         plot(rows, titles, args.suite, args.out)
     except ModuleNotFoundError as e:
         raise UserError(f"The table is written, but not the plot: {e.name} is missing; pip install -r requirements-eval.txt and repeat the command.") from e
+    finally:
+        report.page(args.out)

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import anchors
 import previews
+import report
 import weights
 from generate import add_common_arguments, positive, refuse_used, run
 from losses import METHODS, TRAIN_PARAMS
@@ -81,6 +83,7 @@ def parse(argv=None):
     p.add_argument("--preview-guidance-scale", type=float, default=7.5)
     p.add_argument("--save-every", type=int, default=100, help="iterations between checkpoints; 0: only at the end")
     p.add_argument("--export-every", type=int, default=0, help="iterations between patches of student and teacher in exports/; 0: none")
+    p.add_argument("--report-to", choices=["tensorboard"], help="also write events for TensorBoard, in the output folder's tensorboard/")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own arguments")
     p.add_argument("--out", type=Path, help="output folder; default: a new one under runs/")
     add_common_arguments(p)
@@ -143,6 +146,8 @@ def check(a):
             raise UserError(f"--{key.replace('_', '-')} {a[key]} is out of range ({low:g} to {high:g}).")
     if a["loss"]:
         own_loss(a["loss"])
+    if a["report_to"]:
+        report.summary_writer()
     if a["warmup"] >= a["iters"]:
         print(f"warning: a warm-up of {a['warmup']} iterations is as long as the run of {a['iters']}: the learning rate never "
               f"arrives at {a['lr']:g}. Say --warmup {a['iters'] // 10}.", file=sys.stderr)
@@ -191,7 +196,7 @@ def open_run(args):
     return args.out, a
 
 
-def iterate(r, a, start):
+def iterate(r, a, start, watch):
     """The loop: Algorithm 1 does the work; here are log, bar, previews and checkpoints. Ctrl-C waits for the iteration's end."""
     iterations = r.iterations(start, own_loss(a["loss"]) if a["loss"] else None)
     every, keep, stop = a["preview_every"], a["save_every"], []
@@ -209,6 +214,7 @@ def iterate(r, a, start):
                 if done < a["iters"]:
                     previews.preview(r, done)
             log.writerow(row)
+            watch.row(row)
             peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
             bar.set_postfix(loss=f"{it.loss:.2e}", lr=f"{it.lr:.1e}", **peak, refresh=False)
             bar.update()
@@ -230,14 +236,17 @@ def train(args):
     r = Run(out, a)
     if not args.resume:
         with weights.whole(out / "run.json") as beside:
-            beside.write_text(json.dumps({"args": a, "versions": VERSIONS}, indent=2, ensure_ascii=False), encoding="utf-8")
+            content = {"args": a, "versions": VERSIONS, "command": shlex.join(["python", *sys.argv])}
+            beside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     r.make_latents()
     start, began = r.restore(), time.time()
+    watch = report.Watch(out, a["report_to"], start)
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
         if a["preview_every"] and start == 0:
             previews.preview(r, 0)
+            watch.previews()
         try:
-            iterate(r, a, start)
+            iterate(r, a, start, watch)
         except FloatingPointError as e:
             raise UserError(f"{e}. The checkpoint before it is kept in {out}; begin anew in another folder with a smaller --lr, or with --dtype fp32.") from None
         except torch.OutOfMemoryError:
@@ -249,6 +258,7 @@ def train(args):
         r.export("erased.safetensors", METHODS[a["method"]].output)
         if a["preview_every"]:
             previews.finish(r, METHODS[a["method"]].output)
+    watch.previews()
     print(f"{a['iters'] - start} iterations in {seconds:.0f} s, previews included; forgotten: {', '.join(a['concept'])}\n"
           f"weights: {out / 'erased.safetensors'}" + (f"\nbefore and after: {out / 'before_after.png'}" if a["preview_every"] else ""))
 

@@ -125,7 +125,7 @@ def trained(tmp_path_factory):
 
 def test_what_training_leaves(trained):
     assert {p.name for p in trained.iterdir()} == {"erased.safetensors", "checkpoint.safetensors", "before_after.png", "film.png", "film",
-                                                   "previews", "log.csv", "run.json"}
+                                                   "previews", "log.csv", "run.json", "index.html"}
     assert [p.name for p in sorted((trained / "previews").iterdir())] == ["000000.png", "000003.png", "000006.png"]
     lines = (trained / "log.csv").read_text().splitlines()
     assert lines[0].split(",") == train.COLUMNS and len(lines) == 7

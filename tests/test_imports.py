@@ -12,18 +12,19 @@ ALLOWED = {  # module: the local modules that it may import; nothing else of the
     "cover": "metrics", "generate": "weights scheduler guidance clip_text cover",
     "anchors": "weights generate", "previews": "generate guidance cover",
     "run": "weights clip_text generate losses ema sdd anchors unet",
-    "train": "weights generate losses anchors run previews",
-    "metrics": "", "suites": "weights toy.draw toy.suite",
-    "tables": "weights clip_text cover generate metrics suites toy.suite",
+    "train": "weights generate losses anchors run previews report",
+    "report": "weights", "metrics": "", "suites": "weights toy.draw toy.suite",
+    "tables": "weights clip_text cover generate metrics suites toy.suite report",
     "eval": "weights generate guidance metrics suites tables toy.reproduce",
     "original": "weights", "model_card": "weights", "convert": "weights generate clip_text model_card original",
     "bench": "sdd train weights clip_text generate run unet vae",
     "toy": "", "toy.draw": "", "toy.probe": "toy.draw", "toy.suite": "toy.draw toy.probe", "toy.reproduce": "metrics weights",
     "toy.pretrain": "toy.draw toy.probe unet vae clip_text scheduler weights",
 }
-INSIDE_A_FUNCTION = {"suites": "toy.draw toy.suite", "tables": "toy.suite", "eval": "toy.reproduce", "toy.probe": "toy.draw",
+INSIDE_A_FUNCTION = {"report": "weights", "suites": "toy.draw toy.suite", "tables": "toy.suite", "eval": "toy.reproduce", "toy.probe": "toy.draw",
                      "toy.reproduce": "metrics weights"}
-FILE, FUNCTION, CORE = 310, 42, 3000  # lines
+FILE, FUNCTION, CORE = 310, 42, 2600  # lines
+TOOLS = {"bench", "convert", "model_card", "original", "report"}
 REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.draw toy.probe toy.pretrain"
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -76,7 +77,8 @@ def test_rules(module):
 
 
 def test_core_is_small():
-    lines = {name: len(path.read_text().splitlines()) for name, path in sorted(FILES.items()) if path.parent == ROOT}
+    """What is read to learn the method and to use it; not the tools beside it."""
+    lines = {name: len(path.read_text().splitlines()) for name, path in sorted(FILES.items()) if path.parent == ROOT and name not in TOOLS}
     print("\n" + "\n".join(f"{n:6} {name}.py" for name, n in lines.items()) + f"\n{sum(lines.values()):6} in all")
     assert sum(lines.values()) <= CORE
 
