@@ -23,7 +23,7 @@ ALLOWED = {  # module: the local modules that it may import; nothing else of the
 }
 INSIDE_A_FUNCTION = {"report": "weights", "suites": "toy.draw toy.suite", "tables": "toy.suite", "eval": "toy.reproduce", "toy.probe": "toy.draw",
                      "toy.reproduce": "metrics weights"}
-FILE, FUNCTION, CORE = 310, 42, 2600  # lines
+FILE, FUNCTION, CORE = 310, 42, 2610  # lines
 TOOLS = {"bench", "convert", "model_card", "original", "report"}
 REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.draw toy.probe toy.pretrain"
 
