@@ -87,12 +87,12 @@ class Authors:
         self.device, self.shape, self.dtype = device, (batch_size, 4, side, side), dtype
         self.parts = [self.unet, self.ema, self.optimizer]
 
-    def iteration(self, k):
+    def iteration(self, k, z=None):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 ids = self.tokenizer(["", PROMPT, PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
                 c_0, c_p, c_s = (c.expand(self.shape[0], -1, -1) for c in self.text_encoder(ids.to(self.device))[0].split(1))
-                z = torch.randn(self.shape, device=self.device)
+                z = torch.randn(self.shape, device=self.device) if z is None else z
                 for t in self.scheduler.timesteps[:k]:
                     e_0, e_p = self.ema(torch.cat([z, z]), t, torch.cat([c_0, c_p])).sample.chunk(2)
                     z = self.scheduler.step(e_0 + 3.0 * (e_p - e_0), t, z).prev_sample

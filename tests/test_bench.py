@@ -1,0 +1,43 @@
+"""bench.py, cut short: what it compares is the same work, what it counts is right, and its rows land in the table."""
+import pytest
+import torch
+
+import bench
+from test_commands import command
+
+
+def test_rows(tmp_path):
+    """The embedded model, one round of two contenders; a row says what, how, and how much."""
+    (tmp_path / "B.md").write_text("| date | machine | what | command | figure |\n|---|---|---|---|---|\n")
+    status, out, err = command("bench.py", "--rounds", 1, "--k", 1, "--only", "the authors' loop, fp32", "ours as shipped", "--device", "cpu", "--rows", tmp_path / "B.md")
+    assert status == 0, err
+    rows = (tmp_path / "B.md").read_text().splitlines()[2:]
+    assert len(rows) == 2 * 2 + 2 + 2 and all(row.count("|") == 6 and f"torch {torch.__version__}" in row for row in rows)
+    steps = [row for row in rows if "k = 1: " in row]
+    assert len(steps) == 2 and "1.00 × the authors' loop" in steps[0] and "TFLOP" in steps[1]
+    assert any("peak memory" in row and "(counted)" in row for row in rows) and any("pictures/s; diffusers' pipeline" in row for row in rows)
+
+
+@torch.enable_grad()
+def test_both_loops_do_the_same_work():
+    """The authors' loop, on the same weights and noise, has our loss: the ratio compares like with like."""
+    theirs = bench.Authors("toy", torch.device("cpu"), 2, 6, torch.float32)
+    ours = bench.Ours("toy", torch.device("cpu"), 2, 6)
+    expected = theirs.iteration(3, torch.randn(2, 4, 16, 16, generator=ours.run.generator))  # the first draw of our loop
+    ours.run.generator.manual_seed(ours.run.a["seed"])
+    assert ours.iteration(3) == pytest.approx(expected, rel=1e-3)
+
+
+def test_live_counts_what_lives():
+    """Bytes of storages, once each, and gone when they are gone."""
+    module = torch.nn.Linear(256, 256, bias=False)  # 256 KiB
+    with bench.Live([module]) as live:
+        x = torch.ones(64, 256)  # 64 KiB
+        y = x.view(256, 64)  # none
+        z = module(x)  # 64 KiB
+        assert live.now == (256 + 64 + 64) * 1024
+        del z
+        assert live.now == (256 + 64) * 1024
+        del x, y
+        torch.ones(1024)  # 4 KiB, gone at once
+    assert live.now == 256 * 1024 and live.peak == (256 + 64 + 64) * 1024
