@@ -1,7 +1,8 @@
 """How fast, and in how much memory: ours beside the authors' loop on diffusers' classes, in one process.
 
     python bench.py                          SD 1.4's sizes on a CUDA GPU; on a CPU the embedded model
-    python bench.py --size sd14 --rounds 1 --parts step memory      on a CPU: SD 1.4's iteration, in minutes, and the bytes it needs
+    python bench.py --size sd14 --parts memory      on a CPU, in a minute: the bytes that SD 1.4's iteration needs
+    python bench.py --size sd14 --parts step --rounds 1 --k 2       on a CPU, in many minutes: the time
     python bench.py --rows BENCHMARKS.md     adds what it prints to that file
 
 Weights are random at SD 1.4's sizes, as speed does not depend on values. The loops take turns, iteration by iteration, with the same k.
@@ -19,11 +20,12 @@ import sys
 import tempfile
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,12 +45,12 @@ THEIRS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the authors' default
 
 
 def our_model(size, device):
-    toy = weights.load("toy")  # its tokenizer and schedule serve both sizes
     if size == "toy":
-        return toy
+        return weights.load("toy")
     with torch.device(device):
         parts = dict(unet=UNet(), vae=VAE(), text_encoder=CLIPText())
-    return toy._replace(name="random", resolution=512, **{name: part.eval().requires_grad_(False) for name, part in parts.items()})
+    return weights.Model("random", **{name: part.eval().requires_grad_(False) for name, part in parts.items()}, resolution=512,
+                         tokenizer=weights.load_tokenizer(weights.TOY), scheduler=weights.read_config(weights.TOY, "scheduler"))
 
 
 def their_parts(size, device):
@@ -113,7 +115,7 @@ class Ours:
     """train.py's own run, with its previews left out; `words`: more of its arguments."""
 
     def __init__(self, size, device, batch_size, steps, *words):
-        a = train.settle(train.parse(["--concept", PROMPT, "--model", "toy" if size == "toy" else "random", "--device", str(device), "--preview-every", "0",
+        a = train.settle(train.parse(["--concept", PROMPT, "--model", "toy" if size == "toy" else "random", "--device", str(device), "--preview-every", "0", "--preview", PROMPT,
                                       "--batch-size", str(batch_size), "--steps", str(steps), "--iters", "1000000", *words]))
         self.run = Run(Path(tempfile.gettempdir()), a, our_model(size, device))
         self.run.make_latents()
@@ -153,16 +155,21 @@ def paired(made, ks, device):
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive: those of `parts` (modules and optimizers), and whatever an operation makes."""
+    """Counts the bytes of the storages that are alive: what `include` is given, and whatever an operation makes. Fake tensors have no
+    values: wherever the loop asks for one, to log it or to see that it is finite, it gets 1."""
 
-    def __init__(self, parts):
+    def __init__(self):
         super().__init__()
         self.known, self.now, self.peak = set(), 0, 0
+
+    def include(self, parts):
+        """The tensors of modules and optimizers; the peak is counted from now on."""
         for part in parts:
             states = part.state.values() if isinstance(part, torch.optim.Optimizer) else []
             for x in [*(part.parameters() if isinstance(part, torch.nn.Module) else ()), *(x for state in states for x in state.values())]:
                 self.add(x)
                 self.add(x.grad)
+        self.peak = self.now
 
     def add(self, x):
         if not isinstance(x, torch.Tensor) or (storage := x.untyped_storage())._cdata in self.known:
@@ -177,24 +184,26 @@ class Live(TorchDispatchMode):
         self.now -= n
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0
         out = function(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             self.add(x)
         return out
 
 
-@contextmanager
-def counted(parts, device):
-    """A list that gets the peak of the bytes that live at once."""
-    found = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        yield found
-        found.append(torch.cuda.max_memory_allocated())
-    else:
-        with Live(parts) as live:
-            yield found
-        found.append(live.peak)
+def counted_peak(make, size):
+    """Bytes at the peak of a second iteration; SD 1.4's on fake tensors: nothing is computed, and any size fits."""
+    fingerprint, weights.fingerprint = weights.fingerprint, lambda tensors: ""  # it would read values
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) if size == "sd14" else nullcontext(), Live() as live:
+            contender = make()
+            contender.iteration(1)
+            live.include(contender.parts)
+            contender.iteration(1)
+            return live.peak
+    finally:
+        weights.fingerprint = fingerprint
 
 
 def matmul_rate(device, dtype):
@@ -239,14 +248,18 @@ def memory(args, device, rows):
     for name, make in contenders(args.size, device, batch_size, steps).items():
         if args.only and name not in args.only:
             continue
-        contender = make()
-        contender.iteration(1)
-        with counted(contender.parts, device) as peak:
+        if device.type == "cuda":
+            contender = make()
             contender.iteration(1)
-        rows.append((f"{args.size}, an iteration of {batch_size}: {name}, peak memory", f"{peak[0] / 2**30:.2f} GiB{' (counted)' * (device.type == 'cpu')}"))
-        del contender
-        gc.collect()
-        torch.cuda.empty_cache() if device.type == "cuda" else None
+            torch.cuda.reset_peak_memory_stats()
+            contender.iteration(1)
+            peak = torch.cuda.max_memory_allocated()
+            del contender
+            gc.collect()
+            torch.cuda.empty_cache()
+        else:
+            peak = counted_peak(make, args.size)
+        rows.append((f"{args.size}, an iteration of {batch_size}: {name}, peak memory", f"{peak / 2**30:.2f} GiB{' (counted)' * (device.type == 'cpu')}"))
 
 
 def generation(args, device, rows):

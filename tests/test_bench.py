@@ -31,7 +31,8 @@ def test_both_loops_do_the_same_work():
 def test_live_counts_what_lives():
     """Bytes of storages, once each, and gone when they are gone."""
     module = torch.nn.Linear(256, 256, bias=False)  # 256 KiB
-    with bench.Live([module]) as live:
+    with bench.Live() as live:
+        live.include([module])
         x = torch.ones(64, 256)  # 64 KiB
         y = x.view(256, 64)  # none
         z = module(x)  # 64 KiB
