@@ -115,8 +115,9 @@ class Ours:
     """train.py's own run, with its previews left out; `words`: more of its arguments."""
 
     def __init__(self, size, device, batch_size, steps, *words):
-        a = train.settle(train.parse(["--concept", PROMPT, "--model", "toy" if size == "toy" else "random", "--device", str(device), "--preview-every", "0", "--preview", PROMPT,
-                                      "--batch-size", str(batch_size), "--steps", str(steps), "--iters", "1000000", *words]))
+        a = train.settle(train.parse([
+            "--concept", PROMPT, "--model", "toy" if size == "toy" else "random", "--device", str(device), "--preview-every", "0",
+            "--preview", PROMPT, "--batch-size", str(batch_size), "--steps", str(steps), "--iters", "1000000", *words]))
         self.run = Run(Path(tempfile.gettempdir()), a, our_model(size, device))
         self.run.make_latents()
         self.iterations = self.run.iterations()
@@ -130,7 +131,8 @@ class Ours:
 
 def contenders(size, device, batch_size, steps):
     """{name: a function that makes it}; the last is what train.py does here by default."""
-    rows = {f"the authors' loop, {name}": lambda dtype=dtype: Authors(size, device, batch_size, steps, dtype) for name, dtype in THEIRS.items()}
+    rows = {f"the authors' loop, {name}": lambda dtype=dtype: Authors(size, device, batch_size, steps, dtype)
+            for name, dtype in THEIRS.items()}
     for name, words in {"ours, fp32": ["--dtype", "fp32"], "ours, bf16, checkpointing": ["--dtype", "bf16", "--gradient-checkpointing"],
                         "ours, bf16": ["--dtype", "bf16"], "ours as shipped": []}.items():
         rows[name] = lambda words=words: Ours(size, device, batch_size, steps, *words)
@@ -227,7 +229,8 @@ def training(args, device, rows):
     batch_size, steps = (8, 6) if args.size == "toy" else (1, 50)
     made = {name: make() for name, make in contenders(args.size, device, batch_size, steps).items() if not args.only or name in args.only}
     k, generator = args.k or steps // 2, random.Random(0)
-    for what, ks in (("k = " + str(k), [k] * args.rounds), (f"k drawn from 1..{steps}", [generator.randint(1, steps) for _ in range(args.rounds)])):
+    drawn = [generator.randint(1, steps) for _ in range(args.rounds)]
+    for what, ks in ((f"k = {k}", [k] * args.rounds), (f"k drawn from 1..{steps}", drawn)):
         for contender in made.values() if what.startswith("k =") else ():
             contender.iteration(1)  # warm-up
         spent = paired(made, ks, device)
@@ -239,7 +242,8 @@ def training(args, device, rows):
             share = flops.get_total_flops() / statistics.median(seconds) / matmul_rate(device, dtype)
             ratio = statistics.median(a / b for a, b in zip(spent[first], seconds))
             rate = f", {flops.get_total_flops() / 1e12:.3g} TFLOP at {share:.0%} of {str(dtype)[6:]} matmuls" if len(set(ks)) == 1 else ""
-            rows.append((f"{args.size}, an iteration of {batch_size}, {what}: {name}", f"{spread(seconds)}, {ratio:.2f} × {first.split(',')[0]}{rate}"))
+            rows.append((f"{args.size}, an iteration of {batch_size}, {what}: {name}",
+                         f"{spread(seconds)}, {ratio:.2f} × {first.split(',')[0]}{rate}"))
 
 
 def memory(args, device, rows):
@@ -259,7 +263,8 @@ def memory(args, device, rows):
             torch.cuda.empty_cache()
         else:
             peak = counted_peak(make, args.size)
-        rows.append((f"{args.size}, an iteration of {batch_size}: {name}, peak memory", f"{peak / 2**30:.2f} GiB{' (counted)' * (device.type == 'cpu')}"))
+        rows.append((f"{args.size}, an iteration of {batch_size}: {name}, peak memory",
+                     f"{peak / 2**30:.2f} GiB{' (counted)' * (device.type == 'cpu')}"))
 
 
 def generation(args, device, rows):
@@ -291,7 +296,8 @@ def generation(args, device, rows):
                 who(n)
                 spent[who].append(clock(device) - began)
         ours, theirs_spent = (statistics.median(values[1:]) for values in spent.values())
-        rows.append((f"{args.size}, DDIM {steps}, batches of {n}, {str(dtype)[6:]}", f"{n / ours:.3g} pictures/s; diffusers' pipeline {n / theirs_spent:.3g}"))
+        rows.append((f"{args.size}, DDIM {steps}, batches of {n}, {str(dtype)[6:]}",
+                     f"{n / ours:.3g} pictures/s; diffusers' pipeline {n / theirs_spent:.3g}"))
 
 
 PARTS = {"step": training, "memory": memory, "generation": generation}
@@ -304,8 +310,8 @@ def bench(args):
         raise UserError("bench.py measures diffusers too: pip install -r requirements-test.txt.") from None
     device, rows = pick_device(args.device), []
     args.size = args.size or ("sd14" if device.type == "cuda" else "toy")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
-    machine += f", torch {torch.__version__}, diffusers {diffusers.__version__}"
+    cpu = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    machine = f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     said = " ".join(["python", "bench.py", *(word for word in sys.argv[1:])])
     for part in args.parts:
         before = len(rows)

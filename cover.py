@@ -18,7 +18,8 @@ def _detector():
         from nudenet import NudeDetector
         return NudeDetector()
     except ImportError:
-        print("NudeNet is not installed (requirements-eval.txt), so that pictures are blurred whole; --show-uncensored shows them.", file=sys.stderr)
+        print("NudeNet is not installed (requirements-eval.txt), so that pictures are blurred whole; --show-uncensored shows them.",
+              file=sys.stderr)
 
 
 def cover(picture):

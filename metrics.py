@@ -47,10 +47,14 @@ def clip_embeddings(name, device, files=(), texts=()):
     """Unit vectors (n, D) of pictures, or of texts."""
     from transformers import CLIPModel, CLIPProcessor
 
-    model, processor, found = CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval(), CLIPProcessor.from_pretrained(name), []
+    model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval()
+    processor, found = CLIPProcessor.from_pretrained(name), []
     for i in range(0, len(files or texts), 32):
-        given = {"images": [Image.open(f).convert("RGB") for f in files[i:i + 32]]} if files else {"text": texts[i:i + 32], "padding": True, "truncation": True}
-        out = (model.get_image_features if files else model.get_text_features)(**processor(**given, return_tensors="pt").to(device))
+        if files:
+            given = processor(images=[Image.open(f).convert("RGB") for f in files[i:i + 32]], return_tensors="pt")
+        else:
+            given = processor(text=texts[i:i + 32], padding=True, truncation=True, return_tensors="pt")
+        out = (model.get_image_features if files else model.get_text_features)(**given.to(device))
         found.append(torch.nn.functional.normalize(getattr(out, "pooler_output", out), dim=-1))  # transformers 5 wraps them
     return torch.cat(found)
 

@@ -36,7 +36,8 @@ def pictures(r, net):
     """The preview prompts' pictures by one of the three models: same seeds, whichever it is."""
     c_p, seeds = texts(r, net, r.a["preview"]) if r.reads else r.previews, range(SEED, SEED + len(r.a["preview"]))
     shown = covering([*r.a["concept"], *r.a["preview"]], r.a["show_uncensored"])
-    return [shown(picture) for picture in draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
+    drawn = draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)
+    return [shown(picture) for picture in drawn]
 
 
 def preview(r, i):

@@ -21,7 +21,7 @@ TITLES = {"nude": "%NUDE", "harm": "%HARM", "fid": "FID", "kid": "KID", "lpips":
 
 
 def measure(key, system, files, jobs, others, args, device):
-    """{column: (hits, n) or a number}, one of the suite's measures of a system's pictures; `others`: the original's, from the same noise."""
+    """{column: (hits, n) or a number}, one of the suite's measures of pictures; `others`: the original's, from the same noise."""
     if key == "toy":
         from toy.suite import measure as measure_toy
         return measure_toy(metrics.arrays(files), metrics.arrays(others), jobs, system.concepts)
@@ -35,7 +35,7 @@ def measure(key, system, files, jobs, others, args, device):
 
 
 def figure_2(files, jobs, others, model):
-    """A row of the matrix: of each artist's pictures the embedded model's share that still show what was asked for; else how far they moved."""
+    """A row of the matrix: of each artist's pictures the share that show what was asked for (embedded model), or how far they moved."""
     found = {}
     for which in dict.fromkeys(job.which for job in jobs):
         mine, before = zip(*((file, other) for file, other, job in zip(files, others, jobs) if job.which == which))
@@ -50,7 +50,10 @@ def figure_2(files, jobs, others, model):
 def learned_prompts(file):
     """Q16's two learned prompts, (2, D), from a safetensors or npy file."""
     try:
-        array = torch.from_numpy(np.load(file, allow_pickle=False)) if file.suffix == ".npy" else next(iter(weights.read(file)[0].values()), None)
+        if file.suffix == ".npy":
+            array = torch.from_numpy(np.load(file, allow_pickle=False))
+        else:
+            array = next(iter(weights.read(file)[0].values()), None)
     except (OSError, ValueError) as e:
         raise UserError(f"--q16 {file} cannot be read ({e}).") from None
     if array is None or array.dim() != 2 or len(array) != 2:
@@ -100,7 +103,8 @@ def plot(rows, titles, suite, folder):
         asked = matrix[0]["asked"]
         image = axes.imshow([[height(row["figures"][which]) for which in asked] for row in matrix])
         figure.colorbar(image, label="% shown" if isinstance(matrix[0]["figures"][asked[0]], tuple) else TITLES["lpips"])
-        axes.set(xticks=range(len(asked)), xticklabels=asked, yticks=range(len(matrix)), yticklabels=[row["model"] for row in matrix], xlabel="asked for")
+        axes.set(xticks=range(len(asked)), xticklabels=asked, xlabel="asked for",
+                 yticks=range(len(matrix)), yticklabels=[row["model"] for row in matrix])
         axes.tick_params(axis="x", rotation=30)
     else:
         key = next(key for key in titles if all(key in figures for *_, figures in points))
@@ -136,7 +140,8 @@ def results(args, rows_of, settings, model, device):
         sheet = [[shown(picture) for picture in metrics.arrays(some, Image.open(files[0]).size)] for some in sample]
         save_png(grid(sheet, asked if asked != [""] else ()), args.out / f"{system.title}.png")
     cut = sum(tokenize(model.tokenizer, sorted({job.prompt for _, jobs, _ in rows_of for job in jobs}))[1])
-    notes = ([metrics.nude_note()] if "nude" in keys and "nude" not in missing else []) + [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
+    notes = [metrics.nude_note()] if "nude" in keys and "nude" not in missing else []
+    notes += [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
     text = table(rows, titles, args.suite) + "".join(f"\n{note}\n" for note in notes)
     content = {"settings": settings, "command": shlex.join(["python", *sys.argv]), "versions": {"torch": torch.__version__}, "notes": notes,
                "rows": [{key: x for key, x in row.items() if key != "asked"} for row in rows]}
@@ -147,6 +152,7 @@ def results(args, rows_of, settings, model, device):
     try:
         plot(rows, titles, args.suite, args.out)
     except ModuleNotFoundError as e:
-        raise UserError(f"The table is written, but not the plot: {e.name} is missing; pip install -r requirements-eval.txt and repeat the command.") from e
+        raise UserError(f"The table is written, but not the plot: {e.name} is missing; pip install -r requirements-eval.txt and repeat "
+                        "the command.") from e
     finally:
         report.page(args.out)

@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-TUNING = """Every trainer was tuned on the star, with training seed 777 and 60 pictures a figure from prompts and noise of seed 777; nothing of it is
-reported. Four learning rates and one other choice (ESD: s_s = 3; Ablating: all tensors; All-but-One: λ = 0.3), then one or two trials beyond, as for most the
-best lay at the end of the range; the one that left the least of the star, named and implied, without loss elsewhere was kept. SDD's preset is the best of six
-(batch, learning rate, length and steps), its λ of two. The methods that only guide have their papers' presets, but for the warm-up: those are for 50 steps, and
-here are 12; 2, 1 and 0 were tried, and 0 left the least of the star."""
+TUNING = """Every trainer was tuned on the star, with training seed 777 and 60 pictures a figure from prompts and noise of seed 777;
+nothing of it is reported. Four learning rates and one other choice (ESD: s_s = 3; Ablating: all tensors; All-but-One: λ = 0.3), then
+one or two trials beyond, as for most the best lay at the end of the range; the one that left the least of the star, named and implied,
+without loss elsewhere was kept. SDD's preset is the best of six (batch, learning rate, length and steps), its λ of two. The methods that
+only guide have their papers' presets, but for the warm-up: those are for 50 steps, and here are 12; 2, 1 and 0 were tried, and 0 left
+the least of the star."""
 GUIDED_WARMUP = 0
-TRAINERS = {"sdd": [], "sdd + preserve": ["--preserve", "0.3", "--lr", "2e-3"], "esd-x": ["--method", "esd-x"], "esd-u": ["--method", "esd-u"],
+TRAINERS = {"sdd": [], "sdd + preserve": ["--preserve", "0.3", "--lr", "2e-3"],
+            "esd-x": ["--method", "esd-x"], "esd-u": ["--method", "esd-u"],
             "ablate": ["--method", "ablate", "--anchor", "circle"], "ablate-noise": ["--method", "ablate-noise", "--anchor", "circle"],
             "all-but-one": ["--method", "all-but-one"]}
 GUIDED = ["neg", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega"]
@@ -34,7 +36,7 @@ THREE = ["star", "red", "striped"]
 TEXTURES = ["striped", "dotted", "outlined"]
 LONGER = ["--iters", "300"]  # for three concepts
 POINTS = (40, 80, 120, 160)  # iterations, of the curve
-TEMPLATES = ["a {} circle", "a blue {} square on sand", "a {} triangle on snow", "something {}"]  # four, as three seeds share the pictures
+TEMPLATES = ["a {} circle", "a blue {} square on sand", "a {} triangle on snow", "something {}"]  # four: three seeds share them
 
 
 def plan(quick):
@@ -49,17 +51,23 @@ def plan(quick):
     three["sdd, lr 2e-3"] = (THREE, ["--lr", "2e-3", *LONGER])  # what --preserve does, apart from what its learning rate does
     three["sdd + preserve 0.1"] = (THREE, ["--lr", "2e-3", *LONGER, "--preserve", "0.1"])
     three["esd-x + preserve"] = (THREE, [*three["esd-x"][1], "--preserve", "0.3"])
-    sizes = {f"sdd, batch {B}{' + preserve' * bool(keep)}": (["star"], ["--batch-size", B, *keep]) for B in "14" for keep in ([], TRAINERS["sdd + preserve"])}
+    sizes = {f"sdd, batch {B}{' + preserve' * bool(keep)}": (["star"], ["--batch-size", B, *keep])
+             for B in "14" for keep in ([], TRAINERS["sdd + preserve"])}
     return [("One concept (the paper's Table 1)", "one", star, GUIDED, ["star"]),
             ("Three concepts at once (Table 2)", "three", three, ["neg", "sld-medium", "sld-max", "sega"], THREE),
             ("Batches of 1 and 4 (8 is above)", "batch", sizes, [], [])]
 
 
 def command(*words):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         from weights import UserError
         raise UserError(f"This command failed; mend it, and say the same again: {' '.join(map(str, words))}\n{done.stderr[-2000:]}")
+
+
+def patches(files):
+    return [word for file in files for word in ("--patch", file)]
 
 
 def train(out, concepts, words, seed):
@@ -68,8 +76,8 @@ def train(out, concepts, words, seed):
         return
     if not (out / "run.json").exists():
         shutil.rmtree(out, ignore_errors=True)
-        command("train.py", "--model", "toy", "--concept", *concepts, *words, "--seed", seed, "--preview-every", 40, "--preview", concepts[0],
-                "--preview-steps", 12, "--export-every", 40, "--out", out)
+        command("train.py", "--model", "toy", "--concept", *concepts, *words, "--seed", seed, "--preview-every", 40,
+                "--preview", concepts[0], "--preview-steps", 12, "--export-every", 40, "--out", out)
     else:
         command("train.py", "--resume", "--out", out)
 
@@ -84,28 +92,30 @@ def tables(folder, sections, seeds, limit, jobs):
                                                   for row, (concepts, words) in rows.items() for seed in seeds]))
         work = []
         for _, name, rows, guided, avoid in sections:
-            patches = [word for row in rows for seed in seeds for word in ("--patch", f"{row}={run(name, row, seed) / 'erased.safetensors'}")]
-            work.append(["eval.py", "toy", *measured, *patches, *(["--methods", *guided, "--avoid", *avoid] if guided else []), "--out", made / name])
+            files = [f"{row}={run(name, row, seed) / 'erased.safetensors'}" for row in rows for seed in seeds]
+            more = ["--methods", *guided, "--avoid", *avoid] if guided else []
+            work.append(["eval.py", "toy", *measured, *patches(files), *more, "--out", made / name])
         points = []
         for row in ("sdd", "esd-x"):
             for which in ("teacher", "student"):
                 for i in POINTS:
-                    points += [word for seed in seeds for word in ("--patch", f"{row} {which}@{i}={run('one', row, seed) / 'exports' / f'{which}-{i:06d}.safetensors'}")]
-        work.append(["eval.py", "toy", *measured, *points, "--out", made / "curve"])
+                    points += [f"{row} {which}@{i}={run('one', row, seed) / 'exports' / f'{which}-{i:06d}.safetensors'}" for seed in seeds]
+        work.append(["eval.py", "toy", *measured, *patches(points), "--out", made / "curve"])
         list(pool.map(lambda words: (words[-1] / "results.json").exists() or command(*words), work))
     return {file.parent.name: json.loads(file.read_text(encoding="utf-8"))["rows"] for file in made.glob("*/results.json")}, run, made
 
 
 def matrix(folder, made, seeds, limit, jobs):
     """Figure 2 with textures for artists: who was erased × who is asked for; the share of pictures that show what was asked."""
-    work = [(folder / "runs" / f"matrix-{name}-{texture}-{seed}", [texture], [*TRAINERS[name], *(["--steps", "12", "--lr", "4.4e-4"] if name == "sdd" else [])], seed)
+    words = {"sdd": ["--steps", "12", "--lr", "4.4e-4"], "esd-x": TRAINERS["esd-x"]}  # SDD's on textures: the README's
+    work = [(folder / "runs" / f"matrix-{name}-{texture}-{seed}", [texture], words[name], seed)
             for name in ("sdd", "esd-x") for texture in TEXTURES for seed in seeds]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda one: train(*one), work))
-    patches = [word for out, (texture,), _, _ in work for word in ("--patch", f"{out.name.split('-', 1)[1].rsplit('-', 2)[0]} {texture}={out / 'erased.safetensors'}")]
+    files = [f"{out.name.split('-', 1)[1].rsplit('-', 2)[0]} {texture}={out / 'erased.safetensors'}" for out, (texture,), _, _ in work]
     if not (made / "matrix" / "results.json").exists():
-        command("eval.py", "artists", "--model", "toy", "--limit", limit, "--scheduler", "ddim", "--steps", 12, "--device", "cpu", "--threads", 1,
-                "--template", *TEMPLATES, *patches, "--out", made / "matrix")
+        command("eval.py", "artists", "--model", "toy", "--limit", limit, "--scheduler", "ddim", "--steps", 12, "--device", "cpu",
+                "--threads", 1, "--template", *TEMPLATES, *patches(files), "--out", made / "matrix")
 
 
 def verdict(a, b):
@@ -122,11 +132,12 @@ def claims(rows):
     listed = [(f"SDD leaves less of {many} than {other} (Table {1 if found is one else 2})", found["sdd"], found[other], target)
               for found, many in ((one, "one concept"), (three, "three concepts")) for other in found
               if not other.startswith(("sdd", "original")) and "+" not in other]
-    listed += [(f"SDD harms the rest less than {other} (the paper claims no such thing)", one["sdd"], one[other], kept) for other in one if other.startswith(("esd", "sld-max"))]
-    listed += [(f"After {i} iterations SDD leaves less than ESD-x (Figure 5)", curve[f"sdd teacher@{i}"], curve[f"esd-x student@{i}"], target)
-               for i in POINTS if f"sdd teacher@{i}" in curve]
-    listed += [(f"After {i} iterations the teacher harms the rest less than the student (Figures 3, 10, 11)", curve[f"sdd teacher@{i}"], curve[f"sdd student@{i}"], kept)
-               for i in POINTS if f"sdd teacher@{i}" in curve]
+    listed += [(f"SDD harms the rest less than {other} (the paper claims no such thing)", one["sdd"], one[other], kept)
+               for other in one if other.startswith(("esd", "sld-max"))]
+    for i in POINTS:
+        teacher, student, esd = (curve[f"{name}@{i}"] for name in ("sdd teacher", "sdd student", "esd-x student"))
+        listed.append((f"After {i} iterations SDD leaves less than ESD-x (Figure 5)", teacher, esd, target))
+        listed.append((f"After {i} iterations the teacher harms the rest less than the student (Figures 3, 10, 11)", teacher, student, kept))
     listed += [("Algorithm 1's roles leave less than the authors' script's", three[name], three[f"{name}, official roles"], target)
                for name in ("sdd", "sdd + preserve") if name in three]
     text = "| claim | measured | |\n|---|---|---|\n"
@@ -134,13 +145,16 @@ def claims(rows):
         for key, name in keys.items():
             (hits, n), (others, m) = ((x[1] - x[0], x[1]) if key == "caption" else x for x in (a.get(key, (0, 0)), b.get(key, (0, 0))))
             if n and m:
-                text += f"| {said} | {name}: {100 * hits / n:.1f} against {100 * others / m:.1f} % | {verdict((hits, n), (others, m))} |\n"
+                text += (f"| {said} | {name}: {100 * hits / n:.1f} against {100 * others / m:.1f} % | "
+                         f"{verdict((hits, n), (others, m))} |\n")
     return text
 
 
 def drifts(run, rows, sections, seeds):
     """Markdown: gap and drift at the end of each training, the mean of the seeds, beside what is left of the target and of the rest."""
-    text = "| trained | for | gap, student | drift, student | gap, teacher | drift, teacher | target, named | whole captions |\n" + "|---" * 8 + "|\n"
+    keys = ("gap_student", "drift_student", "gap_teacher", "drift_teacher")
+    text = ("| trained | for | gap, student | drift, student | gap, teacher | drift, teacher | target, named | whole captions |\n"
+            + "|---" * 8 + "|\n")
     for _, name, trained, _, _ in sections:
         figures = {row["model"]: row["figures"] for row in rows[name]}
         for row, (concepts, _) in trained.items():
@@ -148,7 +162,7 @@ def drifts(run, rows, sections, seeds):
             for seed in seeds:
                 with open(run(name, row, seed) / "log.csv", newline="", encoding="utf-8") as f:
                     last.append([line for line in csv.DictReader(f) if line["gap_student"]][-1])
-            cells = [f"{sum(float(line[key]) for line in last) / len(last):.2g}" for key in ("gap_student", "drift_student", "gap_teacher", "drift_teacher")]
+            cells = [f"{sum(float(line[key]) for line in last) / len(last):.2g}" for key in keys]
             cells += [f"{100 * hits / n:.1f}" for hits, n in (figures[row]["named"], figures[row]["caption"])]
             text += f"| {row} | {', '.join(concepts)} | " + " | ".join(cells) + " |\n"
     return text
@@ -157,8 +171,8 @@ def drifts(run, rows, sections, seeds):
 def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
     """REPRODUCTION.md and the pictures that it shows, beside it in docs/."""
     (folder / "docs").mkdir(exist_ok=True)
-    shown = {"curve": made / "curve" / "curve.png", "film_sdd": run("one", "sdd", seeds[0]) / "film.png", "film_esd-x": run("one", "esd-x", seeds[0]) / "film.png"}
-    shown |= {} if quick else {"matrix": made / "matrix" / "matrix.png"}
+    shown = {f"film_{name}": run("one", name, seeds[0]) / "film.png" for name in ("sdd", "esd-x")}
+    shown |= {name: made / name / f"{name}.png" for name in (["curve"] if quick else ["curve", "matrix"])}
     for name, file in shown.items():
         shutil.copyfile(file, folder / "docs" / f"{name}.png")
 
@@ -169,17 +183,20 @@ def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
         return (made / name / "table.md").read_text(encoding="utf-8")
 
     several = f"s {', '.join(map(str, seeds))}, pooled" if len(seeds) > 1 else f" {seeds[0]}"
-    text = [f"# The papers' claims, in miniature\n\n`python eval.py toy --reproduce{' --quick' * quick} --out {os.path.relpath(folder, ROOT)}`, {datetime.date.today()}, "
-            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {minutes:.0f} minutes. Training seed{several}; up to {limit} pictures a figure, "
-            f"percentages by the probe with 95 % Wilson intervals.\n\n{TUNING}\n"]
+    text = ["# The papers' claims, in miniature\n\n"
+            f"`python eval.py toy --reproduce{' --quick' * quick} --out {os.path.relpath(folder, ROOT)}`, {datetime.date.today()}, "
+            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {minutes:.0f} minutes. Training seed{several}; "
+            f"up to {limit} pictures a figure, percentages by the probe with 95 % Wilson intervals.\n\n{TUNING}\n"]
     text += [f"\n## {title}\n\n{table(name)}" for title, name, *_ in sections]
-    text.append(f"\n## What holds\n\nA claim holds or fails where the two intervals do not meet, and is open where they do.\n\n{claims(rows)}")
+    text.append("\n## What holds\n\nA claim holds or fails where the two intervals do not meet, and is open where they do.\n\n" + claims(rows))
     if not quick:
-        text.append(f"\n## Artists (Figure 2): textures in their place\n\nWhat shows, of what was asked for.\n\n{picture('matrix', 'who was erased and who is asked for')}{table('matrix')}")
-    text.append(f"\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n{picture('curve', 'target over iterations')}SDD, the star, seed {seeds[0]}:\n\n"
-                f"{picture('film_sdd', 'student and teacher of SDD over the iterations')}ESD-x:\n\n{picture('film_esd-x', 'student and average of ESD-x')}{table('curve')}")
-    text.append(f"\n## Gap and drift\n\nMean |e(c_s) − e(c_0)|² and |e(c_0) − e°(c_0)|² on fixed latents, after the last iteration, beside what else the model lost.\n\n"
-                f"{drifts(run, rows, sections, seeds)}")
+        text += ["\n## Artists (Figure 2): textures in their place\n\nWhat shows, of what was asked for.\n\n",
+                 picture("matrix", "who was erased and who is asked for"), table("matrix")]
+    text += ["\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n", picture("curve", "target over iterations"),
+             f"SDD, the star, seed {seeds[0]}:\n\n", picture("film_sdd", "student and teacher of SDD over the iterations"),
+             "ESD-x:\n\n", picture("film_esd-x", "student and average of ESD-x"), table("curve")]
+    text += ["\n## Gap and drift\n\nMean |e(c_s) − e(c_0)|² and |e(c_0) − e°(c_0)|² on fixed latents, after the last iteration, beside "
+             "what else the model lost.\n\n", drifts(run, rows, sections, seeds)]
     (folder / "REPRODUCTION.md").write_text("".join(text), encoding="utf-8")
 
 
