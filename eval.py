@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import metrics
 import weights
+from folder import alone
 from generate import (add_common_arguments, avoided, draw, encode, make_scheduler, natural, pick_device, pick_dtype, positive,
                       refuse_used, run, save_png)
 from guidance import GUIDANCE
@@ -167,6 +168,12 @@ def evaluate(args):
     check(args, rows, model)
     for part in (model.unet, model.vae, model.text_encoder):
         part.to(device)
+    with alone(args.out) if rank == 0 else nullcontext():
+        fill(args, rows_of, model, device, dtype, rank, world)
+
+
+def fill(args, rows_of, model, device, dtype, rank, world):
+    """Draws, together with the other ranks, and measures."""
     settings = open_folder(args) if rank == 0 else None
     if world > 1:  # the others wait here until the first has found the folder in order
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest rank may take long
@@ -210,4 +217,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(evaluate, parse()))
+    sys.exit(run(evaluate, parse(), "the same command goes on"))

@@ -5,6 +5,7 @@ any batch size and on any device.
 """
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 import weights
 from clip_text import MAX_TOKENS, tokenize
+from folder import alone
 from guidance import GUIDANCE, sample
 from scheduler import SAMPLERS
 from weights import UserError
@@ -159,7 +161,12 @@ def avoided(method, texts):
 
 
 def generate(args):
-    refuse_used(args.out)
+    with alone(args.out):
+        refuse_used(args.out)
+        write_pictures(args)
+
+
+def write_pictures(args):
     avoid = avoided(args.method, args.avoid)
     if args.method == "neg" and args.negative_prompt:
         raise UserError("--method neg puts --avoid in the place of --negative-prompt: name one of them.")
@@ -231,19 +238,28 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def run(main, args):
-    """A command's exit status: 0, or 2 after one sentence about what the user can do."""
+def run(main, args, stopped="what is written so far stays; choose a new folder with --out to begin again"):
+    """A command's exit status: 0; 2 after one sentence about what the user can do; 130 after Ctrl-C or SIGTERM and the sentence `stopped`,
+    which may name {out}."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: try a smaller --batch-size or --resolution, or --dtype bf16.", file=sys.stderr)
+    except (RuntimeError, MemoryError) as e:
+        if type(e) is RuntimeError and "can't allocate memory" not in str(e):  # torch's class is of a GPU's memory only
+            raise
+        print("error: the memory is full: try a smaller --batch-size or --resolution, or --dtype bf16.", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e}: check the disk's space and the folder's permissions, and run the same command again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
+        print(f"stopped: {stopped.format(out=getattr(args, 'out', ''))}.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

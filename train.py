@@ -23,6 +23,7 @@ from tqdm import tqdm
 import anchors
 import previews
 import weights
+from folder import alone
 from generate import add_common_arguments, positive, refuse_used, run
 from losses import METHODS, TRAIN_PARAMS
 from run import VERSIONS, Run
@@ -187,7 +188,6 @@ def open_run(args):
         taken = [int(p.name[:4]) for p in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")]
         name = re.sub(r"\W+", "-", "-".join(a["concept"]))[:40]
         args.out = Path("runs") / f"{max(taken, default=0) + 1:04d}-{name}"
-    refuse_used(args.out, "; say --resume to go on with the run in it")
     return args.out, a
 
 
@@ -227,12 +227,19 @@ def iterate(r, a, start):
 
 def train(args):
     out, a = open_run(args)
+    with alone(out):
+        if not args.resume:
+            refuse_used(out, "; say --resume to go on with the run in it")
+        train_in(out, a, args.resume)
+
+
+def train_in(out, a, resume):
     r = Run(out, a)
-    if not args.resume:
+    if not resume:
         with weights.whole(out / "run.json") as beside:
             beside.write_text(json.dumps({"args": a, "versions": VERSIONS}, indent=2, ensure_ascii=False), encoding="utf-8")
     r.make_latents()
-    start, began = r.restore(), time.time()
+    start, began = r.restore(), time.monotonic()
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
         if a["preview_every"] and start == 0:
             previews.preview(r, 0)
@@ -245,7 +252,7 @@ def train(args):
             r.save()
             raise UserError(f"The GPU's memory is full; {r.done} iterations are saved. To go on in less: python train.py --resume --out {out} "
                             "--gradient-checkpointing; or begin anew with a smaller --batch-size, --dtype bf16 or --preview-every 0.") from None
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         r.export("erased.safetensors", METHODS[a["method"]].output)
         if a["preview_every"]:
             previews.finish(r, METHODS[a["method"]].output)
@@ -254,4 +261,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(train, parse()))
+    sys.exit(run(train, parse(), "to go on: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"))

@@ -10,7 +10,8 @@ import inspect
 import json
 import os
 import re
-from contextlib import contextmanager, suppress
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from unet import UNet
 from vae import VAE
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
+WRITING = ".writing-"  # and the process: the folder in which a file lies until it is whole
 TOY = Path(__file__).parent / "toy" / "model"
 NETWORKS = {"unet": (UNet, "diffusion_pytorch_model"), "vae": (VAE, "diffusion_pytorch_model"),
             "text_encoder": (CLIPText, "model")}
@@ -67,16 +69,15 @@ class Model(NamedTuple):
 def whole(file):
     """Gives a path to write to that takes the name `file` only once it is complete."""
     file = Path(file)
-    beside = file.with_name(f"{file.stem}.tmp{file.suffix}")
+    work = file.parent / f"{WRITING}{os.getpid()}"  # a folder, as safetensors, too, writes beside first; after a kill, folder.alone clears it
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, file)
+        work.mkdir(parents=True, exist_ok=True)
+        yield work / file.name
+        os.replace(work / file.name, file)
     except (OSError, SafetensorError) as e:
         raise UserError(f"Cannot write {file} ({e}): free some space or choose another folder.") from e
     finally:
-        with suppress(OSError):
-            beside.unlink()
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def find(model, revision=None):

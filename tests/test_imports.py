@@ -7,16 +7,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {  # module: the local modules that it may import; nothing else of the project, not even inside a function
     "unet": "", "vae": "", "clip_text": "", "scheduler": "", "guidance": "", "losses": "", "ema": "",
-    "weights": "unet vae clip_text",
+    "weights": "unet vae clip_text", "folder": "weights",
     "sdd": "guidance losses ema",
-    "generate": "weights scheduler guidance clip_text",
+    "generate": "weights scheduler guidance clip_text folder",
     "anchors": "weights generate", "previews": "generate guidance",
     "run": "weights clip_text generate losses ema sdd anchors unet",
-    "train": "weights generate losses anchors run previews",
+    "train": "weights generate losses anchors run previews folder",
     "metrics": "", "suites": "weights toy.draw toy.suite",
     "tables": "weights clip_text generate metrics suites toy.suite",
-    "eval": "weights generate guidance metrics suites tables toy.reproduce",
-    "original": "weights", "model_card": "weights", "convert": "weights generate clip_text model_card original",
+    "eval": "weights generate guidance metrics suites tables toy.reproduce folder",
+    "original": "weights", "model_card": "weights", "convert": "weights generate clip_text model_card original folder",
     "toy": "", "toy.draw": "", "toy.probe": "toy.draw", "toy.suite": "toy.draw toy.probe", "toy.reproduce": "metrics weights",
     "toy.pretrain": "toy.draw toy.probe unet vae clip_text scheduler weights",
 }
