@@ -4,7 +4,9 @@ Image n of a prompt starts from noise of its own, seeded with seed + n on the CP
 any batch size and on any device.
 """
 import argparse
+import difflib
 import json
+import math
 import signal
 import sys
 from pathlib import Path
@@ -67,7 +69,8 @@ def check_words(model, prompts):
     for prompt in prompts:
         for word in prompt.lower().replace(",", " ").split():
             if word not in known:
-                raise UserError(f"The embedded model does not know the word {word!r}; it knows: {', '.join(sorted(known))}.")
+                near = "".join(f"did you mean {x!r}? It" for x in difflib.get_close_matches(word, known, 1)) or "it"
+                raise UserError(f"The embedded model does not know the word {word!r}; {near} knows: {', '.join(sorted(known))}.")
 
 
 @torch.no_grad()
@@ -198,10 +201,29 @@ def write_pictures(args):
 
 
 def positive(text):
-    """An argument that counts something: 1, 2, …"""
+    """An argument that counts something: 1, 2, … up to a million, as a list of them has to fit the memory."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if value > 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text} is more than a million")
     return value
+
+
+def finite(text):
+    """An argument that is a number, neither NaN nor infinite."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def one_of(names):
+    """An argument that is one of `names`; for another the nearest is suggested."""
+    def name(text):
+        if text not in names:
+            near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(text, names, 1))
+            raise argparse.ArgumentTypeError(f"there is no {text!r}: {near}There are: {', '.join(names)}")
+        return text
+    return name
 
 
 def natural(text):
@@ -214,7 +236,7 @@ def natural(text):
 def add_common_arguments(parser):
     parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: fp32; on CUDA bf16, or fp16 without it")
+    parser.add_argument("--dtype", default="auto", type=one_of(["auto", *DTYPES]), choices=["auto", *DTYPES], help="auto: fp32; on CUDA bf16, or fp16 without it")
 
 
 def parse(argv=None):
@@ -222,11 +244,11 @@ def parse(argv=None):
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
     parser.add_argument("--patch", type=Path, help="an erased.safetensors that train.py wrote")
-    parser.add_argument("--scheduler", choices=[*SAMPLERS], help="default: the model's own")
+    parser.add_argument("--scheduler", type=one_of(SAMPLERS), choices=[*SAMPLERS], help="default: the model's own")
     parser.add_argument("--steps", type=positive, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--guidance-scale", type=finite, default=7.5)
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="takes the place of the empty prompt (NEG)")
-    parser.add_argument("--method", choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
+    parser.add_argument("--method", type=one_of(GUIDANCE), choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
     parser.add_argument("--guidance-warmup", type=natural, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what to keep away from; sega takes several one by one")
     parser.add_argument("--seed", type=natural, default=0, help="image n of a prompt starts from noise seeded with seed + n")

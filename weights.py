@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from clip_text import CLIPText
+from intact import damage, digest
 from unet import UNet
 from vae import VAE
 
@@ -101,7 +102,10 @@ def find(model, revision=None):
         raise
     except Exception as e:  # the hub's client raises some twenty classes; whatever it was, a complete copy may be here
         try:
-            return Path(snapshot_download(model, revision=revision, local_files_only=True))
+            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+            here = {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
+            [_weights_file(here, network, model) for network in NETWORKS]  # is it all here, or did a download break off?
+            return folder
         except Exception:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(f"Cannot get {model} from the hub ({reason}): check the name and the network and run the same "
@@ -147,14 +151,17 @@ def read_config(folder, part):
 
 
 def read(file):
-    """All tensors of a safetensors file, as they are, and its metadata."""
+    """All tensors of a safetensors file, as they are, and its metadata. UserError if it is not whole, or damaged."""
     try:
         with safe_open(file, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} is not a whole safetensors file ({_first_cut(file) or e}): fetch or make it again.") from e
+    if why := damage(tensors, metadata):
+        raise UserError(f"{file} {why}: it is damaged; fetch or make it again.")
+    return tensors, metadata
 
 
 def _first_cut(file):
@@ -265,8 +272,8 @@ def load_patch(file, *modules):
     tensors, metadata = read(file)
     own = {name: x for module in modules for name, x in module.state_dict().items()}
     for name, x in tensors.items():
-        if name not in own or own[name].shape != x.shape:
-            raise UserError(f"{file}: {name} {tuple(x.shape)} does not fit this model; it was made for {metadata.get('model')}.")
+        if name not in own or own[name].shape != x.shape or not x.is_floating_point():
+            raise UserError(f"{file}: {name} {x.dtype} {tuple(x.shape)} does not fit this model; it was made for {metadata.get('model')}.")
     base = fingerprint({name: own[name] for name in tensors})
     if metadata.get("base_fingerprint") != base:
         raise UserError(f"{file} was made for {metadata.get('model', 'an unnamed model')} (base {metadata.get('base_fingerprint')}), "
@@ -281,7 +288,7 @@ def save_checkpoint(file, groups, optimizer, metadata):
     tensors = {f"{prefix}/{name}": x for prefix, group in groups.items() for name, x in group.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": x for name, x in state.items()}
-    save(file, tensors, metadata)
+    save(file, tensors, metadata | {"sha256": digest(tensors)})
 
 
 @torch.no_grad()

@@ -6,12 +6,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {  # module: the local modules that it may import; nothing else of the project, not even inside a function
-    "unet": "", "vae": "", "clip_text": "", "scheduler": "", "guidance": "", "losses": "", "ema": "",
-    "weights": "unet vae clip_text", "folder": "weights",
+    "unet": "", "vae": "", "clip_text": "", "scheduler": "", "guidance": "", "losses": "", "ema": "", "intact": "",
+    "weights": "unet vae clip_text intact", "folder": "weights",
     "sdd": "guidance losses ema",
     "generate": "weights scheduler guidance clip_text folder",
     "anchors": "weights generate", "previews": "generate guidance",
-    "run": "weights clip_text generate losses ema sdd anchors unet",
+    "run": "weights clip_text generate losses ema sdd anchors unet intact",
     "train": "weights generate losses anchors run previews folder",
     "metrics": "", "suites": "weights toy.draw toy.suite",
     "tables": "weights clip_text generate metrics suites toy.suite",
