@@ -61,7 +61,7 @@ def wait(pid, seconds=None):
         spent = time.clock_gettime(clock)
         if seconds is not None and spent > seconds:
             os.kill(pid, signal.SIGKILL)
-        time.sleep(0.001)
+        time.sleep(0.003)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), spent
 
 
