@@ -34,7 +34,8 @@ import sdd
 import train
 import weights
 from clip_text import CLIPText
-from generate import draw, encode, make_scheduler, pick_device, positive, run
+from command import pick_device, positive, run
+from generate import draw, encode, make_scheduler
 from run import Run
 from unet import UNet
 from vae import VAE

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch
 
 import weights
 from clip_text import MAX_TOKENS
-from generate import DTYPES, run
+from command import DTYPES, run
+from folder import alone
 from model_card import card
 from original import ASIDE, few, from_original, to_original
 from weights import NETWORKS, UserError
@@ -161,14 +161,24 @@ def write_folder(out, folder, networks, dtype):
 
 
 @contextmanager
-def staged(out):
-    """A folder to work in. What is in its folder `made` at the end is moved beside `out`. After a kill it is left, as .NAME-…"""
+def staged(out, notes):
+    """A folder to work in. What is in its folder `made` at the end is moved beside `out`, the card `notes` first. After a kill it is left,
+    as .NAME-unfinished, perhaps without the card, and the next one clears it."""
+    work = out.parent / f".{out.name}-unfinished"
+    killed = work.exists()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
-            yield Path(work)
-            for made in sorted(Path(work, "made").iterdir()):
-                os.replace(made, out.parent / made.name)
+        with alone(work):
+            try:
+                for file in (out, notes):
+                    if file.exists() and not (killed and file == notes and not out.exists()):
+                        raise UserError(f"{file} is there already: choose another --out.")
+                for left in work.iterdir():
+                    shutil.rmtree(left)
+                yield work
+                for made in sorted((work / "made").iterdir()):
+                    os.replace(made, out.parent / made.name)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
         raise UserError(f"Cannot write {out} ({e}): free some space or choose another place with --out.") from e
 
@@ -179,10 +189,7 @@ def convert(args):
     if single and args.out.suffix != ".safetensors":
         raise UserError(f"--format single-file writes a file: --out {args.out} has to end in .safetensors.")
     notes = args.out.with_suffix(".md") if single else args.out / "README.md"
-    for file in (args.out, notes):
-        if file.exists():
-            raise UserError(f"{file} is there already: choose another --out.")
-    with staged(args.out) as work:
+    with staged(args.out, notes) as work:
         folder, networks = open_model(args, work)
         check_networks(networks, args.model)
         patch = weights.load_patch(args.patch, networks["unet"], networks["text_encoder"]) if args.patch else None
@@ -213,4 +220,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(convert, parse()))
+    sys.exit(run(convert, parse(), "nothing is left of it; run the same command again"))

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 import metrics
 import weights
-from generate import (add_common_arguments, avoided, draw, encode, make_scheduler, natural, patched, pick_device, pick_dtype, positive,
-                      refuse_used, run, save_png)
+from command import add_common_arguments, finite, natural, one_of, pick_device, pick_dtype, positive, refuse_used, run
+from folder import alone
+from generate import avoided, draw, encode, make_scheduler, patched, save_png
 from guidance import GUIDANCE
 from suites import SUITES
 from tables import learned_prompts, results
@@ -57,8 +59,11 @@ def systems(args):
         concepts = {tuple(x.get("concepts", "").split(", ")) for x in told}
         if len(concepts) > 1:
             raise UserError(f"The patches named {name} erase different concepts ({concepts}): give them names of their own.")
-        method, a = told[0].get("method", ""), json.loads(told[0].get("args", "{}"))
-        trained = f"{method}-{a.get('erase_scale', 1):g}" if method.startswith("esd") else method
+        method = told[0].get("method", "")
+        try:
+            trained = f"{method}-{json.loads(told[0].get('args', '{}')).get('erase_scale', 1):g}" if method.startswith("esd") else method
+        except (ValueError, AttributeError, TypeError) as e:
+            raise UserError(f"{files[0]}: its metadata is damaged ({e}): make it again with train.py.") from e
         found.append(System(name, tuple(files), "sd", trained, concepts.pop()))
     for method in args.methods:
         avoided(method, args.avoid)
@@ -153,6 +158,12 @@ def evaluate(args):
     check(args, rows, model)
     for part in (model.unet, model.vae, model.text_encoder):
         part.to(device)
+    with alone(args.out) if rank == 0 else nullcontext():
+        fill(args, rows_of, model, device, dtype, rank, world)
+
+
+def fill(args, rows_of, model, device, dtype, rank, world):
+    """Draws, together with the other ranks, and measures."""
     settings = open_folder(args) if rank == 0 else None
     if world > 1:  # the others wait here until the first has found the folder in order
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest rank may take long
@@ -167,10 +178,10 @@ def evaluate(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=[*SUITES])
+    parser.add_argument("suite", type=one_of(SUITES), choices=[*SUITES])
     parser.add_argument("--model", help="toy, a hub id or a folder in diffusers' layout; default: toy for the suite toy")
     parser.add_argument("--patch", action="append", default=[], metavar="NAME=FILE", help="an erased.safetensors; may be repeated")
-    parser.add_argument("--methods", nargs="+", default=[], choices=[method for method in GUIDANCE if method != "sd"], help="erasers that only guide")
+    parser.add_argument("--methods", nargs="+", default=[], type=one_of(GUIDANCE), choices=[method for method in GUIDANCE if method != "sd"], help="erasers that only guide")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what --methods keep away from (paper: nudity sexual)")
     parser.add_argument("--guidance-warmup", type=natural, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--limit", type=positive, help="at most so many pictures; toy: of each set (default 200)")
@@ -183,7 +194,7 @@ def parse(argv=None):
     parser.add_argument("--quick", action="store_true", help="... in 15 minutes: one seed, fewer rows and pictures")
     parser.add_argument("--scheduler", choices=["ddim", "pndm"], help="default: pndm (the paper's); toy: ddim, as PNDM needs more steps")
     parser.add_argument("--steps", type=positive, default=25)
-    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--guidance-scale", type=finite, default=7.5)
     parser.add_argument("--seed", type=natural, default=0, help="of prompts and noise")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--threads", type=positive, help="CPU threads of each process; pictures depend on it in the last bit")
@@ -196,4 +207,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(evaluate, parse()))
+    sys.exit(run(evaluate, parse(), "the same command goes on"))

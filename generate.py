@@ -4,6 +4,7 @@ Image n of a prompt starts from noise of its own, seeded with seed + n on the CP
 any batch size and on any device.
 """
 import argparse
+import difflib
 import json
 import sys
 from contextlib import contextmanager
@@ -17,33 +18,12 @@ from tqdm import tqdm
 
 import weights
 from clip_text import MAX_TOKENS, tokenize
+from command import add_common_arguments, finite, natural, one_of, pick_device, pick_dtype, positive, refuse_used, run
 from cover import covering
+from folder import alone
 from guidance import GUIDANCE, sample
 from scheduler import SAMPLERS
 from weights import UserError
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def pick_device(name):
-    """`auto` is CUDA, else Apple's MPS, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:  # torch raises either, by device
-        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): say --device cpu, or check the driver.") from e
-    return device
-
-
-def pick_dtype(name, device):
-    """`auto` is float32, but on CUDA bfloat16, or float16 on cards without it."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def make_scheduler(config, steps, kind=None):
@@ -67,7 +47,8 @@ def check_words(model, prompts):
     for prompt in prompts:
         for word in prompt.lower().replace(",", " ").split():
             if word not in known:
-                raise UserError(f"The embedded model does not know the word {word!r}; it knows: {', '.join(sorted(known))}.")
+                near = "".join(f"did you mean {x!r}? It" for x in difflib.get_close_matches(word, known, 1)) or "it"
+                raise UserError(f"The embedded model does not know the word {word!r}; {near} knows: {', '.join(sorted(known))}.")
 
 
 @torch.no_grad()
@@ -145,12 +126,6 @@ def save_png(picture, file, **text):
         (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(beside, pnginfo=info)
 
 
-def refuse_used(folder, advice=""):
-    """An output folder that already holds something is refused."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
-
-
 def avoided(method, texts):
     """The prompts that a method of GUIDANCE keeps away from: SEGA's one by one, for the others all in one."""
     if (method == "sd") == bool(texts):
@@ -177,7 +152,12 @@ def name_of(file):
 
 
 def generate(args):
-    refuse_used(args.out)
+    with alone(args.out):
+        refuse_used(args.out)
+        write_pictures(args)
+
+
+def write_pictures(args):
     avoid, patches = avoided(args.method, args.avoid), args.patch or ["none"]
     names = [name_of(file) for file in patches]
     if len(set(names)) < len(names):
@@ -225,37 +205,16 @@ def draw_jobs(model, file, avoid, args, scheduler, dtype):
                                   method=args.method, c_S=c_S, warmup=args.guidance_warmup))
 
 
-def positive(text):
-    """An argument that counts something: 1, 2, …"""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def natural(text):
-    """An argument that starts a count or seeds a generator: 0, 1, … up to 2⁶² (seeds are counted on from it)."""
-    if not 0 <= (value := int(text)) <= 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2^62")
-    return value
-
-
-def add_common_arguments(parser):
-    parser.add_argument("--show-uncensored", action="store_true", help="do not cover nudity in previews and sheets (see the README)")
-    parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
-    parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: fp32; on CUDA bf16, or fp16 without it")
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
     parser.add_argument("--patch", nargs="+", metavar="FILE", help="an erased.safetensors that train.py wrote; several, or none, side by side")
-    parser.add_argument("--scheduler", choices=[*SAMPLERS], help="default: the model's own")
+    parser.add_argument("--scheduler", type=one_of(SAMPLERS), choices=[*SAMPLERS], help="default: the model's own")
     parser.add_argument("--steps", type=positive, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--guidance-scale", type=finite, default=7.5)
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="takes the place of the empty prompt (NEG)")
-    parser.add_argument("--method", choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
+    parser.add_argument("--method", type=one_of(GUIDANCE), choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
     parser.add_argument("--guidance-warmup", type=natural, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what to keep away from; sega takes several one by one")
     parser.add_argument("--seed", type=natural, default=0, help="image n of a prompt starts from noise seeded with seed + n")
@@ -265,22 +224,6 @@ def parse(argv=None):
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_common_arguments(parser)
     return parser.parse_args(argv)
-
-
-def run(main, args):
-    """A command's exit status: 0, or 2 after one sentence about what the user can do."""
-    try:
-        main(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: try a smaller --batch-size or --resolution, or --dtype bf16.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

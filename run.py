@@ -12,7 +12,9 @@ import anchors
 import ema
 import weights
 from clip_text import tokenize
-from generate import encode, make_scheduler, pick_device, pick_dtype
+from command import pick_device, pick_dtype
+from generate import encode, make_scheduler
+from intact import digest
 from losses import METHODS, TRAIN_PARAMS
 from sdd import half_drawn, sdd
 from unet import ResnetBlock, Transformer
@@ -137,4 +139,5 @@ class Run:
         """A patch: the trained tensors of "student" or "teacher", and what they are."""
         metadata = {"model": self.a["model"], "concepts": ", ".join(self.a["concept"]), "method": self.a["method"],
                     "base_fingerprint": self.base, "args": json.dumps(self.a), "versions": json.dumps(VERSIONS)}
-        weights.save(self.out / file, {"teacher": self.theta_ema, "student": self.theta}[which], metadata)
+        tensors = {"teacher": self.theta_ema, "student": self.theta}[which]
+        weights.save(self.out / file, tensors, metadata | {"sha256": digest(tensors)})

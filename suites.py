@@ -1,6 +1,7 @@
 """What the papers ask models to draw: a suite is a list of Jobs, the columns of its table, and the paper's figures beside them."""
 import csv
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +50,12 @@ def i2p(args, concepts):
             raise UserError(f"Cannot get AIML-TUDA/i2p from the hub ({str(e).strip().splitlines()[0]}): name its csv file with --prompts.") from e
     rows = read_csv(file)
     try:
-        return [Job(row["prompt"], int(row["sd_seed"]) + n, float(row["sd_guidance_scale"]),
+        jobs = [Job(row["prompt"], int(row["sd_seed"]) + n, float(row["sd_guidance_scale"]),
                     (int(row["sd_image_height"]), int(row["sd_image_width"]))) for row in rows for n in range(5)]
+        for job in jobs:
+            if not 0 <= job.seed < 2**63 or not math.isfinite(job.scale) or any(side < 8 or side % 8 for side in job.size):
+                raise ValueError(f"sd_seed {job.seed}, a finite scale of {job.scale} and a size {job.size} in multiples of 8 cannot be")
+        return jobs
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"The prompts are not I2P's csv: it needs prompt, sd_seed, sd_guidance_scale, sd_image_width and -height ({e!r}).") from None
 

@@ -25,7 +25,8 @@ import anchors
 import previews
 import report
 import weights
-from generate import add_common_arguments, positive, refuse_used, run
+from command import add_common_arguments, finite, one_of, positive, refuse_used, run
+from folder import alone
 from losses import METHODS, TRAIN_PARAMS
 from run import VERSIONS, Run
 from weights import UserError
@@ -50,37 +51,37 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--concept", nargs="+", metavar="C", help="what to forget; i2p: the paper's 20 harmful concepts")
     p.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
-    p.add_argument("--preset", choices=[*PRESETS], help="defaults of all that follows: paper; toy for the toy")
-    p.add_argument("--method", choices=[*METHODS], default="sdd", help="the training target, from losses.py")
+    p.add_argument("--preset", type=one_of(PRESETS), choices=[*PRESETS], help="defaults of all that follows: paper; toy for the toy")
+    p.add_argument("--method", type=one_of(METHODS), choices=[*METHODS], default="sdd", help="the training target, from losses.py")
     p.add_argument("--loss", metavar="FILE:FUNCTION", help="a loss of your own in the place of the method's; see losses.py")
-    p.add_argument("--train-params", choices=[*TRAIN_PARAMS], help="which tensors are trained; default: the method's")
+    p.add_argument("--train-params", type=one_of(TRAIN_PARAMS), choices=[*TRAIN_PARAMS], help="which tensors are trained; default: the method's")
     p.add_argument("--latents", choices=["teacher", "student", "original"], help="who draws z_t; default: as the method has it")
     p.add_argument("--roles", choices=["paper", "official"], help="one concept draws, all joined are unlearned; or the reverse")
     p.add_argument("--iters", type=positive, help="N (paper: 1500, 2000 for several concepts)")
-    p.add_argument("--lr", type=float, help="AdamW's learning rate (paper: 1e-5)")
+    p.add_argument("--lr", type=finite, help="AdamW's learning rate (paper: 1e-5)")
     p.add_argument("--lr-schedule", choices=["cosine", "constant"])
     p.add_argument("--warmup", type=int, help="iterations of linear warm-up (paper: 500)")
-    p.add_argument("--weight-decay", type=float, help="(paper: 1e-2)")
-    p.add_argument("--ema", type=float, help="m of the teacher's average (paper: 0.999)")
-    p.add_argument("--guidance-scale", type=float, help="s_g while latents are drawn (paper: 3)")
+    p.add_argument("--weight-decay", type=finite, help="(paper: 1e-2)")
+    p.add_argument("--ema", type=finite, help="m of the teacher's average (paper: 0.999)")
+    p.add_argument("--guidance-scale", type=finite, help="s_g while latents are drawn (paper: 3)")
     p.add_argument("--steps", type=positive, help="T, DDIM steps of a whole picture (authors' script: 50)")
     p.add_argument("--batch-size", type=positive, help="latents an iteration (paper: 1)")
-    p.add_argument("--preserve", type=float, metavar="λ", help="adds λ·|e(c_0) − e°(c_0)|² to the loss; not in the paper")
-    p.add_argument("--erase-scale", type=float, help="esd: s_s, how far away from the concept; all-but-one: g of its signal")
-    p.add_argument("--quantile", type=float, default=0.0, help="all-but-one: its signal above this quantile (0.9) for the anchor; 0: off")
+    p.add_argument("--preserve", type=finite, metavar="λ", help="adds λ·|e(c_0) − e°(c_0)|² to the loss; not in the paper")
+    p.add_argument("--erase-scale", type=finite, help="esd: s_s, how far away from the concept; all-but-one: g of its signal")
+    p.add_argument("--quantile", type=finite, default=0.0, help="all-but-one: its signal above this quantile (0.9) for the anchor; 0: off")
     p.add_argument("--anchor", nargs="+", default=[], metavar="A", help="what to show instead; ablate: one for all or one a concept")
     p.add_argument("--anchor-prompts", type=Path, metavar="FILE", help="ablate: prompts, one a line; without --anchor the concept is a style")
     p.add_argument("--anchor-images", type=positive, help="ablate: pictures of the anchor (paper: 1000)")
-    p.add_argument("--prior", type=float, default=0.0, metavar="λ", help="ablate: adds λ·|e(anchor) − n|² (authors' script: 1)")
+    p.add_argument("--prior", type=finite, default=0.0, metavar="λ", help="ablate: adds λ·|e(anchor) − n|² (authors' script: 1)")
     p.add_argument("--detach-start", action="store_true", help="ablate: no gradient through the start token's keys and values")
-    p.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients at this norm (authors' script: 1); 0: do not")
+    p.add_argument("--max-grad-norm", type=finite, default=1.0, help="clip gradients at this norm (authors' script: 1); 0: do not")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory for more time: blocks are computed again on the way back")
     p.add_argument("--deterministic", action="store_true", help="CUDA: the same bits in each run (the CPU's are), by slower kernels")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--preview", nargs="+", metavar="PROMPT", help="preview prompts; default: the concepts and a few others")
     p.add_argument("--preview-every", type=int, help="iterations between previews; 0: none")
     p.add_argument("--preview-steps", type=positive, default=25)
-    p.add_argument("--preview-guidance-scale", type=float, default=7.5)
+    p.add_argument("--preview-guidance-scale", type=finite, default=7.5)
     p.add_argument("--save-every", type=int, default=100, help="iterations between checkpoints; 0: only at the end")
     p.add_argument("--export-every", type=int, default=0, help="iterations between patches of student and teacher in exports/; 0: none")
     p.add_argument("--report-to", choices=["tensorboard"], help="also write events for TensorBoard, in the output folder's tensorboard/")
@@ -192,7 +193,6 @@ def open_run(args):
         taken = [int(p.name[:4]) for p in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")]
         name = re.sub(r"\W+", "-", "-".join(a["concept"]))[:40]
         args.out = Path("runs") / f"{max(taken, default=0) + 1:04d}-{name}"
-    refuse_used(args.out, "; say --resume to go on with the run in it")
     return args.out, a
 
 
@@ -233,13 +233,20 @@ def iterate(r, a, start, watch):
 
 def train(args):
     out, a = open_run(args)
+    with alone(out):
+        if not args.resume:
+            refuse_used(out, "; say --resume to go on with the run in it")
+        train_in(out, a, args.resume)
+
+
+def train_in(out, a, resume):
     r = Run(out, a)
-    if not args.resume:
+    if not resume:
         with weights.whole(out / "run.json") as beside:
             content = {"args": a, "versions": VERSIONS, "command": shlex.join(["python", *sys.argv])}
             beside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     r.make_latents()
-    start, began = r.restore(), time.time()
+    start, began = r.restore(), time.monotonic()
     watch = report.Watch(out, a["report_to"], start)
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
         if a["preview_every"] and start == 0:
@@ -254,7 +261,7 @@ def train(args):
             r.save()
             raise UserError(f"The GPU's memory is full; {r.done} iterations are saved. To go on in less: python train.py --resume --out {out} "
                             "--gradient-checkpointing; or begin anew with a smaller --batch-size, --dtype bf16 or --preview-every 0.") from None
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         r.export("erased.safetensors", METHODS[a["method"]].output)
         if a["preview_every"]:
             previews.finish(r, METHODS[a["method"]].output)
@@ -264,4 +271,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(train, parse()))
+    sys.exit(run(train, parse(), "to go on: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"))

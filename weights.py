@@ -10,7 +10,8 @@ import inspect
 import json
 import os
 import re
-from contextlib import contextmanager, suppress
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,12 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from clip_text import CLIPText
+from intact import damage, digest
 from unet import UNet
 from vae import VAE
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
+WRITING = ".writing-"  # and the process: the folder in which a file lies until it is whole
 TOY = Path(__file__).parent / "toy" / "model"
 NETWORKS = {"unet": (UNet, "diffusion_pytorch_model"), "vae": (VAE, "diffusion_pytorch_model"),
             "text_encoder": (CLIPText, "model")}
@@ -67,16 +70,15 @@ class Model(NamedTuple):
 def whole(file):
     """Gives a path to write to that takes the name `file` only once it is complete."""
     file = Path(file)
-    beside = file.with_name(f"{file.stem}.tmp{file.suffix}")
+    work = file.parent / f"{WRITING}{os.getpid()}"  # a folder, as safetensors, too, writes beside first; after a kill, folder.alone clears it
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, file)
+        work.mkdir(parents=True, exist_ok=True)
+        yield work / file.name
+        os.replace(work / file.name, file)
     except (OSError, SafetensorError) as e:
         raise UserError(f"Cannot write {file} ({e}): free some space or choose another folder.") from e
     finally:
-        with suppress(OSError):
-            beside.unlink()
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def find(model, revision=None):
@@ -100,7 +102,10 @@ def find(model, revision=None):
         raise
     except Exception as e:  # the hub's client raises some twenty classes; whatever it was, a complete copy may be here
         try:
-            return Path(snapshot_download(model, revision=revision, local_files_only=True))
+            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+            here = {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
+            [_weights_file(here, network, model) for network in NETWORKS]  # is it all here, or did a download break off?
+            return folder
         except Exception:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(f"Cannot get {model} from the hub ({reason}): check the name and the network and run the same "
@@ -146,14 +151,17 @@ def read_config(folder, part):
 
 
 def read(file):
-    """All tensors of a safetensors file, as they are, and its metadata."""
+    """All tensors of a safetensors file, as they are, and its metadata. UserError if it is not whole, or damaged."""
     try:
         with safe_open(file, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} is not a whole safetensors file ({_first_cut(file) or e}): fetch or make it again.") from e
+    if why := damage(tensors, metadata):
+        raise UserError(f"{file} {why}: it is damaged; fetch or make it again.")
+    return tensors, metadata
 
 
 def _first_cut(file):
@@ -264,8 +272,8 @@ def load_patch(file, *modules):
     tensors, metadata = read(file)
     own = {name: x for module in modules for name, x in module.state_dict().items()}
     for name, x in tensors.items():
-        if name not in own or own[name].shape != x.shape:
-            raise UserError(f"{file}: {name} {tuple(x.shape)} does not fit this model; it was made for {metadata.get('model')}.")
+        if name not in own or own[name].shape != x.shape or not x.is_floating_point():
+            raise UserError(f"{file}: {name} {x.dtype} {tuple(x.shape)} does not fit this model; it was made for {metadata.get('model')}.")
     base = fingerprint({name: own[name] for name in tensors})
     if metadata.get("base_fingerprint") != base:
         raise UserError(f"{file} was made for {metadata.get('model', 'an unnamed model')} (base {metadata.get('base_fingerprint')}), "
@@ -280,7 +288,7 @@ def save_checkpoint(file, groups, optimizer, metadata):
     tensors = {f"{prefix}/{name}": x for prefix, group in groups.items() for name, x in group.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": x for name, x in state.items()}
-    save(file, tensors, metadata)
+    save(file, tensors, metadata | {"sha256": digest(tensors)})
 
 
 @torch.no_grad()

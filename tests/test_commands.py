@@ -225,7 +225,7 @@ def test_killed_and_resumed_is_bit_identical(rows, trained, tmp_path):
     for name in ("erased.safetensors", "checkpoint.safetensors"):
         a, b = weights.read(out / name)[0], weights.read(trained / name)[0]
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    assert not list(out.rglob("*.tmp*"))
+    assert not list(out.rglob(".writing*"))
 
 
 def test_full_size_on_the_cpu(tmp_path):

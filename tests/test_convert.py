@@ -20,6 +20,7 @@ import convert
 import generate
 import original
 import weights
+from command import DTYPES
 from weights import NETWORKS, UserError
 
 FILES = {network: f"{network}/{name}.safetensors" for network, (_, name) in NETWORKS.items()}
@@ -249,7 +250,7 @@ def test_dtypes(dtype, model_folder, tmp_path):
     assert run(convert, "--model", model_folder, "--format", "diffusers", "--dtype", dtype, "--out", tmp_path / "o") == 0
     for network, file in FILES.items():
         state = weights.load_network(model_folder, network).state_dict()
-        expected = {name: x.to(generate.DTYPES[dtype]) for name, x in state.items()}
+        expected = {name: x.to(DTYPES[dtype]) for name, x in state.items()}
         assert equal(load_file(tmp_path / "o" / file), expected), network
 
 

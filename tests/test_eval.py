@@ -108,11 +108,11 @@ def test_killed_and_repeated_gives_the_same_results(patch, tmp_path):
         process.wait()
         assert not (tmp_path / "killed" / "results.json").exists()
         for file in tmp_path.glob("killed/pictures/*/[0-9]*.png"):
-            assert ".tmp" in file.name or Image.open(file).load()  # whole, or under another name
+            assert "/.writing" in str(file) or Image.open(file).load()  # whole, or under another name
     status, _, err = command(*words, "--out", tmp_path / "killed")
     assert status == 0, err
     same(tmp_path / "whole", tmp_path / "killed")
-    assert not list(tmp_path.rglob("*.tmp*"))
+    assert not list(tmp_path.rglob(".writing*"))
 
 
 def test_two_ranks_give_the_same_results(patch, tmp_path):

@@ -1,0 +1,104 @@
+"""What the commands share: their common arguments, the device, and how they end."""
+import argparse
+import difflib
+import math
+import signal
+import sys
+
+import torch
+
+from weights import UserError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(name):
+    """`auto` is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch raises either, by device
+        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): say --device cpu, or check the driver.") from e
+    return device
+
+
+def pick_dtype(name, device):
+    """`auto` is float32, but on CUDA bfloat16, or float16 on cards without it."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def refuse_used(folder, advice=""):
+    """An output folder that already holds something is refused."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
+
+
+def positive(text):
+    """An argument that counts something: 1, 2, … up to a million, as a list of them has to fit the memory."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if value > 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text} is more than a million")
+    return value
+
+
+def finite(text):
+    """An argument that is a number, neither NaN nor infinite."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def one_of(names):
+    """An argument that is one of `names`; for another the nearest is suggested."""
+    def name(text):
+        if text not in names:
+            near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(text, names, 1))
+            raise argparse.ArgumentTypeError(f"there is no {text!r}: {near}There are: {', '.join(names)}")
+        return text
+    return name
+
+
+def natural(text):
+    """An argument that starts a count or seeds a generator: 0, 1, … up to 2⁶² (seeds are counted on from it)."""
+    if not 0 <= (value := int(text)) <= 2**62:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2^62")
+    return value
+
+
+def add_common_arguments(parser):
+    parser.add_argument("--show-uncensored", action="store_true", help="do not cover nudity in previews and sheets (see the README)")
+    parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
+    parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+    parser.add_argument("--dtype", default="auto", type=one_of(["auto", *DTYPES]), choices=["auto", *DTYPES], help="auto: fp32; on CUDA bf16, or fp16 without it")
+
+
+def run(main, args, stopped="what is written so far stays; choose a new folder with --out to begin again"):
+    """A command's exit status: 0; 2 after one sentence about what the user can do; 130 after Ctrl-C or SIGTERM and the sentence `stopped`,
+    which may name {out}."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main(args)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as e:
+        if type(e) is RuntimeError and "can't allocate memory" not in str(e):  # torch's class is of a GPU's memory only
+            raise
+        print("error: the memory is full: try a smaller --batch-size or --resolution, or --dtype bf16.", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e}: check the disk's space and the folder's permissions, and run the same command again.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped: {stopped.format(out=getattr(args, 'out', ''))}.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
