@@ -42,7 +42,7 @@ PRESETS = {
     "toy": PAPER | dict(iters=160, lr=6e-4, warmup=40, ema=0.97, steps=6, batch_size=8, anchor_images=200, preview_every=20,  # tuned, see README
                         preview=["arcadia", "borealis", "a blue dotted heart on sand", "a green square"]),
 }
-COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher"]
+COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher", "flat"]
 
 
 def parse(argv=None):
@@ -208,6 +208,7 @@ def iterate(r, a, start):
                 row |= previews.measure(r)
                 if done < a["iters"]:
                     previews.preview(r, done)
+                    row["flat"] = r.flat
             log.writerow(row)
             peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
             bar.set_postfix(loss=f"{it.loss:.2e}", lr=f"{it.lr:.1e}", **peak, refresh=False)

@@ -174,7 +174,7 @@ def _first_cut(file):
         header.pop("__metadata__", None)
         cut = [name for name, t in sorted(header.items(), key=lambda x: x[1]["data_offsets"]) if t["data_offsets"][1] > here]
         return f"{cut[0]} is cut off" if cut else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return None
 
 
