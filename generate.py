@@ -261,8 +261,8 @@ def parse(argv=None):
 
 
 def run(main, args, stopped="what is written so far stays; choose a new folder with --out to begin again"):
-    """A command's exit status: 0; 2 after one sentence about what the user can do; 130 after Ctrl-C or SIGTERM and the sentence `stopped`,
-    which may name {out}."""
+    """A command's exit status: 0; 2 after one sentence about what the user can do; 130 after Ctrl-C or SIGTERM and the sentence
+    `stopped`, which may name {out}."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(args)

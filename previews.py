@@ -9,7 +9,7 @@ from generate import draw, encode, grid, noise, save_png
 from guidance import cfg, sample
 
 SEED = 1000  # of the first preview prompt; the next ones count on
-FLAT = 4.0  # standard deviation of the bytes of a near-constant picture, in its liveliest channel; of 400 drawings of the miniature the least has 33
+FLAT = 4.0  # standard deviation of a near-constant picture's liveliest channel; of 400 drawings of the miniature the least has 33
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def preview(r, i):
 
 
 def share_of_flat(pictures):
-    """The share of near-constant ones among pictures, uint8 (H, W, 3): the paper (arXiv 2307.05977) has them as a sign of overfitting."""
+    """The share of near-constant ones among pictures, uint8 (H, W, 3): a sign of overfitting in the paper (arXiv 2307.05977)."""
     return float(np.mean([picture.std((0, 1)).max() < FLAT for picture in pictures]))
 
 
@@ -61,8 +61,8 @@ def watch(r, i, pictures):
     """Notes the share as r.flat, and says once if the models draw more near-constant pictures than the original did."""
     r.flat, before = share_of_flat(pictures), share_of_flat(r.before)
     if r.flat > before and not r.warned:
-        print(f"warning: after {i} iterations {100 * r.flat:.0f} % of the preview pictures are nearly one colour (of the original's {100 * before:.0f} %): "
-              "this can be overfitting; look at previews/, and take fewer --iters or a smaller --lr.", file=sys.stderr)
+        print(f"warning: after {i} iterations {100 * r.flat:.0f} % of the preview pictures are nearly one colour (of the original's "
+              f"{100 * before:.0f} %): this can be overfitting; look at previews/, and take fewer --iters or a smaller --lr.", file=sys.stderr)
         r.warned = True
 
 

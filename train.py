@@ -262,4 +262,5 @@ def train_in(out, a, resume):
 
 
 if __name__ == "__main__":
-    sys.exit(run(train, parse(), "to go on: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"))
+    advice = "to go on: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"
+    sys.exit(run(train, parse(), advice))

@@ -70,7 +70,7 @@ class Model(NamedTuple):
 def whole(file):
     """Gives a path to write to that takes the name `file` only once it is complete."""
     file = Path(file)
-    work = file.parent / f"{WRITING}{os.getpid()}"  # a folder, as safetensors, too, writes beside first; after a kill, folder.alone clears it
+    work = file.parent / f"{WRITING}{os.getpid()}"  # a folder, as safetensors, too, writes beside first; folder.alone clears it
     try:
         work.mkdir(parents=True, exist_ok=True)
         yield work / file.name
