@@ -162,8 +162,8 @@ def write_folder(out, folder, networks, dtype):
 
 @contextmanager
 def staged(out, notes):
-    """A folder to work in. What is in its folder `made` at the end is moved beside `out`, the card `notes` first. After a kill it is left,
-    as .NAME-unfinished, perhaps without the card, and the next one clears it."""
+    """A folder to work in. What is in its folder `made` at the end is moved beside `out`, the card `notes` first. After a kill it is
+    left, as .NAME-unfinished, perhaps without the card, and the next one clears it."""
     work = out.parent / f".{out.name}-unfinished"
     killed = work.exists()
     try:

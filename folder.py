@@ -13,8 +13,8 @@ except ImportError:  # Windows
 
 
 def lock(folder):
-    """A handle that keeps others out of `folder` until it is closed, which the system does when a process ends, even by kill -9. Where a
-    file system cannot lock (some of NFS), nobody is kept out. BlockingIOError or FileExistsError if another has it."""
+    """A handle that keeps others out of `folder` until it is closed, which the system does when a process ends, even by kill -9.
+    Where a file system cannot lock (some of NFS), nobody is kept out. BlockingIOError or FileExistsError if another has it."""
     if fcntl is None:  # a file that Windows deletes with its last handle
         return os.open(folder.with_name(f".{folder.name}.running"), os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
     handle = os.open(folder, os.O_RDONLY)
@@ -30,8 +30,8 @@ def lock(folder):
 
 @contextmanager
 def alone(folder):
-    """Makes `folder` where it is missing, keeps other commands out of it meanwhile, and removes what a killed one was about to write
-    (weights.whole); if it stays empty, it goes again. UserError if another command has it, or if it cannot be made."""
+    """Makes `folder` where it is missing, keeps other commands out of it meanwhile, and removes what a killed one was about to
+    write (weights.whole); if it stays empty, it goes again. UserError if another command has it, or if it cannot be made."""
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,10 @@ def digest(tensors):
 
 
 def damage(tensors, metadata):
-    """What is wrong with a file's tensors, in words that follow its name; None if nothing is. Files of before there was a digest pass."""
-    numbers = {name: x.float() for name, x in tensors.items() if x.is_floating_point() and x.numel()}  # NaN and infinity show in the extremes
-    bad = [name for name, x in numbers.items() if not torch.stack(x.aminmax()).isfinite().all()]
+    """What is wrong with a file's tensors, in words that follow its name; None if nothing is. A file without a digest passes."""
+    numbers = {name: x.float() for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+    bad = [name for name, x in numbers.items() if not torch.stack(x.aminmax()).isfinite().all()]  # both show in the extremes
     if bad:
         return f"holds NaN or infinity in {len(bad)} tensors ({min(bad)})"
-    return "holds other tensors than it was written with" if "sha256" in metadata and metadata["sha256"] != digest(tensors) else None
+    changed = "sha256" in metadata and metadata["sha256"] != digest(tensors)
+    return "holds other tensors than it was written with" if changed else None

@@ -1,4 +1,6 @@
 """What a training run shows of itself: gap and drift, preview grids, before and after, the film of student and teacher."""
+import sys
+
 import numpy as np
 import torch
 from PIL import Image
@@ -8,6 +10,7 @@ from generate import draw, encode, grid, noise, save_png
 from guidance import cfg, sample
 
 SEED = 1000  # of the first preview prompt; the next ones count on
+FLAT = 4.0  # standard deviation of a near-constant picture's liveliest channel; of 400 drawings of the miniature the least has 33
 
 
 @torch.no_grad()
@@ -35,26 +38,41 @@ def texts(r, net, prompts):
 def pictures(r, net):
     """The preview prompts' pictures by one of the three models: same seeds, whichever it is."""
     c_p, seeds = texts(r, net, r.a["preview"]) if r.reads else r.previews, range(SEED, SEED + len(r.a["preview"]))
-    shown = covering([*r.a["concept"], *r.a["preview"]], r.a["show_uncensored"])
-    drawn = draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)
-    return [shown(picture) for picture in drawn]
+    return [*draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
 
 
 def preview(r, i):
     """previews/i.png: rows prompts, columns original, student, teacher; and a frame of the film, the first prompt's."""
     if not r.before:
         r.before = pictures(r, r.original)
-    student, teacher = pictures(r, r.student), pictures(r, r.teacher)
-    sheet = grid(list(zip(r.before, student, teacher)), r.a["preview"], ["original", "student", "teacher"])
+    drawn = [r.before, pictures(r, r.student), pictures(r, r.teacher)]
+    watch(r, i, drawn[1] + drawn[2])
+    shown = covering([*r.a["concept"], *r.a["preview"]], r.a["show_uncensored"])
+    before, student, teacher = ([shown(picture) for picture in some] for some in drawn)
+    sheet = grid(list(zip(before, student, teacher)), r.a["preview"], ["original", "student", "teacher"])
     save_png(sheet, r.out / "previews" / f"{i:06d}.png", iteration=i)
     save_png(np.concatenate([student[0], teacher[0]]), r.out / "film" / f"{i:06d}.png", iteration=i)
-    return student, teacher
+    return before, student, teacher
+
+
+def share_of_flat(pictures):
+    """The share of near-constant ones among pictures, uint8 (H, W, 3): a sign of overfitting in the paper (arXiv 2307.05977)."""
+    return float(np.mean([picture.std((0, 1)).max() < FLAT for picture in pictures]))
+
+
+def watch(r, i, pictures):
+    """Notes the share as r.flat, and says once if the models draw more near-constant pictures than the original did."""
+    r.flat, before = share_of_flat(pictures), share_of_flat(r.before)
+    if r.flat > before and not r.warned:
+        print(f"warning: after {i} iterations {100 * r.flat:.0f} % of the preview pictures are nearly one colour (of the original's "
+              f"{100 * before:.0f} %): this can be overfitting; look at previews/, and take fewer --iters or a smaller --lr.", file=sys.stderr)
+        r.warned = True
 
 
 def finish(r, output):
     """before_after.png, after by `output` ("teacher" or "student"), and film.png from the frames."""
-    after = dict(zip(("student", "teacher"), preview(r, r.a["iters"])))[output]
-    save_png(grid(list(zip(r.before, after)), r.a["preview"], ["before", "after"]), r.out / "before_after.png")
+    before, student, teacher = preview(r, r.a["iters"])
+    save_png(grid(list(zip(before, {"student": student, "teacher": teacher}[output])), r.a["preview"], ["before", "after"]), r.out / "before_after.png")
     files = sorted((r.out / "film").glob("*.png"))
     frames = [np.split(np.asarray(Image.open(file)), 2) for file in files]
     save_png(grid(list(zip(*frames)), ["student", "teacher"], [str(int(f.stem)) for f in files]), r.out / "film.png")

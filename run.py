@@ -41,7 +41,7 @@ class Run:
         self.scheduler = make_scheduler(model.scheduler, a["steps"], "ddim")
         self.preview_scheduler = make_scheduler(model.scheduler, a["preview_steps"], "ddim")
         self.shape = (4, model.resolution // model.vae.factor, model.resolution // model.vae.factor)
-        self.before, self.generator = None, torch.Generator("cpu").manual_seed(a["seed"])
+        self.warned, self.before, self.generator = False, None, torch.Generator("cpu").manual_seed(a["seed"])
         self.split(model)
         self.asked = self.encode_prompts()
         print(f"training {len(self.theta)} tensors, {sum(p.numel() for p in self.theta.values()):,} parameters, on {self.device} "

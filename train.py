@@ -44,7 +44,7 @@ PRESETS = {
     "toy": PAPER | dict(iters=160, lr=6e-4, warmup=40, ema=0.97, steps=6, batch_size=8, anchor_images=200, preview_every=20,  # tuned, see README
                         preview=["arcadia", "borealis", "a blue dotted heart on sand", "a green square"]),
 }
-COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher"]
+COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher", "flat"]
 
 
 def parse(argv=None):
@@ -213,6 +213,7 @@ def iterate(r, a, start, watch):
                 row |= previews.measure(r)
                 if done < a["iters"]:
                     previews.preview(r, done)
+                    row["flat"] = r.flat
             log.writerow(row)
             watch.row(row)
             peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
@@ -271,4 +272,5 @@ def train_in(out, a, resume):
 
 
 if __name__ == "__main__":
-    sys.exit(run(train, parse(), "to go on: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"))
+    advice = "to go on: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"
+    sys.exit(run(train, parse(), advice))

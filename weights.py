@@ -70,7 +70,7 @@ class Model(NamedTuple):
 def whole(file):
     """Gives a path to write to that takes the name `file` only once it is complete."""
     file = Path(file)
-    work = file.parent / f"{WRITING}{os.getpid()}"  # a folder, as safetensors, too, writes beside first; after a kill, folder.alone clears it
+    work = file.parent / f"{WRITING}{os.getpid()}"  # a folder, as safetensors, too, writes beside first; folder.alone clears it
     try:
         work.mkdir(parents=True, exist_ok=True)
         yield work / file.name
@@ -174,7 +174,7 @@ def _first_cut(file):
         header.pop("__metadata__", None)
         cut = [name for name, t in sorted(header.items(), key=lambda x: x[1]["data_offsets"]) if t["data_offsets"][1] > here]
         return f"{cut[0]} is cut off" if cut else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return None
 
 

@@ -129,8 +129,8 @@ def test_what_training_leaves(trained):
     assert [p.name for p in sorted((trained / "previews").iterdir())] == ["000000.png", "000003.png", "000006.png"]
     lines = (trained / "log.csv").read_text().splitlines()
     assert lines[0].split(",") == train.COLUMNS and len(lines) == 7
-    assert lines[1].endswith(",star,,,,") and float(lines[1].split(",")[2]) == 0.0  # lr starts at 0; gap and drift at previews only
-    assert all(float(x) > 0 for x in lines[6].split(",")[6:])
+    assert lines[1].endswith(",star,,,,,") and float(lines[1].split(",")[2]) == 0.0  # lr starts at 0; gap and drift at previews only
+    assert lines[3].endswith(",0.0") and all(float(x) > 0 for x in lines[6].split(",")[6:-1])
     tensors, metadata = weights.read(trained / "erased.safetensors")
     assert metadata["model"] == "toy" and metadata["concepts"] == "star" and metadata["method"] == "sdd"
     assert json.loads(metadata["args"])["iters"] == 6 and "torch" in json.loads(metadata["versions"])

@@ -172,7 +172,8 @@ def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
     """REPRODUCTION.md and the pictures that it shows, beside it in docs/."""
     (folder / "docs").mkdir(exist_ok=True)
     shown = {f"film_{name}": run("one", name, seeds[0]) / "film.png" for name in ("sdd", "esd-x")}
-    shown |= {name: made / name / f"{name}.png" for name in (["curve"] if quick else ["curve", "matrix"])}
+    artists = (made / "matrix" / "results.json").exists()
+    shown |= {name: made / name / f"{name}.png" for name in (["curve", "matrix"] if artists else ["curve"])}
     for name, file in shown.items():
         shutil.copyfile(file, folder / "docs" / f"{name}.png")
 
@@ -189,7 +190,7 @@ def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
             f"up to {limit} pictures a figure, percentages by the probe with 95 % Wilson intervals.\n\n{TUNING}\n"]
     text += [f"\n## {title}\n\n{table(name)}" for title, name, *_ in sections]
     text.append("\n## What holds\n\nA claim holds or fails where the two intervals do not meet, and is open where they do.\n\n" + claims(rows))
-    if not quick:
+    if artists:
         text += ["\n## Artists (Figure 2): textures in their place\n\nWhat shows, of what was asked for.\n\n",
                  picture("matrix", "who was erased and who is asked for"), table("matrix")]
     text += ["\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n", picture("curve", "target over iterations"),
@@ -203,13 +204,19 @@ def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
 def reproduce(folder, quick=False, jobs=2):
     seeds, limit, began = ((2,), 40, time.time()) if quick else ((2, 3, 4), 100, time.time())
     sections, spent = plan(quick), folder / "seconds.txt"  # of this and of earlier, unfinished calls
+    before = float(spent.read_text()) if spent.exists() else 0
+
+    def note():
+        folder.mkdir(parents=True, exist_ok=True)
+        spent.write_text(f"{before + time.time() - began:.0f}")
+        return (before + time.time() - began) / 60
+
     try:
         rows, run, made = tables(folder, sections, seeds, limit, jobs)
+        write(folder, made, run, rows, sections, seeds, limit, quick, note())
         if not quick:
             matrix(folder, made, seeds, 240, jobs)
+            write(folder, made, run, rows, sections, seeds, limit, quick, note())
     finally:
-        folder.mkdir(parents=True, exist_ok=True)
-        seconds = (float(spent.read_text()) if spent.exists() else 0) + time.time() - began
-        spent.write_text(f"{seconds:.0f}")
-    write(folder, made, run, rows, sections, seeds, limit, quick, seconds / 60)
+        note()
     print(f"{folder / 'REPRODUCTION.md'} is written, with its pictures in docs/ beside it; tables and plots are in {made}")

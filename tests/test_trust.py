@@ -1,0 +1,214 @@
+"""A machine that does not play along: two commands for one folder, signals, a full or read-only disk, no home, a clock that jumps, a hub that
+goes away half-way; and pictures that give overfitting away. One sentence, exit status 2 (130 after a signal), and nothing is lost."""
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+
+import convert
+import eval as evaluation
+import folder
+import generate
+import previews
+import train
+import weights
+from test_commands import ROOT, command, run
+
+STAR = ("--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
+        "--preview-steps 1 --device cpu").split()
+
+
+def last(capsys):
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "o"
+    assert run(train, *STAR, "--out", out) == 0
+    return out
+
+
+def same(a, b):
+    assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes() and (a / "film.png").read_bytes() == (b / "film.png").read_bytes()
+    for name in ("erased.safetensors", "checkpoint.safetensors"):
+        assert weights.read(a / name)[1] == weights.read(b / name)[1]  # the tensors' digest among it
+
+
+# ------------------------------------------------------------------------------------------------ two at once
+def test_a_second_command_is_refused_and_a_killed_first_one_is_no_obstacle(tmp_path, capsys):
+    out = tmp_path / "o"
+    hold = "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); import folder\nwith folder.alone(pathlib.Path(sys.argv[2])): print(1, flush=True); time.sleep(99)"
+    first = subprocess.Popen([sys.executable, "-c", hold, str(ROOT), str(out)], stdout=subprocess.PIPE)
+    first.stdout.readline()
+    for module, words in ((train, STAR), (generate, ["a star", "--model", "toy", "--steps", 1])):
+        assert run(module, *words, "--out", out) == 2 and "Another command is at work" in last(capsys)
+    assert generate.run(evaluation.evaluate, evaluation.parse(["toy", "--limit", "1", "--out", str(out)])) == 2 and "Another command" in last(capsys)
+    first.kill(), first.wait()
+    assert run(generate, "a star", "--model", "toy", "--steps", 1, "--out", out) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["00000.png", "grid.png", "prompts.jsonl"]
+
+
+def test_two_exports_to_one_place(tmp_path, capsys):
+    args = convert.parse(["--model", "toy", "--format", "diffusers", "--out", str(tmp_path / "o")])
+    with folder.alone(tmp_path / ".o-unfinished"):
+        assert generate.run(convert.convert, args) == 2 and "Another command" in last(capsys)
+    assert generate.run(convert.convert, args) == 0 and [file.name for file in tmp_path.iterdir()] == ["o"]
+
+
+def test_leftovers_go_and_what_is_the_users_stays(tmp_path):
+    (tmp_path / "deep" / f"{weights.WRITING}1").mkdir(parents=True)
+    (tmp_path / "deep" / f"{weights.WRITING}1" / "half.png").touch()
+    (tmp_path / "mine.tmp.png").touch()
+    with folder.alone(tmp_path):
+        assert sorted(file.name for file in tmp_path.rglob("*")) == ["deep", "mine.tmp.png"]
+
+
+def test_where_a_file_system_cannot_lock_nobody_is_kept_out(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    with folder.alone(tmp_path), folder.alone(tmp_path):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------ signals
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module, words, said, goes_on", [
+    (train, STAR, "train.py --resume --out", True), (evaluation, ["toy", "--limit", "1", "--steps", "1"], "the same command goes on", True),
+    (generate, ["a star", "a moon", "--model", "toy", "--steps", "1", "--batch-size", "1"], "what is written so far stays", False),
+    (convert, ["--model", "toy", "--format", "diffusers"], "run the same command again", True)], ids=["train", "eval", "generate", "convert"])
+def test_signals_are_one_sentence(module, words, said, goes_on, number, tmp_path, monkeypatch, capsys):
+    """At the second file that is to be written."""
+    main = {train: train.train, evaluation: evaluation.evaluate, generate: generate.generate, convert: convert.convert}[module]
+    stopped = {train: "to go on: python train.py --resume --out {out}", evaluation: "the same command goes on", convert: "run the same command again",
+               generate: generate.run.__defaults__[0]}[module]  # as at the end of these files
+    written, whole = [], weights.whole
+
+    def counted(file):
+        written.append(file)
+        if len(written) == 2:
+            signal.raise_signal(number)
+        return whole(file)
+    monkeypatch.setattr(weights, "whole", counted)
+    before = signal.getsignal(signal.SIGTERM)
+    with torch.enable_grad():
+        status = generate.run(main, module.parse([*words, "--out", str(tmp_path / "o")]), stopped)
+    assert status in (2, 130) and said in last(capsys) and signal.getsignal(signal.SIGTERM) == before
+    assert not list(tmp_path.rglob(".writing*")) and not list(tmp_path.glob(".*"))
+    if goes_on:
+        with torch.enable_grad():
+            assert generate.run(main, module.parse([*(["--resume"] if module == train else words), "--out", str(tmp_path / "o")])) == 0
+
+
+# ------------------------------------------------------------------------------------------------ disks
+def test_full_disk_at_random_writes(whole, tmp_path, monkeypatch, capsys):
+    """Each time the run gets a little further; at the end it is the run that was never interrupted."""
+    rng, replace, room = random.Random(0), os.replace, [0]
+
+    def full(*names):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(*names)
+    monkeypatch.setattr(os, "replace", full)
+    out, statuses = tmp_path / "o", []
+    while not statuses or statuses[-1]:
+        room[0] = rng.randrange(1, 5) if len(statuses) < 6 else 99
+        statuses.append(run(train, *(["--resume"] if (out / "run.json").exists() else STAR), "--out", out))
+        assert statuses[-1] == 0 or statuses[-1] == 2 and "No space left" in last(capsys)
+        assert not list(tmp_path.rglob(".writing*"))
+    assert len(statuses) > 3
+    same(whole, out)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk, as root")
+def test_a_small_and_a_read_only_disk(whole, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        assert run(train, *STAR, "--out", disk / "o") == 2
+        assert "No space left" in (said := last(capsys)) or "os error 28" in said or "space" in said
+        subprocess.run(["mount", "-o", "remount,size=99m", disk], check=True)
+        assert run(train, "--resume", "--out", disk / "o") == 0
+        same(whole, disk / "o")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for words in (["--resume", "--out", disk / "o"], [*STAR, "--out", disk / "new"]):
+            assert run(train, *words) == 2 and "Read-only" in last(capsys)
+        assert run(generate, "star", "--model", "toy", "--steps", 1, "--out", disk / "p") == 2 and "Read-only" in last(capsys)
+        args = convert.parse(["--model", "toy", "--format", "diffusers", "--out", str(disk / "m")])
+        assert generate.run(convert.convert, args) == 2 and "Read-only" in last(capsys)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(train.csv.DictWriter, "writerow", fail)
+    assert run(train, *STAR, "--out", tmp_path / "o") == 2 and "No space left" in last(capsys)
+
+
+# ------------------------------------------------------------------------------------------------ home, clock, hub
+@pytest.mark.skipif(os.name == "nt", reason="homes of Unix")
+@pytest.mark.parametrize("home", [None, "/nonexistent"])
+def test_without_a_home(home, tmp_path):
+    env = {key: value for key, value in os.environ.items() if key not in ("HOME", "HF_HOME", "XDG_CACHE_HOME")} | ({"HOME": home} if home else {})
+    status, _, error = command("generate.py", "a star", "--model", "toy", "--steps", 1, "--out", tmp_path / "o", env=env)
+    assert status == 0, error
+
+
+def test_a_clock_that_jumps(whole, tmp_path, monkeypatch, capsys):
+    rng = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: rng.uniform(-1e9, 1e10))
+    assert run(train, *STAR, "--out", tmp_path / "o") == 0
+    said = capsys.readouterr().out
+    assert "iterations in -" not in said
+    same(whole, tmp_path / "o")
+
+
+def test_a_hub_that_goes_away_half_way_leaves_no_model_to_take_for_whole(tmp_path, monkeypatch, model_folder):
+    """Some files are there: the sentence is about the network; once all are, they do."""
+    def fetched(*_, local_files_only=False, **__):
+        if not local_files_only:
+            raise ConnectionError("the hub went away")
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda *_, **__: [
+        file.relative_to(model_folder).as_posix() for file in model_folder.rglob("*") if file.is_file()]))
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    with pytest.raises(weights.UserError, match="the hub went away.*run the same command again"):
+        weights.find("some/model")
+    for part in ("unet", "vae", "text_encoder"):
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / f"{weights.NETWORKS[part][1]}.safetensors").touch()
+    assert weights.find("some/model") == tmp_path
+
+
+# ------------------------------------------------------------------------------------------------ overfitting
+def test_near_constant_pictures_are_counted_and_warned_of_once(capsys):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (64, 64, 3), np.uint8)
+    red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + rng.integers(0, 5, (64, 64, 3), np.uint8)  # one colour, a little noise
+    assert previews.share_of_flat([picture, red, red, picture]) == 0.5
+    r = SimpleNamespace(before=[picture, red], warned=False)
+    previews.watch(r, 3, [picture, red, picture, red])
+    assert r.flat == 0.5 and not capsys.readouterr().err  # the original has as many
+    previews.watch(r, 4, [red, red, red, picture])
+    assert r.flat == 0.75 and "after 4 iterations 75 %" in capsys.readouterr().err
+    previews.watch(r, 5, [red, red])
+    assert r.flat == 1 and not capsys.readouterr().err
