@@ -385,7 +385,7 @@ def test_a_run_continues_bit_for_bit(tmp_path):
     weights.save_checkpoint(file, {"student": straight.state_dict()}, optimizer, {"step": "3"})
     train(straight, optimizer, 3)
     again, optimizer_2 = tiny_run()
-    assert weights.load_checkpoint(file, {"student": again.state_dict()}, optimizer_2) == {"step": "3"}
+    assert weights.load_checkpoint(file, {"student": again.state_dict()}, optimizer_2).items() >= {"step": "3"}.items()
     assert not same(again, straight)
     train(again, optimizer_2, 3)
     assert same(again, straight)
