@@ -116,11 +116,6 @@ def open_model(args, work):
     return folder, networks
 
 
-def check_networks(networks, source):
-    for module in networks.values():
-        check_finite(module.state_dict(), f"{source} holds NaN or infinity", "it is damaged; fetch or make it again")
-
-
 def check_finite(tensors, what, advice):
     if bad := [name for name, x in tensors.items() if not x.isfinite().all()]:
         raise UserError(f"{what} in {len(bad)} tensors ({few(bad)}): {advice}.")
@@ -191,7 +186,6 @@ def convert(args):
     notes = args.out.with_suffix(".md") if single else args.out / "README.md"
     with staged(args.out, notes) as work:
         folder, networks = open_model(args, work)
-        check_networks(networks, args.model)
         patch = weights.load_patch(args.patch, networks["unet"], networks["text_encoder"]) if args.patch else None
         if patch:
             check_networks(networks, args.patch)
