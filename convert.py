@@ -187,8 +187,6 @@ def convert(args):
     with staged(args.out, notes) as work:
         folder, networks = open_model(args, work)
         patch = weights.load_patch(args.patch, networks["unet"], networks["text_encoder"]) if args.patch else None
-        if patch:
-            check_networks(networks, args.patch)
         made = work / "made" / args.out.name
         if single:
             metadata = {"format": "pt", "configs": json.dumps(read_configs(folder))}

@@ -214,7 +214,7 @@ def make(folder):
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                                    lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     templates.filters["shown"] = shown
-    text = templates.get_template("report.html.j2").render(content, run=run, made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}")
+    text = templates.get_template("report.html.j2").render(content, run=run, made=f"{datetime.datetime.now():%Y-%m-%d %H:%M}") + "\n"
     with whole(folder / "index.html") as beside:
         beside.write_text(text, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,10 @@ def same(a, b):
     files = sorted(file.relative_to(a) for file in a.rglob("*") if file.is_file())
     assert len(files) > 40 and files == sorted(file.relative_to(b) for file in b.rglob("*") if file.is_file())
     for file in files:
-        assert (a / file).read_bytes() == (b / file).read_bytes().replace(str(b).encode(), str(a).encode()), file  # the command names it
+        first, second = ((folder / file).read_bytes().replace(str(folder).encode(), b"OUT") for folder in (a, b))  # the command names it
+        if file.name == "index.html":
+            first, second = (re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d", b"DATE", page) for page in (first, second))
+        assert first == second, file
 
 
 def test_batches_are_cut_by_index_size_and_scale():
