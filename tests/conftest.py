@@ -1,15 +1,17 @@
-"""Before any test is imported: the repository's modules can be found, no test reaches for the network, two threads do."""
+"""Before any test is imported: the repository's modules can be found, no test reaches for the network, a thread a worker does."""
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 on a machine that is busy otherwise
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
