@@ -91,7 +91,9 @@ def contents(folder):
     """{file: its bytes}; of weights the tensors' bytes and the metadata, which safetensors writes in any order."""
     def inside(file):
         tensors, metadata = weights.read(file) if file.suffix == ".safetensors" else ({}, file.read_bytes())
-        return digest(tensors), re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d", b"DATE", metadata) if file.suffix == ".html" else metadata
+        if file.suffix == ".html":  # it says when it was made, and where
+            metadata = re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d", b"DATE", metadata.replace(str(folder).encode(), b"FOLDER"))
+        return digest(tensors), metadata
     return {file.relative_to(folder).as_posix(): inside(file) for file in folder.rglob("*") if file.is_file()}
 
 
