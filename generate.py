@@ -138,12 +138,13 @@ def avoided(method, texts):
 @contextmanager
 def patched(model, file):
     """The model with a patch in it, if there is a file, and what the patch says of itself; then the model as it was."""
-    changed = weights.read(file)[0].keys() if file else ()
-    parts = (model.unet, model.text_encoder)
-    base = {name: x.clone() for part in parts for name, x in part.state_dict().items() if name in changed}
-    yield weights.load_patch(file, *parts) if file else {}
-    for part in parts:
-        part.load_state_dict(base, strict=False)
+    changed, parts = weights.read(file)[0].keys() if file else (), (model.unet, model.text_encoder)
+    base = {x: x.clone() for part in parts for name, x in part.state_dict().items() if name in changed}
+    try:
+        yield weights.load_patch(file, *parts) if file else {}
+    finally:
+        for x, before in base.items():
+            x.copy_(before)
 
 
 def name_of(file):
