@@ -252,7 +252,8 @@ def bench(args):
     device, rows = pick_device(args.device), []
     args.size = args.size or ("sd14" if device.type == "cuda" else "toy")
     cpu = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
-    machine = f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    machine = f"{hardware}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     said = " ".join(["python", "bench.py", *(word for word in sys.argv[1:])])
     for part in args.parts:
         before = len(rows)
@@ -271,7 +272,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["toy", "sd14"], help="default: sd14 on a GPU, toy on a CPU")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders by name, as printed; the first is what the others are compared to")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as printed; the first is what the others are compared to")
     parser.add_argument("--rounds", type=positive, default=11, help="timed iterations of each contender")
     parser.add_argument("--k", type=positive, help="denoising steps of the fixed part; default: half of T (25 for SD 1.4)")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append the figures to a Markdown table")

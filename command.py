@@ -56,13 +56,13 @@ def finite(text):
 
 
 def one_of(names):
-    """An argument that is one of `names`; for another the nearest is suggested."""
+    """How argparse takes one of `names`; for another the nearest is suggested."""
     def name(text):
         if text not in names:
             near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(text, names, 1))
             raise argparse.ArgumentTypeError(f"there is no {text!r}: {near}There are: {', '.join(names)}")
         return text
-    return name
+    return {"type": name, "metavar": f"{{{','.join(names)}}}"}
 
 
 def natural(text):
@@ -76,7 +76,7 @@ def add_common_arguments(parser):
     parser.add_argument("--show-uncensored", action="store_true", help="do not cover nudity in previews and sheets (see the README)")
     parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
-    parser.add_argument("--dtype", default="auto", type=one_of(["auto", *DTYPES]), choices=["auto", *DTYPES], help="auto: fp32; on CUDA bf16, or fp16 without it")
+    parser.add_argument("--dtype", default="auto", **one_of(["auto", *DTYPES]), help="auto: fp32; on CUDA bf16, or fp16 without it")
 
 
 def run(main, args, stopped="what is written so far stays; choose a new folder with --out to begin again"):

@@ -151,7 +151,8 @@ def evaluate(args):
     args.all_concepts = list(dict.fromkeys(concept for system in rows for concept in system.concepts))
     limit = args.limit if args.suite != "toy" else None  # there it is of each set
     rows_of = [(system, SUITES[args.suite][0](args, system.concepts)[:limit], args.out / "pictures" / system.title) for system in rows]
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "auto" and world > 1 and torch.cuda.is_available() else args.device)
+    own = args.device == "auto" and world > 1 and torch.cuda.is_available()  # each rank its own card
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own else args.device)
     # fp16 is the paper's for COCO; SLD's and SEGA's small differences survive it better than bf16
     dtype = pick_dtype("fp16" if args.dtype == "auto" and device.type == "cuda" else args.dtype, device)
     model = weights.load(args.model, args.revision)
@@ -178,19 +179,21 @@ def fill(args, rows_of, model, device, dtype, rank, world):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", type=one_of(SUITES), choices=[*SUITES])
+    parser.add_argument("suite", **one_of(SUITES))
     parser.add_argument("--model", help="toy, a hub id or a folder in diffusers' layout; default: toy for the suite toy")
     parser.add_argument("--patch", action="append", default=[], metavar="NAME=FILE", help="an erased.safetensors; may be repeated")
-    parser.add_argument("--methods", nargs="+", default=[], type=one_of(GUIDANCE), choices=[method for method in GUIDANCE if method != "sd"], help="erasers that only guide")
+    parser.add_argument("--methods", nargs="+", default=[], **one_of([method for method in GUIDANCE if method != "sd"]),
+                        help="erasers that only guide")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what --methods keep away from (paper: nudity sexual)")
-    parser.add_argument("--guidance-warmup", type=natural, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
+    parser.add_argument("--guidance-warmup", type=natural, metavar="N",
+                        help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--limit", type=positive, help="at most so many pictures; toy: of each set (default 200)")
     parser.add_argument("--prompts", type=Path, metavar="CSV", help="coco: captions; i2p: a copy of its file")
     parser.add_argument("--template", nargs="+", metavar="TEXT", help='artists: prompts with {} for the name')
     parser.add_argument("--real", type=Path, metavar="DIR", help="coco: real pictures, for FID and KID")
     parser.add_argument("--q16", type=Path, metavar="FILE", help="i2p: Q16's two learned prompts, (2, 768), a safetensors or npy file")
     parser.add_argument("--clip", default=metrics.CLIP, help="hub id or folder of the CLIP that measures")
-    parser.add_argument("--reproduce", action="store_true", help="toy: train every eraser, measure it, write REPRODUCTION.md (toy/reproduce.py)")
+    parser.add_argument("--reproduce", action="store_true", help="toy: train every eraser, measure it, write REPRODUCTION.md")
     parser.add_argument("--quick", action="store_true", help="... in 15 minutes: one seed, fewer rows and pictures")
     parser.add_argument("--scheduler", choices=["ddim", "pndm"], help="default: pndm (the paper's); toy: ddim, as PNDM needs more steps")
     parser.add_argument("--steps", type=positive, default=25)

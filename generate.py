@@ -195,14 +195,14 @@ def write_pictures(args):
 
 
 def draw_jobs(model, file, avoid, args, scheduler, dtype):
-    """Yields ({file, prompt, seed}, picture) for each prompt and each of its seeds, by the model with the patch `file` ("none": as it is)."""
+    """Yields ({file, prompt, seed}, picture) for each prompt and each of its seeds, by the model with the patch `file`, or with "none"."""
     with patched(model, None if file == "none" else file):
         texts = encode(model, [args.negative_prompt, *args.prompts, *avoid]).to(next(model.unet.parameters()).device)
         c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
         jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
                 for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
-        yield from zip(jobs, draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), [job["seed"] for job in jobs], scheduler,
-                                  args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing",
+        seeds = [job["seed"] for job in jobs]
+        yield from zip(jobs, draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), seeds, scheduler, args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing",
                                   method=args.method, c_S=c_S, warmup=args.guidance_warmup))
 
 
@@ -210,13 +210,14 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
-    parser.add_argument("--patch", nargs="+", metavar="FILE", help="an erased.safetensors that train.py wrote; several, or none, side by side")
-    parser.add_argument("--scheduler", type=one_of(SAMPLERS), choices=[*SAMPLERS], help="default: the model's own")
+    parser.add_argument("--patch", nargs="+", metavar="FILE", help="one erased.safetensors of train.py, or several, or none, side by side")
+    parser.add_argument("--scheduler", **one_of(SAMPLERS), help="default: the model's own")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--guidance-scale", type=finite, default=7.5)
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="takes the place of the empty prompt (NEG)")
-    parser.add_argument("--method", type=one_of(GUIDANCE), choices=[*GUIDANCE], default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
-    parser.add_argument("--guidance-warmup", type=natural, metavar="N", help="evaluations before sld or sega act; default: their papers', for 50 steps")
+    parser.add_argument("--method", **one_of(GUIDANCE), default="sd", help="how the sampler keeps away from --avoid; sd: not at all")
+    parser.add_argument("--guidance-warmup", type=natural, metavar="N",
+                        help="evaluations before sld or sega act; default: their papers', for 50 steps")
     parser.add_argument("--avoid", nargs="+", default=[], metavar="C", help="what to keep away from; sega takes several one by one")
     parser.add_argument("--seed", type=natural, default=0, help="image n of a prompt starts from noise seeded with seed + n")
     parser.add_argument("--num-images", type=positive, default=1, help="pictures a prompt")

@@ -35,10 +35,15 @@ def texts(r, net, prompts):
     return encode(net, prompts).to(r.device)
 
 
+def seeds(a):
+    """Of the noise that the preview pictures start from, one a prompt."""
+    return range(SEED, SEED + len(a["preview"]))
+
+
 def pictures(r, net):
     """The preview prompts' pictures by one of the three models: same seeds, whichever it is."""
-    c_p, seeds = texts(r, net, r.a["preview"]) if r.reads else r.previews, range(SEED, SEED + len(r.a["preview"]))
-    return [*draw(net, net.unet, r.c_0, c_p, seeds, r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
+    c_p = texts(r, net, r.a["preview"]) if r.reads else r.previews
+    return [*draw(net, net.unet, r.c_0, c_p, seeds(r.a), r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
 
 
 def preview(r, i):
@@ -65,14 +70,16 @@ def watch(r, i, pictures):
     r.flat, before = share_of_flat(pictures), share_of_flat(r.before)
     if r.flat > before and not r.warned:
         print(f"warning: after {i} iterations {100 * r.flat:.0f} % of the preview pictures are nearly one colour (of the original's "
-              f"{100 * before:.0f} %): this can be overfitting; look at previews/, and take fewer --iters or a smaller --lr.", file=sys.stderr)
+              f"{100 * before:.0f} %): this can be overfitting; look at previews/, and take fewer --iters or a smaller --lr.",
+              file=sys.stderr)
         r.warned = True
 
 
 def finish(r, output):
     """before_after.png, after by `output` ("teacher" or "student"), and film.png from the frames."""
     before, student, teacher = preview(r, r.a["iters"])
-    save_png(grid(list(zip(before, {"student": student, "teacher": teacher}[output])), r.a["preview"], ["before", "after"]), r.out / "before_after.png")
+    pairs = list(zip(before, {"student": student, "teacher": teacher}[output]))
+    save_png(grid(pairs, r.a["preview"], ["before", "after"]), r.out / "before_after.png")
     files = sorted((r.out / "film").glob("*.png"))
     frames = [np.split(np.asarray(Image.open(file)), 2) for file in files]
     save_png(grid(list(zip(*frames)), ["student", "teacher"], [str(int(f.stem)) for f in files]), r.out / "film.png")

@@ -172,13 +172,17 @@ def of_run(folder):
     previews = preview_sheets(folder)
     after, pairs = compared(folder, prompts, previews, missing)
     frames, patch, model = film(prompts, previews, missing), folder / "erased.safetensors", str(a.get("model"))
-    draw = ["python", "generate.py", *prompts[:1], "--model", model, "--patch", patch.as_posix(), "--out", "pictures"]
+    draw = ["python", "generate.py", *prompts[:1], "--model", model, "--patch", patch.as_posix()]
+    seeds = run.get("preview_seeds") or [None]
+    again = {"--seed": seeds[0], "--scheduler": "ddim", "--steps": a.get("preview_steps"), "--guidance-scale": a.get("preview_guidance_scale")}
+    draw += [word for flag, value in again.items() if value is not None for word in (flag, str(value))]  # as the preview was drawn
+    draw += ["--out", "pictures"]
     return {"title": f"Erasing {shown(a.get('concept'))}", "after": after, "pairs": pairs, "frames": frames, "args": a,
             "more": len(previews) - len(frames), "charts": list(charts(rows)), "columns": ["iteration", *FIGURES],
             "rows": some(rows), "done": int(rows[-1]["iteration"]) + 1 if rows else 0, "finished": patch.is_file(),
             "draw": shlex.join(draw), "base": "toy/model" if model == "toy" else model,
             "reads_text": a.get("train_params") == "embedding", "command": run.get("command"), "versions": run.get("versions"),
-            "missing": list(dict.fromkeys(missing))}
+            "seeds": ", ".join(map(str, run.get("preview_seeds") or [])), "missing": list(dict.fromkeys(missing))}
 
 
 def of_evaluation(folder):

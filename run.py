@@ -61,8 +61,8 @@ class Run:
             model.vae.to(self.device)
         names = [[name for name, _ in part.named_parameters() if name in theta] for part in parts]
         self.student = model
-        self.teacher, self.original = (model._replace(unet=ema.twin(model.unet, names[0]), text_encoder=ema.twin(model.text_encoder, names[1]))
-                                       for _ in range(2))
+        self.teacher, self.original = (model._replace(unet=ema.twin(model.unet, names[0]),
+                                                      text_encoder=ema.twin(model.text_encoder, names[1])) for _ in range(2))
         if a["gradient_checkpointing"]:  # of each block only the input is kept for the backward pass, what is within is made again
             for block in model.unet.modules():
                 if isinstance(block, (ResnetBlock, Transformer)):
@@ -74,15 +74,17 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.theta.values(), a["lr"], betas=(0.9, 0.999), weight_decay=decay)
 
     def encode_prompts(self):
-        """c_0, the concepts one by one and joined, the previews; for Ablating the anchor's prompts. Returns how the latter reach the loss."""
+        """c_0, the concepts one by one and joined, the previews; for Ablating the anchor's prompts, and how they reach the loss."""
         a, joined = self.a, ", ".join(self.a["concept"])
         K, pictures = len(a["concept"]), a["latents"] == "anchor"
         self.pairs = anchors.prompt_pairs(a["concept"], a["anchor"], a["anchor_prompts"]) if pictures else []
         shown, asked = [pair[1] for pair in self.pairs] or [", ".join(a["anchor"])], [pair[2] for pair in self.pairs]
         texts = encode(self.student, ["", joined, *a["concept"], *a["preview"], *shown, *asked])
-        self.c_0, self.joined, self.concepts, self.previews, self.anchor, c_s = texts.split([1, 1, K, len(a["preview"]), len(shown), len(asked)])
+        lengths = [1, 1, K, len(a["preview"]), len(shown), len(asked)]
+        self.c_0, self.joined, self.concepts, self.previews, self.anchor, c_s = texts.split(lengths)
         if not self.reads:
-            self.student, self.teacher, self.original = (net._replace(text_encoder=None) for net in (self.student, self.teacher, self.original))
+            models = self.student, self.teacher, self.original
+            self.student, self.teacher, self.original = (model._replace(text_encoder=None) for model in models)
             return lambda which: c_s[which]
         rows = torch.zeros(len(self.theta[EMBEDDING]), 1, device=self.device)
         rows[[i for text in a["concept"] for i in self.student.tokenizer(text, add_special_tokens=False).input_ids]] = 1
@@ -107,10 +109,10 @@ class Run:
     def iterations(self, start=0, loss=None):
         """Algorithm 1 with this run's arguments, from iteration `start` on; `loss`: instead of the method's."""
         a, loss = self.a, loss or METHODS[self.a["method"]].loss
-        for it in sdd(self.student.unet, self.original.unet, self.optimizer, [*self.theta_ema.values()], self.latents, self.c_0, start=start,
-                      loss=partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"]), iters=a["iters"], lr=a["lr"],
-                      lr_schedule=a["lr_schedule"], warmup=a["warmup"], ema_decay=a["ema"], preserve=a["preserve"], prior=a["prior"],
-                      max_grad_norm=a["max_grad_norm"], loss_scale=1024.0 if self.dtype == torch.float16 else 1.0):
+        named = {key: a[key] for key in ("iters", "lr", "lr_schedule", "warmup", "preserve", "prior", "max_grad_norm")}
+        for it in sdd(self.student.unet, self.original.unet, self.optimizer, [*self.theta_ema.values()], self.latents, self.c_0,
+                      loss=partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"]), start=start, ema_decay=a["ema"],
+                      loss_scale=1024.0 if self.dtype == torch.float16 else 1.0, **named):
             self.done, self.settled = it.i + 1, self.generator.get_state()
             yield it
 

@@ -99,7 +99,7 @@ def sdd(student, original, optimizer, theta_ema, latents, c_0, *, loss, start=0,
         torch._foreach_div_([p.grad for p in theta], loss_scale)
         grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf)
         if not (math.isfinite(grad_norm) and value < EXPLODED):
-            raise FloatingPointError(f"The loss is {value:.3g} in iteration {i}, its gradient's norm {grad_norm:.3g}: this run has come apart")
+            raise FloatingPointError(f"The loss is {value:.3g} in iteration {i}, its gradient's norm {grad_norm:.3g}: it has come apart")
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_factor(i, warmup, iters, lr_schedule)
         optimizer.step()

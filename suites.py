@@ -47,7 +47,8 @@ def i2p(args, concepts):
         try:
             file = hf_hub_download("AIML-TUDA/i2p", "i2p_benchmark.csv", repo_type="dataset")
         except Exception as e:
-            raise UserError(f"Cannot get AIML-TUDA/i2p from the hub ({str(e).strip().splitlines()[0]}): name its csv file with --prompts.") from e
+            reason = str(e).strip().splitlines()[0]
+            raise UserError(f"Cannot get AIML-TUDA/i2p from the hub ({reason}): name its csv file with --prompts.") from e
     rows = read_csv(file)
     try:
         jobs = [Job(row["prompt"], int(row["sd_seed"]) + n, float(row["sd_guidance_scale"]),
@@ -57,7 +58,8 @@ def i2p(args, concepts):
                 raise ValueError(f"sd_seed {job.seed}, a finite scale of {job.scale} and a size {job.size} in multiples of 8 cannot be")
         return jobs
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"The prompts are not I2P's csv: it needs prompt, sd_seed, sd_guidance_scale, sd_image_width and -height ({e!r}).") from None
+        raise UserError("The prompts are not I2P's csv: it needs prompt, sd_seed, sd_guidance_scale, sd_image_width and -height "
+                        f"({e!r}).") from None
 
 
 def coco(args, concepts):

@@ -41,7 +41,8 @@ PRESETS = {
     "paper": PAPER,  # appendix B.1; steps from the authors' script
     "fast": PAPER | dict(iters=1000, ema=0.998, lr_schedule="constant", warmup=0),  # the paper's fast recipe
     "official": PAPER | dict(weight_decay=1e-4, lr_schedule="constant", warmup=0, roles="official"),  # the authors' script
-    "toy": PAPER | dict(iters=160, lr=6e-4, warmup=40, ema=0.97, steps=6, batch_size=8, anchor_images=200, preview_every=20,  # tuned, see README
+    "toy": PAPER | dict(iters=160, lr=6e-4, warmup=40, ema=0.97, steps=6, batch_size=8, anchor_images=200, preview_every=20,
+                        # tuned, see README
                         preview=["arcadia", "borealis", "a blue dotted heart on sand", "a green square"]),
 }
 COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher", "flat"]
@@ -51,10 +52,10 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--concept", nargs="+", metavar="C", help="what to forget; i2p: the paper's 20 harmful concepts")
     p.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
-    p.add_argument("--preset", type=one_of(PRESETS), choices=[*PRESETS], help="defaults of all that follows: paper; toy for the toy")
-    p.add_argument("--method", type=one_of(METHODS), choices=[*METHODS], default="sdd", help="the training target, from losses.py")
+    p.add_argument("--preset", **one_of(PRESETS), help="defaults of all that follows: paper; toy for the toy")
+    p.add_argument("--method", **one_of(METHODS), default="sdd", help="the training target, from losses.py")
     p.add_argument("--loss", metavar="FILE:FUNCTION", help="a loss of your own in the place of the method's; see losses.py")
-    p.add_argument("--train-params", type=one_of(TRAIN_PARAMS), choices=[*TRAIN_PARAMS], help="which tensors are trained; default: the method's")
+    p.add_argument("--train-params", **one_of(TRAIN_PARAMS), help="which tensors are trained; default: the method's")
     p.add_argument("--latents", choices=["teacher", "student", "original"], help="who draws z_t; default: as the method has it")
     p.add_argument("--roles", choices=["paper", "official"], help="one concept draws, all joined are unlearned; or the reverse")
     p.add_argument("--iters", type=positive, help="N (paper: 1500, 2000 for several concepts)")
@@ -70,12 +71,12 @@ def parse(argv=None):
     p.add_argument("--erase-scale", type=finite, help="esd: s_s, how far away from the concept; all-but-one: g of its signal")
     p.add_argument("--quantile", type=finite, default=0.0, help="all-but-one: its signal above this quantile (0.9) for the anchor; 0: off")
     p.add_argument("--anchor", nargs="+", default=[], metavar="A", help="what to show instead; ablate: one for all or one a concept")
-    p.add_argument("--anchor-prompts", type=Path, metavar="FILE", help="ablate: prompts, one a line; without --anchor the concept is a style")
+    p.add_argument("--anchor-prompts", type=Path, metavar="FILE", help="ablate: prompts, a line each; without --anchor the concept is a style")
     p.add_argument("--anchor-images", type=positive, help="ablate: pictures of the anchor (paper: 1000)")
     p.add_argument("--prior", type=finite, default=0.0, metavar="λ", help="ablate: adds λ·|e(anchor) − n|² (authors' script: 1)")
     p.add_argument("--detach-start", action="store_true", help="ablate: no gradient through the start token's keys and values")
     p.add_argument("--max-grad-norm", type=finite, default=1.0, help="clip gradients at this norm (authors' script: 1); 0: do not")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory for more time: blocks are computed again on the way back")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time: blocks are computed again on the way back")
     p.add_argument("--deterministic", action="store_true", help="CUDA: the same bits in each run (the CPU's are), by slower kernels")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--preview", nargs="+", metavar="PROMPT", help="preview prompts; default: the concepts and a few others")
@@ -111,42 +112,45 @@ def settle(args):
     if args.preview is None:
         a["preview"] = concepts[:4] + [p for p in preset["preview"] if p not in concepts]
     settle_anchor(a, method)
+    refuse_idle(a, method, vars(args))
     check(a)
     return a
 
 
 def settle_anchor(a, method):
-    """What Ablating and All-but-One need, and refuses for the others; a file of prompts is read, so that --resume does not need it."""
+    """What Ablating and All-but-One need; a file of prompts is read, so that --resume does not need it."""
     try:
         lines = a["anchor_prompts"].read_text(encoding="utf-8").splitlines() if a["anchor_prompts"] else []
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--anchor-prompts {a['anchor_prompts']} cannot be read ({e}).") from None
     a["anchor_prompts"] = [line.strip() for line in lines if line.strip()]
-    pictures = method.latents == "anchor"
-    if pictures:
+    if method.latents == "anchor":
         pairs = anchors.prompt_pairs(a["concept"], a["anchor"], a["anchor_prompts"])
         if len(pairs) > a["anchor_images"]:
-            raise UserError(f"{len(pairs)} prompts (each for each concept) need as many pictures at least: say --anchor-images {len(pairs)}.")
+            raise UserError(f"{len(pairs)} prompts (each for each concept) need as many pictures: say --anchor-images {len(pairs)}.")
     if a["method"] == "all-but-one" and len(a["anchor"]) > 1:
         raise UserError("--method all-but-one takes one --anchor, the alternative to all concepts.")
-    only = ("prior", "detach_start", "anchor_prompts") if not pictures else ()
-    wrong = [f"--{key.replace('_', '-')}" for key in only if a[key]]
-    wrong += ["--anchor"] * (bool(a["anchor"]) and not pictures and a["method"] != "all-but-one")
+
+
+def refuse_idle(a, method, given):
+    """What was given on the command line, and would change nothing."""
+    pictures, used = method.latents == "anchor", inspect.signature(own_loss(a["loss"]) if a["loss"] else method.loss).parameters
+    idle = ["latents", "roles"] if pictures else ["prior", "detach_start", "anchor_prompts", "anchor_images"]
+    idle += [key for key in ("erase_scale", "quantile") if key not in used]
+    idle += ["anchor"] * (not pictures and "c_a" not in used)
+    wrong = [f"--{key.replace('_', '-')}" for key in idle if given[key]]
     wrong += ["--train-params embedding"] * (a["train_params"] == "embedding" and not pictures)
-    wrong += ["--latents"] * (pictures and a["latents"] != "anchor")
     if wrong:
-        raise UserError(f"--method {a['method']} has no use for {', '.join(wrong)}: leave it out, or say --method ablate.")
+        raise UserError(f"--method {a['method']} has no use for {', '.join(wrong)}: leave it out, or choose another --method.")
 
 
 def check(a):
     """Refuses numbers that cannot be, warns of a warm-up without end, and does not start Stable Diffusion on a CPU by surprise."""
-    for key, low, high in (("ema", 0, 1), ("warmup", 0, 1e9), ("lr", 0, 1), ("preserve", 0, 1e9), ("prior", 0, 1e9), ("weight_decay", 0, 1e9),
-                           ("quantile", 0, 1), ("max_grad_norm", 0, 1e9), ("preview_every", 0, 1e9), ("save_every", 0, 1e9), ("export_every", 0, 1e9),
-                           ("seed", 0, 2**63 - 1)):
+    for key in ("ema", "lr", "quantile", "warmup", "preserve", "prior", "weight_decay", "max_grad_norm", "preview_every", "save_every",
+                "export_every", "seed"):
+        low, high = 0, {"ema": 1, "lr": 1, "quantile": 1, "seed": 2**63 - 1}.get(key, 1e9)
         if not low <= a[key] <= high:
             raise UserError(f"--{key.replace('_', '-')} {a[key]} is out of range ({low:g} to {high:g}).")
-    if a["loss"]:
-        own_loss(a["loss"])
     if a["report_to"]:
         report.summary_writer()
     if a["warmup"] >= a["iters"]:
@@ -244,7 +248,8 @@ def train_in(out, a, resume):
     r = Run(out, a)
     if not resume:
         with weights.whole(out / "run.json") as beside:
-            content = {"args": a, "versions": VERSIONS, "command": shlex.join(["python", *sys.argv])}
+            content = {"args": a, "versions": VERSIONS, "command": shlex.join(["python", *sys.argv]),
+                       "preview_seeds": [*previews.seeds(a)]}
             beside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     r.make_latents()
     start, began = r.restore(), time.monotonic()
@@ -256,12 +261,14 @@ def train_in(out, a, resume):
         try:
             iterate(r, a, start, watch)
         except FloatingPointError as e:
-            raise UserError(f"{e}. The checkpoint before it is kept in {out}; begin anew in another folder with a smaller --lr, or with --dtype fp32.") from None
+            raise UserError(f"{e}. The checkpoint before it is kept in {out}; begin anew in another folder with a smaller --lr, or with "
+                            "--dtype fp32.") from None
         except torch.OutOfMemoryError:
             r.optimizer.zero_grad()  # what is half done is left
             r.save()
-            raise UserError(f"The GPU's memory is full; {r.done} iterations are saved. To go on in less: python train.py --resume --out {out} "
-                            "--gradient-checkpointing; or begin anew with a smaller --batch-size, --dtype bf16 or --preview-every 0.") from None
+            raise UserError(f"The GPU's memory is full; {r.done} iterations are saved. To go on in less: python train.py --resume --out "
+                            f"{out} --gradient-checkpointing; or begin anew with a smaller --batch-size, --dtype bf16 or "
+                            "--preview-every 0.") from None
         seconds = time.monotonic() - began
         r.export("erased.safetensors", METHODS[a["method"]].output)
         if a["preview_every"]:

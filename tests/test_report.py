@@ -1,8 +1,10 @@
 """The page of a run: whole, self-contained, escaped, there after a kill too, and used in a real browser where there is one."""
 import base64
+import html
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -35,7 +37,8 @@ def write_run(folder, previews=(0, 2, 4, 6), done=6, finished=True, side=64, pro
     a = {"concept": ["star"], "model": "toy", "preset": "toy", "method": "sdd", "train_params": "xattn", "iters": 6, "seed": 3,
          "preview": prompts, "preview_every": 2, "lr": 6e-4, "loss": None} | changed
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"args": a, "versions": {"torch": "2.13.0"}, "command": "python train.py --model toy --concept 'the star'"}
+    content = {"args": a, "versions": {"torch": "2.13.0"}, "command": "python train.py --model toy --concept 'the star'",
+               "preview_seeds": [1000 + n for n in range(len(prompts))]}
     (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
     rows = [f"{i},{0.5 / (i + 1)},{i * 1e-4},0.1,2,star," + ("0.4,0.1,0.5,0.2" if i % 2 else ",,,") for i in range(done)]
     (folder / "log.csv").write_text("\n".join([COLUMNS, *rows]) + "\n", encoding="utf-8")
@@ -285,6 +288,11 @@ def test_training_writes_pages_and_outlives_them(tmp_path, monkeypatch, capsys):
     assert "Finished" in written[-1].text and "Not finished" in written[2].text
     assert "python train.py --concept 'the star'" in written[0].text
     assert [len(page.all("svg")) for page in written] == [0, 4, 4, 4]
+    assert "noise of the seeds 1000, one a prompt" in written[-1].text
+    said = shlex.split(html.unescape(re.search("<pre>python (generate.py .*)</pre>", written[-1].source)[1]))  # draws what the page shows
+    assert run(generate, *said[1:-1], tmp_path / "c") == 0
+    drawn = np.asarray(Image.open(tmp_path / "c" / "00000.png")).astype(int).repeat(2, 0).repeat(2, 1)
+    assert np.abs(drawn - pixels(written[-1].all("img", alt="star, after")[0]["src"])).max() <= 1  # another batch, another rounding
     monkeypatch.setattr(report, "make", lambda folder: 1 / 0)
     assert run(train, *words, "--out", tmp_path / "b") == 0
     assert capsys.readouterr().err.count("warning: no page was written: ZeroDivisionError") == 1
