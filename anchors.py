@@ -13,6 +13,8 @@ import torch
 from generate import draw_latents
 from weights import UserError, read, save
 
+KEPT = 64  # pictures between two writes: whole batches, so that one that is stopped draws the same as one that is not
+
 
 def prompt_pairs(concepts, anchors, lines):
     """[(concept's index, the anchor's prompt, the same for the concept)]: `lines` with the anchor's word replaced by the concept; where
@@ -37,17 +39,18 @@ def prompt_pairs(concepts, anchors, lines):
 
 
 def make(file, model, c_0, c_a, scheduler, n, guidance_scale, dtype, seed):
-    """z_0 (n, 4, h, w) of n pictures, the i-th of prompt i mod len(c_a); read from `file` where a run has made them before."""
+    """z_0 (n, 4, h, w) of n pictures, the i-th of prompt i mod len(c_a); what `file` already holds is not drawn again."""
     settings = {"n": str(n), "seed": str(seed), "prompts": str(len(c_a))}
-    if file.exists():
-        tensors, metadata = read(file)
-        if metadata != settings or "z_0" not in tensors:
-            raise UserError(f"{file} holds other pictures than this run needs: choose a new folder.")
-        return tensors["z_0"].to(c_0.device)
-    asked = c_a[torch.arange(n, device=c_a.device) % len(c_a)]
-    seeds = [seed + i for i in range(n)]
-    z_0 = torch.cat([*draw_latents(model, model.unet, c_0, asked, seeds, scheduler, guidance_scale, dtype, bar="anchors")])
-    save(file, {"z_0": z_0}, settings)
+    tensors, metadata = read(file) if file.exists() else ({"z_0": torch.empty(0)}, settings)
+    if metadata != settings or "z_0" not in tensors:
+        raise UserError(f"{file} holds other pictures than this run needs: choose a new folder.")
+    z_0 = tensors["z_0"].to(c_0.device)
+    while len(z_0) < n:
+        which = torch.arange(len(z_0), min(len(z_0) + KEPT, n))
+        more = draw_latents(model, model.unet, c_0, c_a[which.to(c_a.device) % len(c_a)], (seed + which).tolist(), scheduler, guidance_scale,
+                            dtype, bar=f"anchors, {len(z_0)} of {n} kept")
+        z_0 = torch.cat([z_0, *more])
+        save(file, {"z_0": z_0}, settings)
     return z_0
 
 

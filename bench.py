@@ -171,7 +171,7 @@ def training(args, device, rows):
     made = {name: make() for name, make in contenders(args.size, device, batch_size, steps).items() if not args.only or name in args.only}
     k, generator = args.k or steps // 2, random.Random(0)
     drawn = [generator.randint(1, steps) for _ in range(args.rounds)]
-    for what, ks in ((f"k = {k}", [k] * args.rounds), (f"k drawn from 1..{steps}", drawn)):
+    for what, ks in [(f"k = {k}", [k] * args.rounds), (f"k drawn from 1..{steps}", drawn)][:1 if args.k else 2]:
         for contender in made.values() if what.startswith("k =") else ():
             contender.iteration(1)  # warm-up
         spent = paired(made, ks, device)
@@ -274,7 +274,7 @@ def parse(argv=None):
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as printed; the first is what the others are compared to")
     parser.add_argument("--rounds", type=positive, default=11, help="timed iterations of each contender")
-    parser.add_argument("--k", type=positive, help="denoising steps of the fixed part; default: half of T (25 for SD 1.4)")
+    parser.add_argument("--k", type=positive, help="denoising steps, always so many; default: half of T (25 for SD 1.4), then a real draw")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append the figures to a Markdown table")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 
+import anchors
 import ema
 import train
 import weights
@@ -117,3 +118,29 @@ def test_an_average_in_bf16_would_not_move():
         for _ in range(10):
             ema.update(average, student, 0.999)
         assert torch.equal(average[0], start[0]) != moves
+
+
+def test_anchors_pictures_that_are_kept_are_not_drawn_again(tmp_path, monkeypatch):
+    """A run that is stopped while it draws them goes on, to the same pictures as one that is not."""
+    words = ["--model", "toy", "--concept", "star", "--method", "ablate", "--anchor", "circle", *SHORT, "--anchor-images", 10, "--device", "cpu"]
+    assert run(train, *words, "--out", tmp_path / "whole") == 0
+    drawn, draw, save = [], anchors.draw_latents, anchors.save
+
+    def stop(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    def watched(model, unet, c_0, c_p, seeds, *more, **how):
+        drawn.append(seeds)
+        return draw(model, unet, c_0, c_p, seeds, *more, **how)
+
+    monkeypatch.setattr(anchors, "KEPT", 4)
+    monkeypatch.setattr(anchors, "draw_latents", watched)
+    monkeypatch.setattr(anchors, "save", stop)
+    assert run(train, *words, "--out", tmp_path / "o") == 130
+    monkeypatch.setattr(anchors, "save", save)
+    assert run(train, "--resume", "--out", tmp_path / "o") == 0
+    assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    for file in ("anchors.safetensors", "erased.safetensors"):
+        (a, _), (b, _) = (weights.read(tmp_path / folder / file) for folder in ("o", "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
