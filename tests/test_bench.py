@@ -9,11 +9,12 @@ from test_commands import command
 def test_rows(tmp_path):
     """The embedded model, one round of two contenders; a row says what, how, and how much."""
     (tmp_path / "B.md").write_text("| date | machine | what | command | figure |\n|---|---|---|---|---|\n")
-    status, out, err = command("bench.py", "--rounds", 1, "--k", 1, "--only", "the authors' loop, fp32", "ours as shipped", "--device", "cpu", "--rows", tmp_path / "B.md")
+    status, out, err = command("bench.py", "--rounds", 1, "--only", "the authors' loop, fp32", "ours as shipped", "--device", "cpu",
+                               "--rows", tmp_path / "B.md")
     assert status == 0, err
     rows = (tmp_path / "B.md").read_text().splitlines()[2:]
     assert len(rows) == 2 * 2 + 2 + 2 and all(row.count("|") == 6 and f"torch {torch.__version__}" in row for row in rows)
-    steps = [row for row in rows if "k = 1: " in row]
+    steps = [row for row in rows if "k = 3: " in row]
     assert len(steps) == 2 and "1.00 × the authors' loop" in steps[0] and "TFLOP" in steps[1]
     assert any("peak memory" in row and "(counted)" in row for row in rows) and any("pictures/s; diffusers' pipeline" in row for row in rows)
 
