@@ -75,7 +75,7 @@ def contenders(size, device, batch_size, steps):
     rows = {f"the authors' loop, {name}": lambda dtype=dtype: Authors(size, device, batch_size, steps, dtype)
             for name, dtype in THEIRS.items()}
     for name, words in {"ours, fp32": ["--dtype", "fp32"], "ours, bf16, checkpointing": ["--dtype", "bf16", "--gradient-checkpointing"],
-                        "ours, bf16": ["--dtype", "bf16"], "ours as shipped": []}.items():
+                        "ours, bf16": ["--dtype", "bf16"], "ours, with --preserve": ["--preserve", "0.3"], "ours as shipped": []}.items():
         rows[name] = lambda words=words: Ours(size, device, batch_size, steps, *words)
     return rows
 
