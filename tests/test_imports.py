@@ -1,5 +1,7 @@
 """The house rules that a machine can hold: who imports whom, no pickle, no diffusers, and how much code there is."""
 import ast
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,8 @@ ALLOWED = {  # module: the local modules that it may import; nothing else of the
 }
 INSIDE_A_FUNCTION = {"report": "weights", "suites": "toy.draw toy.suite", "tables": "toy.suite", "eval": "toy.reproduce", "toy.probe": "toy.draw",
                      "toy.reproduce": "metrics weights"}
-FILE, FUNCTION, CORE = 310, 42, 2450  # lines
-TOOLS = {"authors", "bench", "convert", "cover", "folder", "intact", "model_card", "original", "report", "suites", "tables"}
+FILE, FUNCTION, CORE = 310, 42, 2200  # lines; the core's without blank ones, comments and docstrings
+TOOLS = {"authors", "bench", "convert", "cover", "folder", "intact", "model_card", "original", "report"}
 REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.draw toy.probe toy.pretrain"
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -79,10 +81,25 @@ def test_rules(module):
 
 
 def test_core_is_small():
-    """What is read to learn the method and to use it; not the tools beside it."""
-    lines = {name: len(path.read_text().splitlines()) for name, path in sorted(FILES.items()) if path.parent == ROOT and name not in TOOLS}
-    print("\n" + "\n".join(f"{n:6} {name}.py" for name, n in lines.items()) + f"\n{sum(lines.values()):6} in all")
-    assert sum(lines.values()) <= CORE
+    """The model, the methods, training and measuring; not the tools beside them."""
+    sources = {name: path.read_text() for name, path in sorted(FILES.items()) if path.parent == ROOT and name not in TOOLS}
+    code = {name: code_lines(source) for name, source in sources.items()}
+    lines = sum(len(source.splitlines()) for source in sources.values())
+    print("\n" + "\n".join(f"{n:6} {name}.py" for name, n in code.items()) + f"\n{sum(code.values()):6} in all; with the rest {lines}")
+    assert sum(code.values()) <= CORE
+
+
+def code_lines(source):
+    """How many lines hold code: neither blank, nor a comment, nor a docstring."""
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    found = {i for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in blank
+             for i in range(token.start[0], token.end[0] + 1)}
+    texts = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    return len(found - {i for node in texts for i in range(node.lineno, node.end_lineno + 1)})
+
+
+def test_code_lines():
+    assert code_lines('"""A\nB"""\n\n# c\nx = 1  # d\n\n\ndef f(\n):\n    "doc"\n    return """\n"""\n') == 5
 
 
 @pytest.mark.parametrize("module, source, complaint", [
