@@ -70,3 +70,20 @@ def test_readme_lines_work_on_a_fresh_machine():
     """Two lines set everything up; one of them is what CI runs."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if "pip install" in line]
     assert len(lines) == 2 and "train.py --model toy" in lines[0] and lines[1].endswith("-m pytest")
+
+
+def test_the_table_of_erasers_is_the_reproductions():
+    """Each figure of the README's table stands in REPRODUCTION.md, in the row of that name."""
+    def rows(text):
+        lines = [[cell.strip() for cell in line[1:-2].split("|")] for line in text.splitlines() if line.startswith("| ")]
+        return {name: figures for name, *figures in lines}
+
+    page = (ROOT / "REPRODUCTION.md").read_text(encoding="utf-8")
+    one, three = (rows(section) for section in page.split("\n## ")[1:3])
+    shown = rows(README.split("\n## ")[1])
+    assert {"sdd", "esd-x", "esd-u", "ablate", "ablate-noise", "all-but-one", "neg", "sld-max", "sega"} <= shown.keys()
+    keys = [next(i for i, title in enumerate(one["model"]) if title.startswith(wanted))
+            for wanted in ("target, named", "target, implied", "whole captions")]
+    for name, figures in shown.items():
+        for found, mine in ((one, figures[:3]), (three, figures[3:])):
+            assert mine == ([found[name][i] for i in keys] if name in found else ["–"] * 3), name
