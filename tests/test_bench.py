@@ -53,3 +53,15 @@ def test_live_counts_what_lives():
         del x, y
         torch.ones(1024)  # 4 KiB, gone at once
     assert live.now == held and live.peak == held + (64 + 64) * 1024
+
+
+@pytest.mark.parametrize("size", ["toy", "sd14"])
+def test_the_peak_is_a_second_iterations(size):
+    """Of real tensors and of fake ones."""
+    class Contender:
+        def __init__(self):
+            self.parts, self.made = [torch.nn.Linear(256, 256, bias=False)], [2**20, 2**16]  # 256 KiB; 4 MiB once, then 256 KiB
+
+        def iteration(self, k):
+            torch.ones(self.made.pop(0))
+    assert bench.counted_peak(Contender, size) == (256 + 256) * 1024 and bench.weights.fingerprint({"x": torch.ones(1)})

@@ -135,13 +135,14 @@ def test_full_disk_at_random_writes(whole, tmp_path, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, "No space left on device")
         return replace(*names)
     monkeypatch.setattr(os, "replace", full)
-    out, statuses = tmp_path / "o", []
+    out, statuses, kept = tmp_path / "o", [], []
     while not statuses or statuses[-1]:
-        room[0] = rng.randrange(1, 5) if len(statuses) < 6 else 99
+        room[0] = rng.randrange(1, 9) if len(statuses) < 6 else 99
         statuses.append(run(train, *(["--resume"] if (out / "run.json").exists() else STAR), "--out", out))
         assert statuses[-1] == 0 or statuses[-1] == 2 and "No space left" in last(capsys)
+        kept.append((out / "checkpoint.safetensors").exists())
         assert not list(tmp_path.rglob(".writing*"))
-    assert len(statuses) > 3
+    assert len(statuses) > 3 and kept[-3]  # it went on from a checkpoint, and failed again
     same(whole, out)
 
 
@@ -216,7 +217,9 @@ def test_near_constant_pictures_are_counted_and_warned_of_once(capsys):
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (64, 64, 3), np.uint8)
     red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + rng.integers(0, 5, (64, 64, 3), np.uint8)  # one colour, a little noise
-    assert previews.share_of_flat([picture, red, red, picture]) == 0.5
+    lively = red.copy()
+    lively[..., 2] = picture[..., 2]  # in one channel
+    assert previews.share_of_flat([picture, red, red, lively]) == 0.5
     r = SimpleNamespace(before=[picture, red], warned=False)
     previews.watch(r, 3, [picture, red, picture, red])
     assert r.flat == 0.5 and not capsys.readouterr().err  # the original has as many
