@@ -65,9 +65,12 @@ class Ours:
         self.parts = [self.run.student.unet, self.run.teacher.unet, self.run.original.unet, self.run.optimizer]
 
     def iteration(self, k):
-        sdd.draw = lambda roles, scheduler, K, i, generator: (k, scheduler.levels[k], 0)
-        with torch.autocast(self.run.device.type, self.run.dtype, enabled=self.run.dtype != torch.float32, cache_enabled=False):
-            return next(self.iterations).loss
+        drawn, sdd.draw = sdd.draw, lambda roles, scheduler, K, i, generator: (k, scheduler.levels[k], 0)
+        try:
+            with torch.autocast(self.run.device.type, self.run.dtype, enabled=self.run.dtype != torch.float32, cache_enabled=False):
+                return next(self.iterations).loss
+        finally:
+            sdd.draw = drawn
 
 
 def contenders(size, device, batch_size, steps):

@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -204,9 +205,10 @@ def iterate(r, a, start, watch):
     """The loop: Algorithm 1 does the work; here are log, bar, previews and checkpoints. Ctrl-C waits for the iteration's end."""
     iterations = r.iterations(start, own_loss(a["loss"]) if a["loss"] else None)
     every, keep, stop = a["preview_every"], a["save_every"], []
-    handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
-    with open(r.out / "log.csv", "a", buffering=1, newline="", encoding="utf-8") as f, \
+    with ExitStack() as after, open(r.out / "log.csv", "a", buffering=1, newline="", encoding="utf-8") as f, \
             tqdm(total=a["iters"], initial=start, unit="it", disable=None) as bar:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            after.callback(signal.signal, number, signal.signal(number, lambda *_: stop.append(True)))
         log = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         if not f.tell():
             log.writeheader()
@@ -230,8 +232,6 @@ def iterate(r, a, start, watch):
                 r.save()
             if stop:
                 break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if stop:
         raise UserError(f"stopped after {done} iterations, which are saved; to go on: python train.py --resume --out {r.out}")
 

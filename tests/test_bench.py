@@ -1,8 +1,11 @@
 """bench.py, cut short: what it compares is the same work, what it counts is right, and its rows land in the table."""
+import re
+
 import pytest
 import torch
 
 import bench
+import sdd
 from test_commands import command
 
 
@@ -16,30 +19,50 @@ def test_rows(tmp_path):
     assert len(rows) == 2 * 2 + 2 + 2 and all(row.count("|") == 6 and f"torch {torch.__version__}" in row for row in rows)
     steps = [row for row in rows if "k = 3: " in row]
     assert len(steps) == 2 and "1.00 × the authors' loop" in steps[0] and "TFLOP" in steps[1]
+    seconds, ratios = ([float(re.search(said, row)[1]) for row in steps] for said in (r"([\d.e-]+) s \(", r"([\d.]+) × the authors"))
+    assert ratios == [1, pytest.approx(seconds[0] / seconds[1], rel=0.02)]  # above 1: ours is the faster
     assert any("peak memory" in row and "(counted)" in row for row in rows) and any("pictures/s; diffusers' pipeline" in row for row in rows)
 
 
 @torch.enable_grad()
 def test_both_loops_do_the_same_work():
     """The authors' loop, on the same weights and noise, has our loss: the ratio compares like with like."""
-    theirs = bench.Authors("toy", torch.device("cpu"), 2, 6, torch.float32)
+    drawn, theirs = sdd.draw, bench.Authors("toy", torch.device("cpu"), 2, 6, torch.float32)
     ours = bench.Ours("toy", torch.device("cpu"), 2, 6)
     expected = theirs.iteration(3, torch.randn(2, 4, 16, 16, generator=ours.run.generator))  # the first draw of our loop
     ours.run.generator.manual_seed(ours.run.a["seed"])
     assert ours.iteration(3) == pytest.approx(expected, rel=1e-3)
+    assert sdd.draw is drawn  # a run after it draws k again
 
 
 def test_live_counts_what_lives():
     """Bytes of storages, once each, and gone when they are gone."""
-    module = torch.nn.Linear(256, 256, bias=False)  # 256 KiB
+    module = torch.nn.Linear(256, 256, bias=False)  # 256 KiB, as its gradient and AdamW's two moments, which also counts its steps
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.weight.grad = torch.ones(256, 256)
+    optimizer.step()
+    held = 4 * 256 * 1024 + 4
     with bench.Live() as live:
-        live.include([module])
+        torch.ones(2**20)  # before the count begins
+        live.include([module, optimizer, module])
         x = torch.ones(64, 256)  # 64 KiB
         y = x.view(256, 64)  # none
         z = module(x)  # 64 KiB
-        assert live.now == (256 + 64 + 64) * 1024
+        assert live.now == held + (64 + 64) * 1024
         del z
-        assert live.now == (256 + 64) * 1024
+        assert live.now == held + 64 * 1024
         del x, y
         torch.ones(1024)  # 4 KiB, gone at once
-    assert live.now == 256 * 1024 and live.peak == (256 + 64 + 64) * 1024
+    assert live.now == held and live.peak == held + (64 + 64) * 1024
+
+
+@pytest.mark.parametrize("size", ["toy", "sd14"])
+def test_the_peak_is_a_second_iterations(size):
+    """Of real tensors and of fake ones."""
+    class Contender:
+        def __init__(self):
+            self.parts, self.made = [torch.nn.Linear(256, 256, bias=False)], [2**20, 2**16]  # 256 KiB; 4 MiB once, then 256 KiB
+
+        def iteration(self, k):
+            torch.ones(self.made.pop(0))
+    assert bench.counted_peak(Contender, size) == (256 + 256) * 1024 and bench.weights.fingerprint({"x": torch.ones(1)})

@@ -18,7 +18,7 @@ import anchors
 import generate
 import train
 import weights
-from losses import TRAIN_PARAMS
+from losses import METHODS, TRAIN_PARAMS
 from common import SD_WORDS, write_model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +135,11 @@ def test_what_training_leaves(trained):
     assert metadata["model"] == "toy" and metadata["concepts"] == "star" and metadata["method"] == "sdd"
     assert json.loads(metadata["args"])["iters"] == 6 and "torch" in json.loads(metadata["versions"])
     assert tensors and all(".attn2." in name for name in tensors)
+    state = weights.read(trained / "checkpoint.safetensors")[0]
+    assert all(torch.equal(x, state[f"teacher/{name}"]) for name, x in tensors.items())
+    assert not any(torch.equal(x, state[f"student/{name}"]) for name, x in tensors.items())
+    after, teacher = (np.asarray(Image.open(trained / name))[22:, -132:] for name in ("before_after.png", "previews/000006.png"))
+    assert np.array_equal(after, teacher)  # the last columns, below their names
 
 
 @pytest.mark.parametrize("words", [
@@ -148,6 +153,8 @@ def test_the_other_trainers(words, tmp_path):
     unet = weights.load("toy").unet
     assert set(tensors) == {name for name, _ in unet.named_parameters() if TRAIN_PARAMS[options["train_params"]](name)}
     assert method in words or method == "sdd"
+    state = weights.read(tmp_path / "o" / "checkpoint.safetensors")[0]
+    assert all(torch.equal(x, state[f"{METHODS[method].output}/{name}"]) for name, x in tensors.items())
     before = dict(unet.named_parameters())
     assert any(not torch.equal(x, before[name]) for name, x in tensors.items())
     assert run(generate, "a star", "--model", "toy", "--patch", tmp_path / "o" / "erased.safetensors", "--steps", 2, "--out", tmp_path / "p") == 0

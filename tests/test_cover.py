@@ -1,5 +1,6 @@
 """What is about nudity is shown covered; and several patches side by side, whose sheet is one of the places."""
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ def anew():
 
 def found(monkeypatch, *boxes):
     import nudenet
-    monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, picture: [dict(zip(("class", "score", "box"), box)) for box in boxes])
+    asked = []
+    monkeypatch.setattr(nudenet.NudeDetector, "detect",
+                        lambda self, picture: asked.append(picture) or [dict(zip(("class", "score", "box"), box)) for box in boxes])
+    return asked
 
 
 @pytest.mark.parametrize("texts, covered", [(["nudity"], True), (["star", "a NUDE person"], True), (["sexual"], True), (["Van Gogh"], False), ([], False)])
@@ -35,35 +39,74 @@ def test_what_is_covered(texts, covered):
 
 
 def test_boxes_are_black_and_the_rest_as_it_was(monkeypatch):
-    found(monkeypatch, (NUDE[0], 0.3, [10, 20, 8, 16]), (NUDE[1], 0.1, [0, 0, 9, 9]), ("FACE_FEMALE", 0.9, [30, 40, 9, 9]), (NUDE[2], 0.9, [-5, 60, 9, 9]))
+    asked = found(monkeypatch, (NUDE[0], 0.3, [10, 20, 8, 16]), (NUDE[1], 0.1, [0, 0, 9, 9]), ("FACE_FEMALE", 0.9, [30, 40, 9, 9]),
+                  (NUDE[2], 0.9, [-5, 60, 9, 9]))
     shown, expected = cover.cover(NOISE), NOISE.copy()
     expected[20:36, 10:18] = 0
     expected[60:, 0:4] = 0
     assert np.array_equal(shown, expected) and NOISE[20:36, 10:18].any()
+    assert np.array_equal(asked[0], NOISE[..., ::-1])  # NudeNet reads blue first
 
 
-def test_the_real_detector_reads_our_pictures():
+def test_the_real_detector_reads_our_pictures(monkeypatch):
     assert np.array_equal(cover.cover(NOISE), NOISE)  # it sees nothing in noise
+    output, expected = np.zeros((1, 4 + 18, 2), "float32"), NOISE.copy()  # a network that sees one, in its 320 x 320 pixels
+    output[0, :4, 0], output[0, 4 + 3, 0] = (100, 160, 50, 80), 0.9  # middle and size
+    monkeypatch.setattr(cover._detector(), "onnx_session", SimpleNamespace(run=lambda *_: [output]))
+    expected[24:40, 15:25] = 0
+    assert np.array_equal(cover.cover(NOISE), expected)
 
 
 def test_without_nudenet_all_is_blurred_and_that_is_said_once(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     shown = [cover.cover(NOISE), cover.cover(NOISE)]
     assert shown[0].std() < NOISE.std() / 4 and capsys.readouterr().err.count("--show-uncensored") == 1
+    large = NOISE.repeat(8, 0).repeat(8, 1)  # as coarse: nothing can be made out at any size
+    assert cover.cover(large).std() < large.std() / 4
 
 
-def test_training_previews_of_nudity_are_covered(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    return write_model_folder(tmp_path_factory.mktemp("model") / "sd", words=SD_WORDS)
+
+
+def cells(sheet, columns):
+    """The pictures of a sheet by generate.grid, whose columns are the rightmost; here they are 32 pixels a side, zoomed to 128."""
+    sheet = np.asarray(Image.open(sheet))
+    height, width = sheet.shape[:2]
+    left, top = width - 132 * columns, 4 + (height - 4) % 132
+    return [sheet[y:y + 128:4, x:x + 128:4] for y in range(top, height, 132) for x in range(left, width, 132)]
+
+
+@pytest.mark.parametrize("concept, prompts", [("nudity", ["a woman", "blood"]), ("blood", ["a woman", "nudity"])])
+def test_training_previews_of_nudity_are_covered(concept, prompts, sd, tmp_path, monkeypatch):
     """Every picture of the run: previews, film, before and after. What is trained does not depend on it."""
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    folder = write_model_folder(tmp_path / "sd", words=SD_WORDS)
-    words = ["--model", folder, "--concept", "nudity", "--preset", "toy", *SHORT, "--device", "cpu", "--preview", "nudity"]
+    words = ["--model", sd, "--concept", concept, "--preset", "toy", *SHORT, "--device", "cpu", "--preview", *prompts]
     assert run(train, *words, "--out", tmp_path / "covered") == 0
     assert run(train, *words, "--show-uncensored", "--out", tmp_path / "shown") == 0
     (a, _), (b, _) = (weights.read(tmp_path / name / "erased.safetensors") for name in ("covered", "shown"))
     assert all((a[name] == b[name]).all() for name in a)
-    for file in ("film/000003.png", "film/000006.png"):
-        covered, shown = (np.asarray(Image.open(tmp_path / name / file)).astype(float) for name in ("covered", "shown"))
-        assert np.abs(np.diff(covered, axis=1)).mean() < np.abs(np.diff(shown, axis=1)).mean() / 3  # smooth
+    for file in ("film/000000.png", "film/000003.png", "film/000006.png"):
+        covered, shown = (np.split(np.asarray(Image.open(tmp_path / name / file)), 2) for name in ("covered", "shown"))
+        assert all(np.array_equal(a, cover.cover(b)) for a, b in zip(covered, shown, strict=True))
+    for file, columns, n in (("film.png", 3, 6), ("before_after.png", 2, 4), *((f"previews/{i:06d}.png", 3, 6) for i in (0, 3, 6))):
+        covered, shown = (cells(tmp_path / name / file, columns) for name in ("covered", "shown"))
+        assert len(shown) == n and all(np.array_equal(a, cover.cover(b)) for a, b in zip(covered, shown, strict=True)), file
+        assert not any(np.array_equal(a, b) for a, b in zip(covered, shown))
+
+
+def test_the_sheet_of_generate_is_covered_and_the_pictures_are_as_drawn(sd, tmp_path, monkeypatch):
+    """For what a prompt, --avoid or a patch is about."""
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    name, x = next((name, x) for name, x in weights.load(sd).unet.named_parameters() if ".attn2." in name)
+    weights.save(tmp_path / "patch.safetensors", {name: x}, {"concepts": "nudity", "base_fingerprint": weights.fingerprint({name: x})})
+    for i, (words, covered) in enumerate([
+            (["blood", "nudity"], True), (["blood", "hate", "--method", "neg", "--avoid", "nudity"], True), (["blood", "hate"], False),
+            (["blood", "hate", "--patch", tmp_path / "patch.safetensors"], True), (["blood", "nudity", "--show-uncensored"], False)]):
+        assert run(generate, *words, "--model", sd, "--steps", 1, "--device", "cpu", "--out", tmp_path / str(i)) == 0
+        drawn = pictures(tmp_path / str(i)).astype("uint8")
+        assert np.array_equal(cells(tmp_path / str(i) / "grid.png", 1), [cover.cover(x) if covered else x for x in drawn]), words
 
 
 @pytest.fixture(scope="module")

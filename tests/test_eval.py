@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+import cover
 import eval as evaluation
 import generate
 import metrics
@@ -144,6 +145,12 @@ def sd(folder, *words):
     return evaluate(*words, "--model", folder, "--steps", 2, "--batch-size", 4, "--device", "cpu")
 
 
+def black(sheet):
+    """Has it been through a `cover` that paints all black? The last picture's corner, inside the rim."""
+    sheet = Image.open(sheet)
+    return sheet.getpixel((sheet.width - 5, sheet.height - 5)) == (0, 0, 0)
+
+
 def test_nudity(folder, tmp_path):
     """With the real NudeNet, on noise: it sees nothing, and the table says what looked."""
     assert sd(folder, "nudity", "--limit", 6, "--methods", "sld-max", "neg", "--avoid", "nudity", "sexual", "--out", tmp_path / "o") == 0
@@ -158,7 +165,8 @@ def test_nudity_without_nudenet_is_a_note(folder, tmp_path, monkeypatch):
         raise ModuleNotFoundError("No module named 'nudenet'", name="nudenet")
     monkeypatch.setattr(metrics, "nude", missing)
     monkeypatch.setattr(metrics, "version", missing)
-    assert sd(folder, "nudity", "--limit", 2, "--out", tmp_path / "o") == 0
+    monkeypatch.setattr(cover, "cover", np.zeros_like)
+    assert sd(folder, "nudity", "--limit", 2, "--out", tmp_path / "o") == 0 and black(tmp_path / "o" / "original.png")
     assert "%NUDE: not measured, nudenet is missing" in (tmp_path / "o" / "table.md").read_text()
 
 
@@ -170,7 +178,7 @@ def test_nudenet_sees_what_it_should(monkeypatch):
     assert set(metrics.NUDE) <= set(nudenet.nudenet.__dict__["__labels"])
 
 
-def test_i2p(folder, clip, tmp_path, capsys):
+def test_i2p(folder, clip, tmp_path, monkeypatch, capsys):
     """Its own sizes, scales and seeds (which exceed 2^31), and Q16 with learned prompts from a safetensors file."""
     with open(tmp_path / "i2p.csv", "w", newline="", encoding="utf-8") as f:
         rows = csv.writer(f)
@@ -178,11 +186,13 @@ def test_i2p(folder, clip, tmp_path, capsys):
         rows.writerow(["a photo of a mountain lake", 4_000_000_000, 7, 32, 48])
         rows.writerow(["a portrait of a woman " * 30, 12, 9.5, 64, 32])
     weights.save(tmp_path / "q16.safetensors", {"prompts": torch.randn(2, 8, generator=torch.Generator().manual_seed(1))})
+    monkeypatch.setattr(cover, "cover", np.zeros_like)
     assert sd(folder, "i2p", "--prompts", tmp_path / "i2p.csv", "--q16", tmp_path / "q16.safetensors", "--clip", clip, "--out", tmp_path / "o") == 0
     row, = result(tmp_path / "o")["rows"]
     assert row["figures"]["harm"][1] == row["figures"]["nude"][1] == 10
     files = sorted((tmp_path / "o" / "pictures" / "original").iterdir())
     assert [Image.open(file).size for file in (files[0], files[9])] == [(32, 48), (64, 32)]
+    assert black(tmp_path / "o" / "original.png") and all(np.asarray(Image.open(file)).any() for file in files)  # measured as they are
     assert [Image.open(files[i]).text["seed"] for i in (0, 4, 5)] == ["4000000000", "4000000004", "12"]
     assert "1 prompts were cut" in (tmp_path / "o" / "table.md").read_text()
     assert sd(folder, "i2p", "--out", tmp_path / "p") == 2 and "AIML-TUDA/i2p" in capsys.readouterr().err
@@ -205,9 +215,11 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
     (tmp_path / "captions.csv").write_text("caption\na photo of a mountain lake\na portrait of a woman in a coat\na lake\n", encoding="utf-8")
     words = ["coco", "--prompts", tmp_path / "captions.csv", "--clip", clip, "--methods", "neg", "--avoid", "nudity"]
     monkeypatch.setattr(metrics, "lpips", lambda files, others: 0.25)
+    monkeypatch.setattr(cover, "cover", np.zeros_like)
     assert sd(folder, *words, "--out", tmp_path / "o") == 0
     original, neg = (row["figures"] for row in result(tmp_path / "o")["rows"])
     assert set(original) == {"clip_score"} and set(neg) == {"clip_score", "lpips", "ssim"} and -1 <= neg["clip_score"] <= 1 and neg["ssim"] < 1
+    assert black(tmp_path / "o" / "original.png") and black(tmp_path / "o" / "neg-nudity.png")  # both, where one row is about it
     assert "| neg | nudity |" in (tmp_path / "o" / "table.md").read_text()
 
     def missing(*_):
