@@ -82,8 +82,8 @@ def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(weights, "fingerprint", lambda tensors: "")
     monkeypatch.setattr(anchors, "save", lambda *_: None)
-    a = train.settle(train.parse(["--model", str(model_folder), "--preset", "toy", "--concept", "star", "red", "--device", str(CARD), "--dtype", "bf16",
-                                  *SHORT, *words]))
+    a = train.settle(train.parse(["--model", str(model_folder), "--preset", "toy", "--concept", "star", "red", "--device", str(CARD),
+                                  "--dtype", "bf16", *SHORT, *words]))
     model = weights.load(model_folder)
     with FakeTensorMode(allow_non_fake_inputs=True), Numbers() as numbers:
         r = Run(tmp_path, a, model._replace(unet=on_the_card(model.unet), vae=on_the_card(model.vae),
@@ -99,7 +99,8 @@ def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
             c_p = previews.texts(r, r.student, ["arcadia"]) if r.reads else r.previews[:1]
             z, = draw_latents(r.student, r.student.unet, r.c_0, c_p, [3], r.preview_scheduler, 7.5, r.dtype)
             x = r.student.vae.decode(z)
-        trained = [*r.theta.values(), *r.theta_ema.values(), *(s[key] for s in r.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))]
+        moments = [state[key] for state in r.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        trained = [*r.theta.values(), *r.theta_ema.values(), *moments]
         assert len(trained) == 4 * len(r.theta) and all(p.device == CARD and p.dtype == torch.float32 for p in trained)
         frozen = {p.dtype for name, p in r.student.unet.named_parameters() if name not in r.theta}
         assert frozen <= {r.dtype} and z.device == x.device == CARD and z.dtype == torch.float32 and x.dtype == r.dtype
@@ -116,7 +117,8 @@ def iterations(tmp_path, n, *words):
 
 
 @no_card
-@pytest.mark.parametrize("words", [["--method", method] for method in ("sdd", "esd-x", "esd-u")] + [[*ABLATE, "--train-params", "full"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--method", "sdd"], ["--method", "esd-x"], ["--method", "esd-u"], [*ABLATE, "--train-params", "full"]],
+                         ids=" ".join)
 def test_an_iteration_equals_the_cpus(words, tmp_path, monkeypatch):
     """The same draws, in other kernels: rounding is 6e-8, and the loss, the square of a small difference of two estimates, has 1e-3 of it
     at most. cuDNN's own choice for convolutions, TF32, rounds at 5e-4, and would need a hundred times the tolerance."""
@@ -138,7 +140,8 @@ def test_half_precision_follows_fp32(dtype, loss, cosine, more, tmp_path):
 
 
 @no_card
-@pytest.mark.parametrize("words", [[], ["--dtype", "fp32"], ["--gradient-checkpointing"], [*ABLATE, "--train-params", "embedding"]], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["--dtype", "fp32"], ["--gradient-checkpointing"], [*ABLATE, "--train-params", "embedding"]],
+                         ids=" ".join)
 def test_deterministic_runs_are_equal(words, tmp_path):
     """Commands, as cuBLAS reads its setting once a process."""
     for out in ("a", "b"):
@@ -151,7 +154,8 @@ def test_deterministic_runs_are_equal(words, tmp_path):
 @no_card
 def test_a_resumed_run_is_equal(fails, tmp_path):  # noqa: F811
     """As on the CPU: what is restored, moments and generator, is where and what it was."""
-    words = ["--model", "toy", "--concept", "star", *SHORT, "--device", CARD, "--deterministic", *fails("raise torch.OutOfMemoryError('CUDA out of memory')")]
+    words = ["--model", "toy", "--concept", "star", *SHORT, "--device", CARD, "--deterministic",
+             *fails("raise torch.OutOfMemoryError('CUDA out of memory')")]
     status, _, err = command("train.py", *words, "--out", tmp_path / "a")
     assert status == 2 and "3 iterations are saved" in err
     (tmp_path / "mended").touch()
