@@ -19,6 +19,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:  # clocks, peaks and autocast ask for none and mean this one
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:  # torch raises either, by device
         raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]}): say --device cpu, or check the driver.") from e
     return device
@@ -89,8 +91,9 @@ def run(main, args, stopped="what is written so far stays; choose a new folder w
         print(f"error: {e}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as e:
-        if type(e) is RuntimeError and "can't allocate memory" not in str(e):  # torch's class is of a GPU's memory only
-            raise
+        full = isinstance(e, (MemoryError, torch.OutOfMemoryError))  # torch's class is of a GPU's memory only
+        if not full and "can't allocate memory" not in str(e) and "out of memory" not in str(e):
+            raise  # also what derives from RuntimeError: CUDA's other errors, torch.distributed's
         print("error: the memory is full: try a smaller --batch-size or --resolution, or --dtype bf16.", file=sys.stderr)
         return 2
     except OSError as e:

@@ -25,6 +25,8 @@ from guidance import GUIDANCE, sample
 from scheduler import SAMPLERS
 from weights import UserError
 
+DECODED = 2**20  # pixels at once: 4 pictures of 512 x 512; eval.py's 32 would need tens of GB and tensors of 2³¹ elements
+
 
 def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, by default the one that scheduler_config.json names."""
@@ -90,8 +92,9 @@ def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype,
 def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
     """The same, decoded: yields n pictures, uint8 (H, W, 3)."""
     for z in draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
+        few = max(1, DECODED // (model.vae.factor**2 * z.shape[2] * z.shape[3]))
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            pictures = model.vae.decode(z)
+            pictures = torch.cat([model.vae.decode(part) for part in z.split(few)])
         pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         yield from (pictures * 255).round().astype("uint8")
 

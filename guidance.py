@@ -74,7 +74,7 @@ def sega_step(e_0, e_p, edits, s, i, nu, warmup=(10,), s_e=5.0, quantile=0.9, s_
     g = torch.where(g.abs() >= g.abs().float().flatten(3).quantile(quantile, dim=3)[..., None, None], g, 0.0)
     gamma = g.sum(0) + s_m * nu
     nu = beta * nu + (1 - beta) * gamma  # of all concepts, from the first step on
-    warm = torch.tensor([i >= w for w in warmup], device=g.device).expand(len(g))
+    warm = torch.tensor([i >= w for w in warmup]).expand(len(g))  # on the CPU: a GPU would be waited for
     if not warm.all():
         gamma = g[warm].mean(0) if warm.any() else 0.0
     return e_0 + s * (e_p - e_0) + gamma, nu

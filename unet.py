@@ -217,7 +217,8 @@ class UNet(nn.Module):
 
     def forward(self, z, t, context):
         """Latents (B, 4, H, W), timesteps 0..999 (B,) or (), prompt embeddings (B, L, D) -> noise (B, 4, H, W)."""
-        t = torch.as_tensor(t, device=z.device).expand(len(z))
+        # a number goes along with the kernel; copied to a GPU it would be waited for, in each evaluation
+        t = t.to(z.device).expand(len(z)) if isinstance(t, torch.Tensor) else torch.full((len(z),), t, device=z.device)
         emb = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(z.dtype))
         x = self.conv_in(z)
         skips = [x]
