@@ -19,10 +19,13 @@ import sys
 import tempfile
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -112,7 +115,7 @@ class Live(TorchDispatchMode):
         """The tensors of modules and optimizers; the peak is counted from now on."""
         for part in parts:
             states = part.state.values() if isinstance(part, torch.optim.Optimizer) else []
-            for x in [*(part.parameters() if isinstance(part, torch.nn.Module) else ()), *(x for state in states for x in state.values())]:
+            for x in [*(part.parameters() if isinstance(part, nn.Module) else ()), *(x for state in states for x in state.values())]:
                 self.add(x)
                 self.add(x.grad)
         self.peak = self.now
@@ -138,18 +141,26 @@ class Live(TorchDispatchMode):
         return out
 
 
+@contextmanager
+def pretended():
+    """SD 1.4 without computing anything: fake tensors have no values, are where they were made, and fit whatever their size. Norms are in
+    float32, as a GPU's autocast has them; the CPU's has not."""
+    with (patch.object(weights, "fingerprint", lambda tensors: ""), patch.object(nn.Module, "to", lambda module, *_: module),
+          patch.object(nn.GroupNorm, "forward", lambda m, x: F.group_norm(x.float(), m.num_groups, m.weight.float(), m.bias.float(), m.eps)),
+          patch.object(nn.LayerNorm, "forward",
+                       lambda m, x: F.layer_norm(x.float(), m.normalized_shape, m.weight.float(), m.bias.float(), m.eps)),
+          FakeTensorMode(allow_non_fake_inputs=True)):
+        yield
+
+
 def counted_peak(make, size):
-    """Bytes at the peak of a second iteration; SD 1.4's on fake tensors: nothing is computed, and any size fits."""
-    fingerprint, weights.fingerprint = weights.fingerprint, lambda tensors: ""  # it would read values
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) if size == "sd14" else nullcontext(), Live() as live:
-            contender = make()
-            contender.iteration(1)
-            live.include(contender.parts)
-            contender.iteration(1)
-            return live.peak
-    finally:
-        weights.fingerprint = fingerprint
+    """Bytes at the peak of a second iteration."""
+    with pretended() if size == "sd14" else nullcontext(), Live() as live:
+        contender = make()
+        contender.iteration(1)
+        live.include(contender.parts)
+        contender.iteration(1)
+        return live.peak
 
 
 def matmul_rate(device, dtype):

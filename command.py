@@ -26,13 +26,14 @@ def pick_device(name):
     return device
 
 
-def pick_dtype(name, device):
-    """`auto` is float32, but on CUDA bfloat16, or float16 on cards without it."""
+def pick_dtype(name, device, training=False):
+    """`auto` is float32; on CUDA float16, which draws nearer to it than bfloat16 does. For training, where float16 can overflow, it is
+    bfloat16 on cards that have it."""
     if name != "auto":
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if training and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def refuse_used(folder, advice=""):
@@ -78,7 +79,7 @@ def add_common_arguments(parser):
     parser.add_argument("--show-uncensored", action="store_true", help="do not cover nudity in previews and sheets (see the README)")
     parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
-    parser.add_argument("--dtype", default="auto", **one_of(["auto", *DTYPES]), help="auto: fp32; on CUDA bf16, or fp16 without it")
+    parser.add_argument("--dtype", default="auto", **one_of(["auto", *DTYPES]), help="auto: fp32; on CUDA fp16, or to train bf16 if it has it")
 
 
 def run(main, args, stopped="what is written so far stays; choose a new folder with --out to begin again"):

@@ -153,8 +153,7 @@ def evaluate(args):
     rows_of = [(system, SUITES[args.suite][0](args, system.concepts)[:limit], args.out / "pictures" / system.title) for system in rows]
     own = args.device == "auto" and world > 1 and torch.cuda.is_available()  # each rank its own card
     device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own else args.device)
-    # fp16 is the paper's for COCO; SLD's and SEGA's small differences survive it better than bf16
-    dtype = pick_dtype("fp16" if args.dtype == "auto" and device.type == "cuda" else args.dtype, device)
+    dtype = pick_dtype(args.dtype, device)  # on a GPU the paper's for COCO, fp16
     model = weights.load(args.model, args.revision)
     check(args, rows, model)
     for part in (model.unet, model.vae, model.text_encoder):

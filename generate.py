@@ -205,7 +205,8 @@ def draw_jobs(model, file, avoid, args, scheduler, dtype):
         jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
                 for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
         seeds = [job["seed"] for job in jobs]
-        yield from zip(jobs, draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), seeds, scheduler, args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing",
+        yield from zip(jobs, draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), seeds, scheduler,
+                                  args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing",
                                   method=args.method, c_S=c_S, warmup=args.guidance_warmup))
 
 

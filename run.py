@@ -30,7 +30,7 @@ class Run:
     def __init__(self, out, a, model=None):
         self.out, self.a = out, a
         self.device = pick_device(a["device"])
-        self.dtype = pick_dtype(a["dtype"], self.device)
+        self.dtype = pick_dtype(a["dtype"], self.device, training=True)
         if a["deterministic"]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
@@ -55,7 +55,9 @@ class Run:
         self.reads = any(name.startswith("text_model.") for name in theta)
         self.base = weights.fingerprint(theta)
         for name, p in model.unet.named_parameters():
-            p.data = p.data.to(self.device, torch.float32 if name in theta else self.dtype)
+            # CUDA's autocast (not the CPU's) computes norms in fp32, and would cast their weights in each evaluation
+            wide = name in theta or self.device.type == "cuda" and "norm" in name
+            p.data = p.data.to(self.device, torch.float32 if wide else self.dtype)
         model.text_encoder.to(self.device)
         if a["preview_every"]:  # nothing else decodes
             model.vae.to(self.device)

@@ -255,10 +255,10 @@ def train_in(out, a, resume):
     start, began = r.restore(), time.monotonic()
     watch = report.Watch(out, a["report_to"], start)
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
-        if a["preview_every"] and start == 0:
-            previews.preview(r, 0)
-            watch.previews()
         try:
+            if a["preview_every"] and start == 0:
+                previews.preview(r, 0)
+                watch.previews()
             iterate(r, a, start, watch)
         except FloatingPointError as e:
             raise UserError(f"{e}. The checkpoint before it is kept in {out}; begin anew in another folder with a smaller --lr, or with "

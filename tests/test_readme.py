@@ -13,7 +13,7 @@ from suites import COUNTRIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {"train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2 --anchor-images 2", "generate.py": "--steps 2",
+SHORT = {"train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2", "generate.py": "--steps 2",
          "eval.py": "--limit 3 --steps 2", "convert.py": "", "report.py": ""}
 
 
@@ -50,6 +50,7 @@ def test_readme_commands(project, tmp_path):
         extra = [] if "--resume" in words else SHORT[script].split()
         if not toy and "--resume" not in words and script != "report.py":
             extra += ["--model", str(model), *(["--device", "cpu"] if script != "convert.py" else [])]
+        extra += ["--anchor-images", "2"] * ("ablate" in words)
         line = [sys.executable, str(project / script), *words, *extra]
         done = subprocess.run(line, cwd=tmp_path / ("toy" if toy else "gpu"), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
