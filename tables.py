@@ -101,11 +101,10 @@ def plot(rows, titles, suite, folder):
     axes = figure.subplots()
     if matrix:
         asked = matrix[0]["asked"]
-        image = axes.imshow([[height(row["figures"][which]) for which in asked] for row in matrix])
+        image = axes.imshow([[height(row["figures"][which]) for which in asked] for row in matrix], aspect="auto")
         figure.colorbar(image, label="% shown" if isinstance(matrix[0]["figures"][asked[0]], tuple) else TITLES["lpips"])
-        axes.set(xticks=range(len(asked)), xticklabels=asked, xlabel="asked for",
-                 yticks=range(len(matrix)), yticklabels=[row["model"] for row in matrix])
-        axes.tick_params(axis="x", rotation=30)
+        axes.set(xlabel="asked for", yticks=range(len(matrix)), yticklabels=[row["model"] for row in matrix])
+        axes.set_xticks(range(len(asked)), asked, rotation=30, ha="right")
     else:
         key = next(key for key in titles if all(key in figures for *_, figures in points))
         for name in dict.fromkeys(name for name, *_ in points):

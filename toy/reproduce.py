@@ -194,7 +194,8 @@ def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
     text.append("\n## What holds\n\nA claim holds or fails where the two intervals do not meet, and is open where they do.\n\n")
     text.append(claims(rows))
     if artists:
-        text += ["\n## Artists (Figure 2): textures in their place\n\nWhat shows, of what was asked for.\n\n",
+        text += ["\n## Artists (Figure 2): textures in their place\n\nWhat shows, of what was asked for. SDD has the README's settings for a "
+                 "texture, the others have the star's; Ablating's anchor is plain.\n\n",
                  picture("matrix", "who was erased and who is asked for"), table("matrix")]
     text += ["\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n", picture("curve", "target over iterations"),
              f"SDD, the star, seed {seeds[0]}:\n\n", picture("film_sdd", "student and teacher of SDD over the iterations"),
