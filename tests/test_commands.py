@@ -147,7 +147,8 @@ def test_what_training_leaves(trained):
     ["--method", "ablate", "--anchor", "circle", "--prior", "1", "--detach-start"], ["--method", "all-but-one", "--anchor", "circle"],
     ["--method", "all-but-one", "--quantile", "0.9"], ["--loss", f"{ROOT / 'losses.py'}:esd_loss"]], ids=" ".join)
 def test_the_other_trainers(words, tmp_path):
-    assert run(train, "--model", "toy", "--concept", "star", *SHORT[:8], "--preview-every", 0, "--anchor-images", 3, *words, "--out", tmp_path / "o") == 0
+    few = ["--anchor-images", 3] if "ablat" in str(words) else []
+    assert run(train, "--model", "toy", "--concept", "star", *SHORT[:8], "--preview-every", 0, *few, *words, "--out", tmp_path / "o") == 0
     tensors, metadata = weights.read(tmp_path / "o" / "erased.safetensors")
     method, options = metadata["method"], json.loads(metadata["args"])
     unet = weights.load("toy").unet
