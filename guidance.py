@@ -18,7 +18,7 @@ def sample(estimate, scheduler, z, k=None):
 
 def evaluate(unet, z, t, *prompts):
     """The estimates for several prompts, each (B, 77, D) or (1, 77, D), in one batch."""
-    context = torch.cat([c.expand(len(z), -1, -1) for c in prompts])
+    context = torch.cat(torch.broadcast_tensors(*prompts))  # one row for each prompt, if each is the same for all of z
     return unet(torch.cat([z] * len(prompts)), t, context).chunk(len(prompts))
 
 

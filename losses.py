@@ -3,7 +3,8 @@
 A loss is called with keywords, takes those that it needs, swallows the rest with **_ and returns a scalar:
     e, e_original    the student ε_θ(z, t, c) and the frozen model ε_θ° it started from
     z_t, t           latents (B, 4, H, W) and their timestep, one for all or (B,)
-    c_s, c_0, c_a    embeddings (B, 77, D) of what to unlearn, of the empty prompt, and of --anchor: what to show instead
+    c_s, c_0, c_a    embeddings of what to unlearn, of the empty prompt, and of --anchor, what to show instead: (1, 77, D), one for all
+                     latents, or (B, 77, D)
     n                the noise in z_t, where z_t is a noised picture
     erase_scale, quantile    --erase-scale and --quantile
 This is the place for your own: write the function, add a row to METHODS; or leave it where it is and say --loss FILE:FUNCTION.

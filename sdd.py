@@ -71,8 +71,7 @@ def half_drawn(painter, scheduler, concepts, joined, c_0, shape, generator, role
         c_p, c_s = (joined, concepts[j:j + 1]) if roles == "official" else (concepts[j:j + 1], joined)
         with torch.no_grad():
             z_t = sample(cfg(painter, c_0, c_p, guidance_scale), scheduler, z_T, k)
-        more = {} if c_a is None else {"c_a": c_a.expand(len(z_t), -1, -1)}
-        return dict(z_t=z_t, t=t, c_s=c_s.expand(len(z_t), -1, -1), **more), k, j
+        return dict(z_t=z_t, t=t, c_s=c_s, **({} if c_a is None else {"c_a": c_a})), k, j
 
     return latents
 
@@ -89,7 +88,7 @@ def sdd(student, original, optimizer, theta_ema, latents, c_0, *, loss, start=0,
     theta = [p for group in optimizer.param_groups for p in group["params"]]
     for i in range(start, iters):
         x, k, j = latents(i)
-        x |= dict(e=student, e_original=original, c_0=c_0.expand(len(x["z_t"]), -1, -1))
+        x |= dict(e=student, e_original=original, c_0=c_0)
         value = loss(**x)
         if preserve:
             value = value + preserve * losses.preservation(**x)

@@ -123,6 +123,14 @@ def unet_error(name="8 heads, cross first", size=(15, 13), gain=1.0):
     return relative(ours(z, t, context), theirs(z, t, context).sample)
 
 
+def shared_prompts_error():
+    """Ours with 2 prompts for 6 latents, the first three and the last three; theirs needs a row for each."""
+    sizes = UNETS["8 heads, cross first"]
+    ours, theirs = pair("unet", **sizes)
+    z, t, c = randn(6, 4, 15, 13), torch.tensor([999, 1, 500, 20, 700, 981]), randn(2, 7, sizes["cross_attention_dim"], seed=1)
+    return relative(ours(z, t, c), theirs(z, t, c.repeat_interleave(3, 0)).sample)
+
+
 def unet_levels(net):
     """The parts of a UNet of ours or theirs that `unet_part` compares; both have the same names."""
     level = net.down_blocks[1]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 import clip_text
 import common
@@ -168,6 +169,8 @@ MISTAKES = [
      lambda: common.unet_error("2 heads, plain first")),
     ("8 channels a head, one block", after_init(unet.Attention, lambda self: setattr(self, "heads", self.to_q.in_features // 16)),
      lambda: common.unet_part("cross-attention")),
+    ("prompts in turn for latents in a row", put(unet, "rearrange", lambda x, how, **n: rearrange(x, how.replace("(p b)", "(b p)"), **n)),
+     common.shared_prompts_error),
     ("sin first", put(unet, "timestep_embedding", sin_first), common.timestep_error),
     ("sin first: all", put(unet, "timestep_embedding", sin_first), common.unet_error),
     ("frequency shift 1", put(unet, "timestep_embedding", freq_shift_1), common.timestep_error),

@@ -49,6 +49,10 @@ def test_text_encoder(gain):
     assert common.text_error(gain) <= TOLERANCE
 
 
+def test_unet_takes_one_prompt_for_several_latents():
+    assert common.shared_prompts_error() <= TOLERANCE
+
+
 def test_unet_takes_one_timestep_for_all():
     ours, _ = pair("unet", **UNETS["2 heads, plain first"])
     z, context = randn(2, 4, 8, 8), randn(2, 7, 40, seed=1)

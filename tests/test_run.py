@@ -10,6 +10,7 @@ import anchors
 import ema
 import train
 import weights
+from common import relative
 from run import Run
 from test_commands import SHORT, run
 
@@ -95,26 +96,40 @@ def test_checkpointing_keeps_the_bits_and_less_memory(tmp_path):
 
 
 @torch.enable_grad()
-@pytest.mark.parametrize("dtype, loss, cosine", [("bf16", 0.35, 0.75), ("fp16", 0.1, 0.9)])
-def test_half_precision_follows_fp32_and_its_average_moves(dtype, loss, cosine, tmp_path):
-    """A GPU's defaults, half precision for what is frozen and autocast, on the CPU: the same draws and nearly the same steps. The loss is
-    the square of a small difference of two estimates, so that their rounding (2^-9 and 2^-12) counts; measured over 18 iterations: the loss
-    up to 17 % off in bf16 and 4 % in fp16, the gradient's cosine 0.83 to 1.00 and 0.93 to 1.00."""
-    runs = [make(tmp_path, "--dtype", name, "--warmup", 0, "--ema", 0.999) for name in ("fp32", dtype)]
-    before = torch.cat([x.detach().flatten() for x in runs[0].theta.values()])
-    rows, grads = ([], []), ([], [])
-    for r, mine, seen in zip(runs, rows, grads):
+@pytest.mark.parametrize("dtype, loss, norm, cosine, z", [("bf16", 0.4, 0.2, 0.8, 0.5), ("fp16", 0.05, 0.2, 0.8, 0.1)])
+def test_half_precision_follows_fp32_and_its_average_moves(dtype, loss, norm, cosine, z, tmp_path):
+    """A GPU's defaults, half precision for what is frozen and autocast, on the CPU. Each step starts from fp32's weights and latents; the
+    latents that half precision draws itself are compared on their own. The loss is the square of a small difference of two estimates, so
+    that their rounding (2^-9 and 2^-12) counts. The bounds are about twice what 100 iterations showed, five seeds of 20: the loss up to
+    22 % off in bf16 (1 % in fp16), the gradient's norm 8 % (5 %), its cosine at least 0.949 (0.946), the latents 22 % (2 %)."""
+    full, half = runs = [make(tmp_path, "--dtype", name, "--warmup", 0, "--ema", 0.999) for name in ("fp32", dtype)]
+    before, drawn, grads = torch.cat([x.detach().flatten() for x in full.theta.values()]), [], ([], [])
+
+    def draws(i, draw=full.latents):
+        drawn.append(draw(i))
+        return drawn[-1]
+
+    def draws_and_takes_those(i, draw=half.latents):
+        assert relative(draw(i)[0]["z_t"].float(), drawn[-1][0]["z_t"]) < z
+        return drawn[-1]
+
+    full.latents, half.latents = draws, draws_and_takes_those
+    for r, seen in zip(runs, grads):
         r.optimizer.register_step_pre_hook(lambda *_, r=r, seen=seen: seen.append(torch.cat([p.grad.flatten() for p in r.theta.values()])))
-        with torch.autocast("cpu", r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):
-            mine += [it for _, it in zip(range(3), r.iterations())]
-    half = runs[1]
+    steps, half_steps = full.iterations(), half.iterations()
+    for i in range(3):
+        with torch.no_grad():
+            for name, x in half.theta.items():
+                x.copy_(full.theta[name])
+        a = next(steps)
+        with torch.autocast("cpu", half.dtype, cache_enabled=False):
+            b = next(half_steps)
+        assert b.loss == pytest.approx(a.loss, rel=loss) and b.loss != a.loss
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=norm)  # neither the directions below nor AdamW see loss_scale
+        assert torch.nn.functional.cosine_similarity(grads[0][i], grads[1][i], dim=0) > cosine
     assert all(x.dtype == torch.float32 for x in [*half.theta.values(), *half.theta_ema.values(), *grads[1]])
     frozen = [p for name, p in half.student.unet.named_parameters() if name not in half.theta]
     assert frozen and all(p.dtype == half.dtype != torch.float32 for p in frozen)
-    for a, b, g, h in zip(*rows, *grads):
-        assert (a.k, a.j) == (b.k, b.j) and b.loss == pytest.approx(a.loss, rel=loss) and b.loss != a.loss
-        assert b.grad_norm == pytest.approx(a.grad_norm, rel=loss)  # neither the directions below nor AdamW see loss_scale
-        assert torch.nn.functional.cosine_similarity(g, h, dim=0) > cosine
     moved, average = (torch.cat([x.flatten() for x in group.values()]) - before for group in (half.theta, half.theta_ema))
     assert torch.nn.functional.cosine_similarity(moved, average, dim=0) > 0.5 and (average != 0).float().mean() > 0.9
 
