@@ -38,8 +38,8 @@ def prompt_pairs(concepts, anchors, lines):
     return pairs
 
 
-def make(file, model, c_0, c_a, scheduler, n, guidance_scale, dtype, seed):
-    """z_0 (n, 4, h, w) of n pictures, the i-th of prompt i mod len(c_a); what `file` already holds is not drawn again."""
+def make(file, model, painter, c_0, c_a, scheduler, n, guidance_scale, seed):
+    """z_0 (n, 4, h, w) of n pictures by `painter`, the i-th of prompt i mod len(c_a); what `file` already holds is not drawn again."""
     settings = {"n": str(n), "seed": str(seed), "prompts": str(len(c_a))}
     tensors, metadata = read(file) if file.exists() else ({"z_0": torch.empty(0)}, settings)
     if metadata != settings or "z_0" not in tensors:
@@ -47,8 +47,8 @@ def make(file, model, c_0, c_a, scheduler, n, guidance_scale, dtype, seed):
     z_0 = tensors["z_0"].to(c_0.device)
     while len(z_0) < n:
         which = torch.arange(len(z_0), min(len(z_0) + KEPT, n))
-        more = draw_latents(model, model.unet, c_0, c_a[which.to(c_a.device) % len(c_a)], (seed + which).tolist(), scheduler, guidance_scale,
-                            dtype, bar=f"anchors, {len(z_0)} of {n} kept")
+        more = draw_latents(model, painter, c_0, c_a[which.to(c_a.device) % len(c_a)], (seed + which).tolist(), scheduler, guidance_scale,
+                            bar=f"anchors, {len(z_0)} of {n} kept")
         z_0 = torch.cat([z_0, *more])
         save(file, {"z_0": z_0}, settings)
     return z_0

@@ -37,7 +37,7 @@ import weights
 from authors import PROMPT, Authors, their_parts
 from clip_text import CLIPText
 from command import pick_device, positive, run
-from generate import draw, encode, make_scheduler
+from generate import Painter, draw, encode, make_scheduler
 from run import Run
 from unet import UNet
 from vae import VAE
@@ -227,7 +227,7 @@ def generation(args, device, rows):
     """Pictures a second, DDIM; ours and diffusers' pipeline take turns."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     model, (unet, vae, text, tokenizer) = our_model(args.size, device), their_parts(args.size, device)
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in (model.vae, model.text_encoder):
         part.to(device)
     dtype, steps = (torch.float16, 50) if device.type == "cuda" else (torch.float32, 12 if args.size == "toy" else 1)
     scheduler = make_scheduler(model.scheduler, steps, "ddim")
@@ -236,9 +236,10 @@ def generation(args, device, rows):
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     c_0, c_p = encode(model, ["", PROMPT]).split(1)
+    painter = Painter(model.unet, device, dtype)
 
     def ours_draw(n):
-        return [*draw(model, model.unet, c_0, c_p.expand(n, -1, -1), range(n), scheduler, 7.5, dtype, batch_size=n)]
+        return [*draw(model, painter, c_0, c_p.expand(n, -1, -1), range(n), scheduler, 7.5, dtype, batch_size=n)]
 
     def theirs_draw(n):
         return theirs(prompt_embeds=c_p.expand(n, -1, -1).to(dtype), negative_prompt_embeds=c_0.expand(n, -1, -1).to(dtype),

@@ -26,7 +26,7 @@ import metrics
 import weights
 from command import add_common_arguments, finite, natural, one_of, pick_device, pick_dtype, positive, refuse_used, run
 from folder import alone
-from generate import avoided, draw, encode, make_scheduler, patched, save_png
+from generate import Painter, avoided, draw, encode, make_scheduler, patched, save_png
 from guidance import GUIDANCE
 from suites import SUITES
 from tables import learned_prompts, results
@@ -83,23 +83,24 @@ def batches(jobs, size):
         yield list(group)
 
 
-def draw_missing(model, system, jobs, folder, args, dtype, rank, world):
+def draw_missing(model, system, jobs, folder, args, device, dtype, rank, world):
     """Makes the pictures that are not there. Each rank, and each restart, takes whole batches, so that a picture does not depend on
     who makes it when."""
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    device, files = next(model.unet.parameters()).device, system.files or (None,)
+    files = system.files or (None,)
     avoid = avoided(system.method, system.concepts if system.method != "sd" else ())
     for n, file in enumerate(files):
         mine = list(range(n, len(jobs), len(files)))
         todo = [[mine[i] for i in batch] for batch in batches([jobs[i] for i in mine], args.batch_size)]
         todo = [batch for batch in todo[rank::world] if not all((folder / f"{i:05d}.png").exists() for i in batch)]
         with patched(model, file if todo else None):
+            painter = Painter(model.unet, device, dtype)
             for batch in tqdm(todo, system.title, unit="batch", disable=None):
                 some = [jobs[i] for i in batch]
                 texts = encode(model, ["", *avoid, *(job.prompt for job in some)], tell=False)
-                c_0, c_S, c_p = texts.to(device).split([1, len(avoid), len(some)])
+                c_0, c_S, c_p = texts.split([1, len(avoid), len(some)])
                 scale = args.guidance_scale if some[0].scale is None else some[0].scale
-                pictures = draw(model, model.unet, c_0, c_p, [job.seed for job in some], scheduler, scale, dtype, size=some[0].size,
+                pictures = draw(model, painter, c_0, c_p, [job.seed for job in some], scheduler, scale, dtype, size=some[0].size,
                                 batch_size=len(some), method=system.method, c_S=c_S, warmup=args.guidance_warmup)
                 for i, picture in zip(batch, pictures):
                     if not (folder / f"{i:05d}.png").exists():
@@ -156,7 +157,7 @@ def evaluate(args):
     dtype = pick_dtype(args.dtype, device)  # on a GPU the paper's for COCO, fp16
     model = weights.load(args.model, args.revision)
     check(args, rows, model)
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in (model.vae, model.text_encoder):
         part.to(device)
     with alone(args.out) if rank == 0 else nullcontext():
         fill(args, rows_of, model, device, dtype, rank, world)
@@ -168,7 +169,7 @@ def fill(args, rows_of, model, device, dtype, rank, world):
     if world > 1:  # the others wait here until the first has found the folder in order
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # the slowest rank may take long
     for system, jobs, folder in rows_of:
-        draw_missing(model, system, jobs, folder, args, dtype, rank, world)
+        draw_missing(model, system, jobs, folder, args, device, dtype, rank, world)
     if world > 1:
         torch.distributed.barrier()  # then the first rank measures alone
         torch.distributed.destroy_process_group()

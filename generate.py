@@ -4,6 +4,7 @@ Image n of a prompt starts from noise of its own, seeded with seed + n on the CP
 any batch size and on any device.
 """
 import argparse
+import copy
 import difflib
 import json
 import sys
@@ -70,28 +71,47 @@ def noise(shape, seeds):
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
-@torch.no_grad()
-def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, size=None, batch_size=4, bar=None, method="sd", c_S=None,
-                 warmup=None):
-    """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields latents (batch, 4, h, w), n in all.
+class Painter:
+    """A UNet that only draws: ε(z, t, c) from float32 to float32, computed in `dtype` throughout, on `device`. Autocast would cast every
+    float32 weight in each evaluation and, on CUDA, what goes into and comes out of each norm. Shares the tensors that are so already."""
 
-    `unet` may be another than the model's own (an erased one). Runs on the device of its weights; `bar` names a progress bar.
+    def __init__(self, unet, device, dtype):
+        own = {id(p): torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False) for p in unet.parameters()}
+        self.device, self.dtype, self.unet = device, dtype, copy.deepcopy(unet, memo=dict(own))
+        self.source = [p for p in unet.parameters() if p.dtype != dtype or p.device.type != device.type]
+        self.copies = [own[id(p)] for p in self.source]
+
+    def __call__(self, z, t, context):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.unet(z.to(self.dtype), t, context.to(self.dtype)).float()
+
+    @torch.no_grad()
+    def follow(self):
+        """Takes over what the UNet that it was made from has become."""
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.source)
+
+
+@torch.no_grad()
+def draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, size=None, batch_size=4, bar=None, method="sd", c_S=None,
+                 warmup=None):
+    """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields latents (batch, 4, h, w), float32, n in all.
+
+    `unet` may be another than the model's own (an erased one), or a Painter; z_T goes to the device of c_0. `bar` names a progress bar.
     `method`, one of GUIDANCE, keeps away from c_S after `warmup` evaluations; each batch is a trajectory of its own.
     """
     size = size or model.resolution
     device, shape = c_0.device, (4, *(side // model.vae.factor for side in (size if isinstance(size, tuple) else (size, size))))
     for i in tqdm(range(0, len(seeds), batch_size), bar, unit="batch", disable=None if bar else True):
         part = slice(i, i + batch_size)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):  # cached casts go stale
-            z = noise(shape, seeds[part]).to(device)
-            z = sample(GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup), scheduler, z)
-        yield z
+        estimate = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
+        yield sample(estimate, scheduler, noise(shape, seeds[part]).to(device))
 
 
 @torch.no_grad()
 def draw(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
-    """The same, decoded: yields n pictures, uint8 (H, W, 3)."""
-    for z in draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
+    """The same, decoded in `dtype`: yields n pictures, uint8 (H, W, 3)."""
+    for z in draw_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, **how):
         few = max(1, DECODED // (model.vae.factor**2 * z.shape[2] * z.shape[3]))
         with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             pictures = torch.cat([model.vae.decode(part) for part in z.split(few)])
@@ -178,7 +198,7 @@ def write_pictures(args):
     for file in patches:  # what is wrong with one of them is said before any is drawn
         with patched(model, None if file == "none" else file) as about:
             told.append(about.get("concepts", ""))
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in (model.vae, model.text_encoder):
         part.to(device)
     shown = covering([*args.prompts, *args.avoid, *told], args.show_uncensored)
     rows, lines = [[] for _ in args.prompts], []
@@ -200,13 +220,13 @@ def write_pictures(args):
 def draw_jobs(model, file, avoid, args, scheduler, dtype):
     """Yields ({file, prompt, seed}, picture) for each prompt and each of its seeds, by the model with the patch `file`, or with "none"."""
     with patched(model, None if file == "none" else file):
-        texts = encode(model, [args.negative_prompt, *args.prompts, *avoid]).to(next(model.unet.parameters()).device)
+        texts = encode(model, [args.negative_prompt, *args.prompts, *avoid])
         c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
         jobs = [{"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
                 for p, prompt in enumerate(args.prompts) for n in range(args.num_images)]
         seeds = [job["seed"] for job in jobs]
-        yield from zip(jobs, draw(model, model.unet, c_0, c_p.repeat_interleave(args.num_images, 0), seeds, scheduler,
-                                  args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing",
+        yield from zip(jobs, draw(model, Painter(model.unet, c_0.device, dtype), c_0, c_p.repeat_interleave(args.num_images, 0), seeds,
+                                  scheduler, args.guidance_scale, dtype, size=args.resolution, batch_size=args.batch_size, bar="drawing",
                                   method=args.method, c_S=c_S, warmup=args.guidance_warmup))
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from cover import covering
-from generate import draw, encode, grid, noise, save_png
+from generate import Painter, draw, encode, grid, noise, save_png
 from guidance import cfg, sample
 
 SEED = 1000  # of the first preview prompt; the next ones count on
@@ -43,7 +43,8 @@ def seeds(a):
 def pictures(r, net):
     """The preview prompts' pictures by one of the three models: same seeds, whichever it is."""
     c_p = texts(r, net, r.a["preview"]) if r.reads else r.previews
-    return [*draw(net, net.unet, r.c_0, c_p, seeds(r.a), r.preview_scheduler, r.a["preview_guidance_scale"], r.dtype)]
+    return [*draw(net, Painter(net.unet, r.device, r.dtype), r.c_0, c_p, seeds(r.a), r.preview_scheduler,
+                  r.a["preview_guidance_scale"], r.dtype)]
 
 
 def preview(r, i):

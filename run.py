@@ -13,7 +13,7 @@ import ema
 import weights
 from clip_text import tokenize
 from command import pick_device, pick_dtype
-from generate import encode, make_scheduler
+from generate import Painter, encode, make_scheduler
 from intact import digest
 from losses import METHODS, TRAIN_PARAMS
 from sdd import half_drawn, sdd
@@ -98,13 +98,20 @@ class Run:
 
     def make_latents(self):
         """`latents`, the function that makes z_t; Ablating draws its pictures here, which takes a while."""
-        a = self.a
-        if a["latents"] != "anchor":
-            self.latents = half_drawn(getattr(self, a["latents"]).unet, self.scheduler, self.concepts, self.joined, self.c_0,
-                                      (a["batch_size"], *self.shape), self.generator, a["roles"], a["guidance_scale"], c_a=self.anchor)
+        a, pictures = self.a, self.a["latents"] == "anchor"
+        painter = Painter(getattr(self, "original" if pictures else a["latents"]).unet, self.device, self.dtype)
+        if not pictures:
+            draw = half_drawn(painter, self.scheduler, self.concepts, self.joined, self.c_0, (a["batch_size"], *self.shape), self.generator,
+                              a["roles"], a["guidance_scale"], c_a=self.anchor)
+
+            def latents(i):
+                painter.follow()
+                return draw(i)
+
+            self.latents = latents
             return
-        z_0 = anchors.make(self.out / "anchors.safetensors", self.original, self.c_0, self.anchor, self.scheduler, a["anchor_images"],
-                           a["guidance_scale"], self.dtype, a["seed"])
+        z_0 = anchors.make(self.out / "anchors.safetensors", self.original, painter, self.c_0, self.anchor, self.scheduler,
+                           a["anchor_images"], a["guidance_scale"], a["seed"])
         if a["detach_start"]:
             anchors.detach_start(self.student.unet)
         self.latents = anchors.noised(z_0, [pair[0] for pair in self.pairs], self.asked, self.anchor, self.scheduler, a["batch_size"],

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import anchors
@@ -11,6 +12,7 @@ import ema
 import train
 import weights
 from common import relative
+from generate import Painter
 from run import Run
 from test_commands import SHORT, run
 
@@ -95,14 +97,22 @@ def test_checkpointing_keeps_the_bits_and_less_memory(tmp_path):
     assert less < plain / 2
 
 
-@torch.enable_grad()
-@pytest.mark.parametrize("dtype, loss, norm, cosine, z", [("bf16", 0.4, 0.2, 0.8, 0.5), ("fp16", 0.05, 0.2, 0.8, 0.1)])
+HALVES = pytest.mark.parametrize("dtype, loss, norm, cosine, z", [("bf16", 0.4, 0.2, 0.8, 0.5), ("fp16", 0.05, 0.2, 0.8, 0.1)])
+
+
+@HALVES
 def test_half_precision_follows_fp32_and_its_average_moves(dtype, loss, norm, cosine, z, tmp_path):
-    """A GPU's defaults, half precision for what is frozen and autocast, on the CPU. Each step starts from fp32's weights and latents; the
-    latents that half precision draws itself are compared on their own. The loss is the square of a small difference of two estimates, so
-    that their rounding (2^-9 and 2^-12) counts. The bounds are about twice what 100 iterations showed, five seeds of 20: the loss up to
-    22 % off in bf16 (1 % in fp16), the gradient's norm 8 % (5 %), its cosine at least 0.949 (0.946), the latents 22 % (2 %)."""
-    full, half = runs = [make(tmp_path, "--dtype", name, "--warmup", 0, "--ema", 0.999) for name in ("fp32", dtype)]
+    follows_fp32(dtype, loss, norm, cosine, z, tmp_path)
+
+
+@torch.enable_grad()
+def follows_fp32(dtype, loss, norm, cosine, z, tmp_path, *more):
+    """A GPU's defaults: half precision for what is frozen and for drawing, autocast for the loss. Each step starts from fp32's weights and
+    latents; the latents that half precision draws itself are compared on their own. The loss is the square of a small difference of two
+    estimates, so that their rounding (2^-9 and 2^-12) counts. The bounds are about twice what 100 iterations on the CPU showed, five seeds
+    of 20: the loss up to 22 % off in bf16 (1 % in fp16), the gradient's norm 8 % (5 %), its cosine at least 0.949 (0.946), the latents
+    22 % (2 %)."""
+    full, half = runs = [make(tmp_path, "--dtype", name, "--warmup", 0, "--ema", 0.999, *more) for name in ("fp32", dtype)]
     before, drawn, grads = torch.cat([x.detach().flatten() for x in full.theta.values()]), [], ([], [])
 
     def draws(i, draw=full.latents):
@@ -122,16 +132,65 @@ def test_half_precision_follows_fp32_and_its_average_moves(dtype, loss, norm, co
             for name, x in half.theta.items():
                 x.copy_(full.theta[name])
         a = next(steps)
-        with torch.autocast("cpu", half.dtype, cache_enabled=False):
+        with torch.autocast(half.device.type, half.dtype, cache_enabled=False):
             b = next(half_steps)
         assert b.loss == pytest.approx(a.loss, rel=loss) and b.loss != a.loss
         assert b.grad_norm == pytest.approx(a.grad_norm, rel=norm)  # neither the directions below nor AdamW see loss_scale
         assert torch.nn.functional.cosine_similarity(grads[0][i], grads[1][i], dim=0) > cosine
     assert all(x.dtype == torch.float32 for x in [*half.theta.values(), *half.theta_ema.values(), *grads[1]])
-    frozen = [p for name, p in half.student.unet.named_parameters() if name not in half.theta]
+    frozen = [p for name, p in half.student.unet.named_parameters() if name not in half.theta and "norm" not in name]  # CUDA's stay wide
     assert frozen and all(p.dtype == half.dtype != torch.float32 for p in frozen)
     moved, average = (torch.cat([x.flatten() for x in group.values()]) - before for group in (half.theta, half.theta_ema))
     assert torch.nn.functional.cosine_similarity(moved, average, dim=0) > 0.5 and (average != 0).float().mean() > 0.9
+
+
+class Casts(TorchDispatchMode):
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_painter_is_the_unet_in_half_precision(tmp_path):
+    """As `unet.to(bfloat16)` under no autocast, wherever it is called; no copy of what is in bfloat16, and no weight cast in an evaluation."""
+    unet = make(tmp_path, "--dtype", "bf16").teacher.unet
+    painter, z, c = Painter(unet, torch.device("cpu"), torch.bfloat16), torch.randn(2, 4, 16, 16), torch.randn(1, 77, 64)
+    for _ in range(2):
+        whole = copy.deepcopy(unet).to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Casts() as casts:
+            e = painter(z, 500, c)
+        assert e.dtype == torch.float32 and not e.requires_grad
+        assert torch.equal(e, whole(z.bfloat16(), 500, c.bfloat16()).float())
+        assert casts.n <= 5  # z, t's sinusoids, c, e
+        for name, p in unet.named_parameters():
+            p.data.mul_(1.1) if "attn2" in name else None
+        assert torch.equal(painter(z, 500, c), e)
+        painter.follow()
+    assert len(painter.copies) == 55 and painter.unet.conv_in.weight.data_ptr() == unet.conv_in.weight.data_ptr()
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("method, theta", [("sdd", "theta_ema"), ("esd-x", "theta")])
+def test_half_precision_draws_with_what_was_learned(method, theta, tmp_path, monkeypatch):
+    """Each z_t comes from the θ* (ESD: θ) of the iteration before."""
+    painters, seen = [], []
+
+    class Watched(Painter):
+        def __init__(self, *given):
+            super().__init__(*given)
+            painters.append(self)
+
+        def follow(self):
+            super().follow()
+            seen.append([x.detach().clone() for x in self.copies])
+            assert all(torch.equal(x, p.bfloat16()) for x, p in zip(self.copies, getattr(r, theta).values(), strict=True))
+
+    monkeypatch.setattr("run.Painter", Watched)
+    r = make(tmp_path, "--method", method, "--dtype", "bf16", "--warmup", 0, "--ema", 0)
+    with torch.autocast("cpu", r.dtype, cache_enabled=False):
+        [next(iterations) for iterations in [r.iterations()] for _ in range(2)]
+    assert len(painters) == 1 and len(seen) == 2 and not torch.equal(seen[0][0], seen[1][0])
 
 
 def test_an_average_in_bf16_would_not_move():
