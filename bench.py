@@ -145,10 +145,13 @@ class Live(TorchDispatchMode):
 def pretended():
     """SD 1.4 without computing anything: fake tensors have no values, are where they were made, and fit whatever their size. Norms are in
     float32, as a GPU's autocast has them; the CPU's has not."""
-    with (patch.object(weights, "fingerprint", lambda tensors: ""), patch.object(nn.Module, "to", lambda module, *_: module),
-          patch.object(nn.GroupNorm, "forward", lambda m, x: F.group_norm(x.float(), m.num_groups, m.weight.float(), m.bias.float(), m.eps)),
+    def wide(x):
+        return x.float() if torch.is_autocast_enabled("cpu") else x
+
+    with (patch.object(weights, "fingerprint", lambda tensors: ""), patch.object(nn.Module, "to", lambda module, *_, **__: module),
+          patch.object(nn.GroupNorm, "forward", lambda m, x: F.group_norm(wide(x), m.num_groups, wide(m.weight), wide(m.bias), m.eps)),
           patch.object(nn.LayerNorm, "forward",
-                       lambda m, x: F.layer_norm(x.float(), m.normalized_shape, m.weight.float(), m.bias.float(), m.eps)),
+                       lambda m, x: F.layer_norm(wide(x), m.normalized_shape, wide(m.weight), wide(m.bias), m.eps)),
           FakeTensorMode(allow_non_fake_inputs=True)):
         yield
 

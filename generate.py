@@ -76,10 +76,11 @@ class Painter:
     float32 weight in each evaluation and, on CUDA, what goes into and comes out of each norm. Shares the tensors that are so already."""
 
     def __init__(self, unet, device, dtype):
-        own = {id(p): torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False) for p in unet.parameters()}
-        self.device, self.dtype, self.unet = device, dtype, copy.deepcopy(unet, memo=dict(own))
+        self.device, self.dtype = device, dtype
         self.source = [p for p in unet.parameters() if p.dtype != dtype or p.device.type != device.type]
-        self.copies = [own[id(p)] for p in self.source]
+        self.copies = [torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False) for p in self.source]
+        own = {id(p): p for p in unet.parameters()} | {id(p): copied for p, copied in zip(self.source, self.copies)}
+        self.unet = copy.deepcopy(unet, memo=own)
 
     def __call__(self, z, t, context):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
