@@ -16,7 +16,8 @@ import weights
 from generate import Painter, draw_latents
 from run import Run
 from test_commands import SHORT, command
-from test_run import HALVES, fails, follows_fp32, make  # noqa: F401, the fixture
+from test_run import HALVES, Casts, fails, follows_fp32, make  # noqa: F401, the fixture
+from unet import Attention
 
 CARD = torch.device("cuda:0")
 no_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -98,7 +99,12 @@ def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
             assert numbers.waits - before <= (10 if r.pairs else 5)  # random numbers in, the loss out; not one an evaluation
             previews.measure(r)
             c_p = previews.texts(r, r.student, ["arcadia"]) if r.reads else r.previews[:1]
-            z, = draw_latents(r.student, Painter(r.student.unet, r.device, r.dtype), r.c_0, c_p, [3], r.preview_scheduler, 7.5)
+            painter = Painter(r.student.unet, r.device, r.dtype)
+            with Casts() as casts:
+                painter(torch.empty(1, *r.shape, device=CARD), 500, r.c_0)
+            # z, t's sinusoids, c, e; five in each attention, which has no kernel of its own on fake tensors; no weight, and no norm
+            assert casts.n <= 5 + 5 * sum(isinstance(module, Attention) for module in painter.unet.modules())
+            z, = draw_latents(r.student, painter, r.c_0, c_p, [3], r.preview_scheduler, 7.5)
             x = r.student.vae.decode(z)
         moments = [state[key] for state in r.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         trained = [*r.theta.values(), *r.theta_ema.values(), *moments]

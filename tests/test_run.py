@@ -187,7 +187,7 @@ def test_half_precision_draws_with_what_was_learned(method, theta, tmp_path, mon
             assert all(torch.equal(x, p.bfloat16()) for x, p in zip(self.copies, getattr(r, theta).values(), strict=True))
 
     monkeypatch.setattr("run.Painter", Watched)
-    r = make(tmp_path, "--method", method, "--dtype", "bf16", "--warmup", 0, "--ema", 0)
+    r = make(tmp_path, "--method", method, "--dtype", "bf16", "--warmup", 0, "--ema", 0.5)
     with torch.autocast("cpu", r.dtype, cache_enabled=False):
         [next(iterations) for iterations in [r.iterations()] for _ in range(2)]
     assert len(painters) == 1 and len(seen) == 2 and not torch.equal(seen[0][0], seen[1][0])
