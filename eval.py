@@ -93,7 +93,9 @@ def draw_missing(model, system, jobs, folder, args, device, dtype, rank, world):
         mine = list(range(n, len(jobs), len(files)))
         todo = [[mine[i] for i in batch] for batch in batches([jobs[i] for i in mine], args.batch_size)]
         todo = [batch for batch in todo[rank::world] if not all((folder / f"{i:05d}.png").exists() for i in batch)]
-        with patched(model, file if todo else None):
+        if not todo:
+            continue
+        with patched(model, file):
             painter = Painter(model.unet, device, dtype)
             for batch in tqdm(todo, system.title, unit="batch", disable=None):
                 some = [jobs[i] for i in batch]
@@ -102,10 +104,11 @@ def draw_missing(model, system, jobs, folder, args, device, dtype, rank, world):
                 scale = args.guidance_scale if some[0].scale is None else some[0].scale
                 pictures = draw(model, painter, c_0, c_p, [job.seed for job in some], scheduler, scale, dtype, size=some[0].size,
                                 batch_size=len(some), method=system.method, c_S=c_S, warmup=args.guidance_warmup)
-                for i, picture in zip(batch, pictures):
+                for picture, i in zip(pictures, batch):  # in this order: the generator ends, and lets the painter go
                     if not (folder / f"{i:05d}.png").exists():
                         about = dict(prompt=jobs[i].prompt, seed=jobs[i].seed, model=model.name, system=system.title)
                         save_png(picture, folder / f"{i:05d}.png", **about)
+            del painter  # before the next file's is made
 
 
 def open_folder(args):

@@ -81,6 +81,8 @@ class Painter:
         self.copies = [torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False) for p in self.source]
         own = {id(p): p for p in unet.parameters()} | {id(p): copied for p, copied in zip(self.source, self.copies)}
         self.unet = copy.deepcopy(unet, memo=own)
+        for module in self.unet.modules():
+            vars(module).pop("forward", None)  # --gradient-checkpointing's: in a circle with its block, it would keep the copies alive
 
     def __call__(self, z, t, context):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):

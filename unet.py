@@ -16,7 +16,7 @@ The U, as SD 1.4's `unet/config.json` has it (channels, places a side for 64x64 
 
 The embedded model is the same table, narrower. Every output of the way down is put on a stack and taken off it on the
 way up: the U. Attribute names are the checkpoint's (diffusers layout), so that loading is a strict `load_state_dict`.
-Letters in shape comments: B batch, C channels, N = H·W places, L = 77 tokens, D context width, h heads, d = C / h.
+Letters in shape comments: B batch, P prompts, C channels, N = H·W places, L = 77 tokens, D context width, h heads, d = C / h.
 """
 import math
 from collections import OrderedDict

@@ -1,5 +1,6 @@
 """CUDA. Without a card: an iteration of each trainer, a drawing and a measurement on fake tensors, which have a device and a type but
 no numbers, so that a tensor left on the CPU or two types that do not meet are found on any machine. With a card: the numbers."""
+import copy
 import ctypes
 import shutil
 import subprocess
@@ -87,6 +88,7 @@ def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
     a = train.settle(train.parse(["--model", str(model_folder), "--preset", "toy", "--concept", "star", "red", "--device", str(CARD),
                                   "--dtype", "bf16", *SHORT, *words]))
     model = weights.load(model_folder)
+    on_the_cpu = copy.deepcopy(model.unet)
     with FakeTensorMode(allow_non_fake_inputs=True), Numbers() as numbers:
         r = Run(tmp_path, a, model._replace(unet=on_the_card(model.unet), vae=on_the_card(model.vae),
                                             text_encoder=on_the_card(model.text_encoder)))
@@ -104,6 +106,10 @@ def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
                 painter(torch.empty(1, *r.shape, device=CARD), 500, r.c_0)
             # z, t's sinusoids, c, e; five in each attention, which has no kernel of its own on fake tensors; no weight, and no norm
             assert casts.n <= 5 + 5 * sum(isinstance(module, Attention) for module in painter.unet.modules())
+            afar = Painter(on_the_cpu, r.device, r.dtype)  # as generate.py and eval.py have it
+            e = afar(torch.empty(1, *r.shape, device=CARD), 500, r.c_0)
+            assert (e.device, e.dtype) == (CARD, torch.float32)
+            assert {(p.device, p.dtype) for p in afar.unet.parameters()} == {(CARD, r.dtype)}
             z, = draw_latents(r.student, painter, r.c_0, c_p, [3], r.preview_scheduler, 7.5)
             x = r.student.vae.decode(z)
         moments = [state[key] for state in r.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]

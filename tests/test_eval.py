@@ -1,5 +1,6 @@
 """eval.py: every suite end to end on small models, restarts and ranks, and the table that comes out."""
 import csv
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -95,6 +97,26 @@ def test_rows_of_patches_and_methods(patch, tmp_path):
     pictures = tmp_path / "o" / "pictures"
     assert (pictures / "sdd@6-star" / "00000.png").read_bytes() != (pictures / "neg-star" / "00000.png").read_bytes()
     assert (tmp_path / "o" / "curve.png").exists()
+
+
+def test_one_painter_at_a_time_and_none_for_nothing(patch, tmp_path, monkeypatch):
+    """On a card each holds a UNet in half precision."""
+    alive, beside = WeakSet(), []
+
+    class Watched(generate.Painter):
+        def __init__(self, *given):
+            beside.append(len(alive))
+            alive.add(self)
+            super().__init__(*given)
+
+    monkeypatch.setattr(evaluation, "Painter", Watched)
+    gc.disable()  # what only the garbage collector frees may stay for long
+    try:
+        for _ in range(2):
+            assert evaluate(*TOY, "--patch", f"sdd={patch}", "--patch", f"sdd={patch}", "--out", tmp_path / "o") == 0
+    finally:
+        gc.enable()
+    assert beside == [0, 0, 0] and not alive  # the original's and two patches', the second time none
 
 
 def test_killed_and_repeated_gives_the_same_results(patch, tmp_path):

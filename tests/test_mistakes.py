@@ -3,6 +3,7 @@
 A row of MISTAKES is the mistake's name, a function of pytest's monkeypatch that plants it in our modules (never in
 diffusers), and the comparison of test_parity or test_sampling that must see it.
 """
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +237,10 @@ def test_a_planted_mistake_is_seen(plant, comparison, monkeypatch):
     assert is_green(comparison)
     plant(monkeypatch)
     assert not is_green(comparison)
+
+
+def test_teaching_says_how_many():
+    assert f"plants {len(MISTAKES)} mistakes" in (Path(unet.__file__).parent / "TEACHING.md").read_text(encoding="utf-8")
 
 
 def test_planting_nothing_changes_nothing(monkeypatch):

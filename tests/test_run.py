@@ -1,6 +1,8 @@
 """A training run under pressure: memory that ends, a loss that is no number, less memory and less precision than fp32."""
 import copy
+import gc
 import signal
+import weakref
 
 import pytest
 import torch
@@ -168,6 +170,19 @@ def test_a_painter_is_the_unet_in_half_precision(tmp_path):
         assert torch.equal(painter(z, 500, c), e)
         painter.follow()
     assert len(painter.copies) == 55 and painter.unet.conv_in.weight.data_ptr() == unet.conv_in.weight.data_ptr()
+
+
+def test_a_painter_is_gone_when_it_is_let_go(tmp_path):
+    """With --gradient-checkpointing too, whose blocks hold themselves."""
+    r = make(tmp_path, "--dtype", "bf16", "--gradient-checkpointing")
+    painter = Painter(r.student.unet, r.device, r.dtype)
+    copied = weakref.ref(painter.copies[0])
+    gc.disable()
+    try:
+        del painter
+        assert copied() is None
+    finally:
+        gc.enable()
 
 
 @torch.enable_grad()
