@@ -1,6 +1,10 @@
 """toy/reproduce.py: what it says of intervals, and the whole of it, cut short."""
+import sys
+
 import pytest
 
+import eval as evaluation
+from command import run
 from test_commands import command
 from toy import reproduce
 
@@ -31,6 +35,22 @@ def test_quick_reproduction_cut_short(tmp_path, monkeypatch):
     assert all((tmp_path / "o" / name).exists() for name in ("docs/curve.png", "docs/film_sdd.png", "docs/film_esd-x.png")) and "](docs/curve.png)" in text
     monkeypatch.setattr(reproduce, "command", None)  # nothing is left to be done
     reproduce.reproduce(tmp_path / "o", quick=True)
+
+
+def test_what_its_end_needs_is_asked_for_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(reproduce, "command", None)
+    assert run(evaluation.evaluate, evaluation.parse(["toy", "--reproduce", "--quick", "--out", str(tmp_path / "o")])) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_a_table_without_its_plot_is_made_again(tmp_path):
+    for name, files in (("one", ["results.json"]), ("curve", ["results.json", "curve.png"]), ("matrix", ["results.json", "matrix.png"])):
+        for file in files:
+            assert not reproduce.measured(tmp_path / name)
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file).touch()
+        assert reproduce.measured(tmp_path / name)
 
 
 def test_it_is_a_command():

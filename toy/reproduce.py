@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -82,10 +83,15 @@ def train(out, concepts, words, seed):
         command("train.py", "--resume", "--out", out)
 
 
+def measured(out):
+    """Has eval.py ended there? Its plot is the last that it makes, where it makes one."""
+    return (out / "results.json").exists() and (out.name not in ("curve", "matrix") or (out / f"{out.name}.png").exists())
+
+
 def tables(folder, sections, seeds, limit, jobs):
     """Trains and measures what is missing, `jobs` commands at a time. Returns {table: its rows}."""
     run = lambda name, row, seed: folder / "runs" / f"{name}-{row.replace(' ', '').replace(',', '-')}-{seed}"  # noqa: E731
-    measured = ["--limit", limit, "--steps", 12, "--device", "cpu", "--threads", 1, "--guidance-warmup", GUIDED_WARMUP]
+    how = ["--limit", limit, "--steps", 12, "--device", "cpu", "--threads", 1, "--guidance-warmup", GUIDED_WARMUP]
     made = folder / f"tables-{len(seeds)}-{limit}"
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda work: train(*work), [(run(name, row, seed), concepts, words, seed) for _, name, rows, _, _ in sections
@@ -94,14 +100,14 @@ def tables(folder, sections, seeds, limit, jobs):
         for _, name, rows, guided, avoid in sections:
             files = [f"{row}={run(name, row, seed) / 'erased.safetensors'}" for row in rows for seed in seeds]
             more = ["--methods", *guided, "--avoid", *avoid] if guided else []
-            work.append(["eval.py", "toy", *measured, *patches(files), *more, "--out", made / name])
+            work.append(["eval.py", "toy", *how, *patches(files), *more, "--out", made / name])
         points = []
         for row in ("sdd", "esd-x"):
             for which in ("teacher", "student"):
                 for i in POINTS:
                     points += [f"{row} {which}@{i}={run('one', row, seed) / 'exports' / f'{which}-{i:06d}.safetensors'}" for seed in seeds]
-        work.append(["eval.py", "toy", *measured, *patches(points), "--out", made / "curve"])
-        list(pool.map(lambda words: (words[-1] / "results.json").exists() or command(*words), work))
+        work.append(["eval.py", "toy", *how, *patches(points), "--out", made / "curve"])
+        list(pool.map(lambda words: measured(words[-1]) or command(*words), work))
     return {file.parent.name: json.loads(file.read_text(encoding="utf-8"))["rows"] for file in made.glob("*/results.json")}, run, made
 
 
@@ -114,7 +120,7 @@ def matrix(folder, made, seeds, limit, jobs):
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda one: train(*one), work))
     files = [f"{out.name.split('-', 1)[1].rsplit('-', 2)[0]} {texture}={out / 'erased.safetensors'}" for out, (texture,), _, _ in work]
-    if not (made / "matrix" / "results.json").exists():
+    if not measured(made / "matrix"):
         command("eval.py", "artists", "--model", "toy", "--limit", limit, "--scheduler", "ddim", "--steps", 12, "--device", "cpu",
                 "--threads", 1, "--template", *TEMPLATES, *patches(files), "--out", made / "matrix")
 
@@ -206,6 +212,9 @@ def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
 
 
 def reproduce(folder, quick=False, jobs=2):
+    if not find_spec("matplotlib"):  # needed at the end, hours later
+        from weights import UserError
+        raise UserError("--reproduce draws a plot: pip install matplotlib, or all of requirements-eval.txt, first.")
     seeds, limit, began = ((2,), 40, time.time()) if quick else ((2, 3, 4), 100, time.time())
     sections, spent = plan(quick), folder / "seconds.txt"  # of this and of earlier, unfinished calls
     before = float(spent.read_text()) if spent.exists() else 0
