@@ -36,13 +36,14 @@ import train
 import weights
 from authors import PROMPT, Authors, their_parts
 from clip_text import CLIPText
-from command import pick_device, positive, run
+from command import one_of, pick_device, positive, run
 from generate import Painter, draw, encode, make_scheduler
 from run import Run
 from unet import UNet
 from vae import VAE
 from weights import UserError
 
+SIZES = {"toy": (8, 6), "sd14": (1, 50)}  # latents a batch, T
 THEIRS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the authors' default, and what a user would try next
 
 
@@ -76,14 +77,15 @@ class Ours:
             sdd.draw = drawn
 
 
-def contenders(size, device, batch_size, steps):
-    """{name: a function that makes it}; the last is what train.py does here by default."""
+def contenders(size, device, only=None):
+    """{name: a function that makes it}, those of `only` if it is given; the last is what train.py does here by default."""
+    batch_size, steps = SIZES[size]
     rows = {f"the authors' loop, {name}": lambda dtype=dtype: Authors(size, device, batch_size, steps, dtype)
             for name, dtype in THEIRS.items()}
     for name, words in {"ours, fp32": ["--dtype", "fp32"], "ours, bf16, checkpointing": ["--dtype", "bf16", "--gradient-checkpointing"],
                         "ours, bf16": ["--dtype", "bf16"], "ours, with --preserve": ["--preserve", "0.3"], "ours as shipped": []}.items():
         rows[name] = lambda words=words: Ours(size, device, batch_size, steps, *words)
-    return rows
+    return {name: make for name, make in rows.items() if not only or name in only}
 
 
 def clock(device):
@@ -184,8 +186,8 @@ def spread(values):
 
 def training(args, device, rows):
     """One iteration of each loop at a fixed k and over real draws of k; FLOPs, and the fraction of the machine's matmul rate."""
-    batch_size, steps = (8, 6) if args.size == "toy" else (1, 50)
-    made = {name: make() for name, make in contenders(args.size, device, batch_size, steps).items() if not args.only or name in args.only}
+    batch_size, steps = SIZES[args.size]
+    made = {name: make() for name, make in contenders(args.size, device, args.only).items()}
     k, generator = args.k or steps // 2, random.Random(0)
     drawn = [generator.randint(1, steps) for _ in range(args.rounds)]
     for what, ks in [(f"k = {k}", [k] * args.rounds), (f"k drawn from 1..{steps}", drawn)][:1 if args.k else 2]:
@@ -206,10 +208,7 @@ def training(args, device, rows):
 
 def memory(args, device, rows):
     """The peak of an iteration, of each loop alone, after one that makes gradients and moments."""
-    batch_size, steps = (8, 6) if args.size == "toy" else (1, 50)
-    for name, make in contenders(args.size, device, batch_size, steps).items():
-        if args.only and name not in args.only:
-            continue
+    for name, make in contenders(args.size, device, args.only).items():
         if device.type == "cuda":
             gc.collect()  # the loops that were timed hold themselves in circles
             contender = make()
@@ -222,7 +221,7 @@ def memory(args, device, rows):
             torch.cuda.empty_cache()
         else:
             peak = counted_peak(make, args.size)
-        rows.append((f"{args.size}, an iteration of {batch_size}: {name}, peak memory",
+        rows.append((f"{args.size}, an iteration of {SIZES[args.size][0]}: {name}, peak memory",
                      f"{peak / 2**30:.2f} GiB{' (counted)' * (device.type == 'cpu')}"))
 
 
@@ -271,8 +270,7 @@ def bench(args):
     device, rows = pick_device(args.device), []
     args.size = args.size or ("sd14" if device.type == "cuda" else "toy")
     cpu = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    machine = f"{hardware}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    machine = f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     said = " ".join(["python", "bench.py", *(word for word in sys.argv[1:])])
     for part in args.parts:
         before = len(rows)
@@ -291,7 +289,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["toy", "sd14"], help="default: sd14 on a GPU, toy on a CPU")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as printed; the first is what the others are compared to")
+    parser.add_argument("--only", nargs="+", **one_of([*contenders("toy", None)]),
+                        help="contenders, as printed; the first is what the others are compared to")
     parser.add_argument("--rounds", type=positive, default=11, help="timed iterations of each contender")
     parser.add_argument("--k", type=positive, help="denoising steps, always so many; default: half of T (25 for SD 1.4), then a real draw")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append the figures to a Markdown table")

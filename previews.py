@@ -20,11 +20,11 @@ def measure(r):
     T, z_T, figures = r.a["steps"], noise(r.shape, (0, 1)).to(r.device), {}
     for k in {max(1, T // 4), max(1, T // 2), max(1, 3 * T // 4)}:
         z = sample(cfg(r.original.unet, r.c_0, r.joined, r.a["guidance_scale"]), r.scheduler, z_T, k)
-        t, c_0 = r.scheduler.levels[k], r.c_0
-        before = r.original.unet(z, t, c_0)
+        t = r.scheduler.levels[k]
+        before = r.original.unet(z, t, r.c_0)
         for name, net in (("student", r.student), ("teacher", r.teacher)):
             c_s = texts(r, net, [", ".join(r.a["concept"])]) if r.reads else r.joined
-            e_0, e_s = net.unet(z, t, c_0), net.unet(z, t, c_s)
+            e_0, e_s = net.unet(z, t, r.c_0), net.unet(z, t, c_s)
             for key, d in ((f"gap_{name}", e_s - e_0), (f"drift_{name}", e_0 - before)):
                 figures.setdefault(key, []).append(d.float().square().mean().item())
     return {key: float(np.mean(values)) for key, values in figures.items()}

@@ -71,7 +71,7 @@ def half_drawn(painter, scheduler, concepts, joined, c_0, shape, generator, role
         c_p, c_s = (joined, concepts[j:j + 1]) if roles == "official" else (concepts[j:j + 1], joined)
         with torch.no_grad():
             z_t = sample(cfg(painter, c_0, c_p, guidance_scale), scheduler, z_T, k)
-        return dict(z_t=z_t, t=t, c_s=c_s, **({} if c_a is None else {"c_a": c_a})), k, j
+        return dict(z_t=z_t, t=t, c_s=c_s, c_a=c_a), k, j
 
     return latents
 
