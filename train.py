@@ -379,10 +379,10 @@ class Run:
             scaler=self.scaler,
         )
         for iteration in iterations:
-            if sampling_unet is not None:
-                sampling_unet.sync()
             self.done, self.generator_state = iteration.i + 1, self.generator.get_state()
             yield iteration
+            if sampling_unet is not None:
+                sampling_unet.sync()
 
     def loss(self):
         """The method's loss, or the run's copy of the user's own."""
