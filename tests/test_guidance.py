@@ -1,4 +1,4 @@
-"""SLD and SEGA compute what diffusers' StableDiffusionPipelineSafe and SemanticStableDiffusionPipeline do.
+"""SLD and SEGA compute what diffusers' pipelines for Safe and Semantic Stable Diffusion compute.
 
 First the arithmetic alone: diffusers' pipelines get given estimates instead of a UNet's, and the
 tests compare the combined estimate that reaches their scheduler. Then whole images.
