@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import generate
 import weights
-from support.cli import DTYPES
+from support.cli import DTYPES, run_command
 from support.errors import UserError
 from tools import compvis_names, convert
 from weights import NETWORKS
@@ -586,7 +586,8 @@ def test_the_card_says_what_it_is(exports, patch):
         exports["single-file"].with_suffix(".md").read_text(),
     )
     for text in (folder, file):
-        assert text.startswith("---\nlicense: mit\n") and "# toy without star, red\n" in text
+        assert text.startswith("---\n") and "license: mit\n" in text
+        assert "# toy without star, red\n" in text
         assert (
             "method: sdd" in text
             and '"lr": 0.0006' in text
@@ -620,7 +621,7 @@ def test_the_card_without_a_patch(model_folder, single, tmp_path):
     text = (tmp_path / "a.md").read_text()
     assert (
         "license:" not in text
-        and "As the base weights', tiny: look there" in text
+        and "That of the base model, tiny" in text
         and str(model_folder) not in text
     )
 
@@ -802,7 +803,7 @@ def test_outputs_that_exist_are_refused(tmp_path, capsys):
         ("b.safetensors", single),
         ("b.md", "diffusers"),
     ):
-        assert "is there already" in refused(tmp_path, capsys, "--model", "toy", out=out, form=form)
+        assert "already exists" in refused(tmp_path, capsys, "--model", "toy", out=out, form=form)
     assert "has to end in .safetensors" in refused(
         tmp_path, capsys, "--model", "toy", out="c.ckpt", form="single-file"
     )
@@ -853,7 +854,7 @@ def test_patches_that_cannot_be(patch, model_folder, tmp_path, capsys):
     )
     error = refused(tmp_path, capsys, "--model", "toy", "--patch", tmp_path / "nan.safetensors")
     assert (
-        f"{tmp_path / 'nan.safetensors'} holds NaN" in error
+        f"{tmp_path / 'nan.safetensors'} contains NaN" in error
         and f"in {len(tensors)} tensors" in error
     )
     weights.save(tmp_path / "odd.safetensors", tensors, metadata | {"args": "{"})
@@ -879,7 +880,7 @@ def test_nothing_half_written_stays(fault, form, out, tmp_path, capsys, monkeypa
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_is_left_aside_is_listed(single, tmp_path, capsys):
+def test_unused_tensors_are_listed(single, tmp_path, capsys):
     position_ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     file = changed(
         single,
@@ -907,11 +908,11 @@ def test_what_is_left_aside_is_listed(single, tmp_path, capsys):
         )
         == 0
     )
-    assert f"left aside: betas, {position_ids}, model_ema (2 tensors)\n" in capsys.readouterr().out
+    assert f"not used: betas, {position_ids}, model_ema (2 tensors)\n" in capsys.readouterr().out
     assert same_file(tmp_path / "o.safetensors", single)
 
 
 def test_other_commands_name_this_one(single):
     for name in (single, "some/model.safetensors"):
-        with pytest.raises(UserError, match="python convert.py --model .*--format diffusers"):
+        with pytest.raises(UserError, match="python -m tools.convert --model .*--format diffusers"):
             weights.load(str(name))

@@ -17,7 +17,7 @@ import ablation
 import presets
 import train
 import weights
-from generate import InferenceUNet, generate_latents
+from pipeline import InferenceUNet, generate_latents
 from report import previews
 from train import Run
 from unet import Attention

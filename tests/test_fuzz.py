@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import weights  # noqa: E402
+from support.errors import UserError  # noqa: E402
 from support.files import checksum  # noqa: E402
 
 FAULTS = "crashes", "over 2 s", "sentences of several lines", "other tensors in spite of a digest"

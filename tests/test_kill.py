@@ -31,7 +31,8 @@ import eval as evaluation  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
-from support.files import checksum  # noqa: E402
+from support.cli import run_command  # noqa: E402
+from support.files import LOCK, checksum  # noqa: E402
 
 TRAIN = (
     "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
@@ -75,7 +76,7 @@ def start(make, out):
     said = os.open(out.parent.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1), os.dup2(said, 2)
     try:
-        status = generate.run(*make(out))
+        status = run_command(*make(out))
     finally:  # a traceback ends here, too: the test behind the fork must not go on twice
         os._exit(status if "status" in locals() else 1)
 
@@ -97,7 +98,7 @@ def readable(folder):
     for file in folder.rglob("*.*"):
         path = file.relative_to(folder).as_posix()
         try:
-            if ".writing-" in path or "-unfinished" in path or file.is_dir():
+            if ".writing-" in path or "-unfinished" in path or file.is_dir() or file.name == LOCK:
                 continue
             elif file.suffix == ".safetensors":
                 weights.read(file)
