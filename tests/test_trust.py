@@ -1,8 +1,8 @@
 """When the machine does not cooperate.
 
 Two commands in one folder, signals, a full or read-only disk, no home folder, a clock that jumps, a
-hub that fails in the middle of a download. The user gets one sentence and exit status 2 (130 after a
-signal), and nothing is lost. Also: images that show overfitting.
+hub that fails in the middle of a download. The user gets one sentence and exit status 2 (130
+after a signal), and nothing is lost. Also: images that show overfitting.
 """
 
 import errno
@@ -33,7 +33,8 @@ from support.errors import UserError
 from tools import convert
 
 STAR = (
-    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
+    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 "
+    "--save-every 1 --preview-every 2 "
     "--preview-steps 1 --device cpu"
 ).split()
 
@@ -61,7 +62,7 @@ def same(a, b):
         )  # the tensors' digest among it
 
 
-# ------------------------------------------------------------------------------------------------ two at once
+# -------------------------------------------------------------------------------------- two at once
 HOLD = """
 import pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -159,7 +160,7 @@ def test_a_file_system_without_locks_keeps_nothing_out(tmp_path, monkeypatch):
     assert len(asked) >= 2 and [file.name for file in tmp_path.iterdir()] == ["image"]
 
 
-# ------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------------ signals
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
@@ -236,9 +237,9 @@ def test_a_signal_is_one_sentence(
         )
 
 
-# ------------------------------------------------------------------------------------------------ disks
+# -------------------------------------------------------------------------------------------- disks
 def test_full_disk_at_random_writes(whole, tmp_path, monkeypatch, capsys):
-    """Each time the run gets a little further; at the end it is the run that was never interrupted."""
+    """The run gets further each time. In the end it equals a run without interruption."""
     rng, replace, room = random.Random(0), os.replace, [0]
 
     def full(*names):
@@ -298,7 +299,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, cap
     assert run(train, *STAR, "--out", tmp_path / "o") == 2 and "No space left" in last(capsys)
 
 
-# ------------------------------------------------------------------------------------------------ home, clock, hub
+# --------------------------------------------------------------------------------- home, clock, hub
 @pytest.mark.skipif(os.name == "nt", reason="homes of Unix")
 @pytest.mark.parametrize("home", [None, "/dev/null/home"])  # which not even root can make
 def test_without_a_home(home, tmp_path):
@@ -354,20 +355,20 @@ def test_a_hub_that_goes_away_half_way_leaves_no_model_to_take_for_whole(
     assert weights.find("some/model") == tmp_path
 
 
-# ------------------------------------------------------------------------------------------------ overfitting
-def test_near_constant_pictures_are_counted_and_warned_of_once(capsys):
+# -------------------------------------------------------------------------------------- overfitting
+def test_flat_images_are_counted_and_warned_of_once(capsys):
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 255, (64, 64, 3), np.uint8)
-    red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + rng.integers(
-        0, 5, (64, 64, 3), np.uint8
-    )  # one colour, a little noise
-    lively = red.copy()
-    lively[..., 2] = picture[..., 2]  # in one channel
-    assert previews.share_of_flat([picture, red, red, lively]) == 0.5
-    r = SimpleNamespace(before=[picture, red], warned=False)
-    previews.watch(r, 3, [picture, red, picture, red])
-    assert r.flat == 0.5 and not capsys.readouterr().err  # the original has as many
-    previews.watch(r, 4, [red, red, red, picture])
-    assert r.flat == 0.75 and "after 4 iterations 75 %" in capsys.readouterr().err
-    previews.watch(r, 5, [red, red])
-    assert r.flat == 1 and not capsys.readouterr().err
+    image = rng.integers(0, 255, (64, 64, 3), np.uint8)
+    noise = rng.integers(0, 5, (64, 64, 3), np.uint8)
+    red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + noise  # one colour, a little noise
+    varied = red.copy()
+    varied[..., 2] = image[..., 2]  # in one channel
+    assert previews.share_of_flat([image, red, red, varied]) == 0.5
+    shown = previews.Previews(run=None)
+    shown.before = [image, red]
+    shown.warn_if_flat(0.5, 3)
+    assert not capsys.readouterr().err  # the original has as many
+    shown.warn_if_flat(0.75, 4)
+    assert "after 4 iterations 75 %" in capsys.readouterr().err
+    shown.warn_if_flat(1.0, 5)
+    assert not capsys.readouterr().err
