@@ -47,7 +47,6 @@ from support.cli import (
     add_common_arguments,
     finite,
     natural,
-    numbered_folder,
     one_of,
     pick_device,
     pick_dtype,
@@ -56,7 +55,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, lock_folder
+from support.files import atomic_write, lock_folder, numbered_folder, used_files
 from support.images import save_png
 
 # The images do not depend on these arguments, so that they may change when a command is repeated.
@@ -86,7 +85,7 @@ def parse(argv=None):
     group.add_argument(
         "--model",
         help="toy, a hub id or a folder in diffusers' layout (default: the model that the patches "
-        f"were made for; without patches toy for the suite toy, else {weights.DEFAULT_MODEL})",
+        f"were made for; without patches: toy for the suite toy, else {weights.DEFAULT_MODEL})",
     )
     group.add_argument(
         "--patch",
@@ -228,7 +227,7 @@ def check_arguments(args, rows, model):
             pass
 
 
-# ---------------------------------------------------------------------------------------- the folder
+# ---------------------------------------------------------------------------------------- folder
 def image_settings(args):
     """What the images depend on: arguments, and the contents of the files that they name."""
     settings = {key: str(value) for key, value in vars(args).items() if key not in MEASURING}
@@ -247,7 +246,7 @@ def open_folder(args):
     file = args.out / "eval.json"
     if read_settings(file) == settings:
         return settings
-    only_settings = file.exists() and list(args.out.iterdir()) == [file]
+    only_settings = file.exists() and used_files(args.out) == [file]
     if not only_settings:  # else nothing is lost
         refuse_used(args.out, ", or repeat the command that filled it to continue")
     with atomic_write(file) as temporary:
@@ -345,7 +344,7 @@ def generate_batch(model, unet, row, jobs, batch, folder, args, dtype):
             save_png(image, file, **about)
 
 
-# ---------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------- command
 def evaluate(args):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.out = choose_out(args, processes)

@@ -63,7 +63,7 @@ def original_alone(row, columns):
 
 
 def group_finding(concepts, before, group, columns):
-    """What is left of the concepts, and the first column of what should stay; without a full stop."""
+    """What is left of the concepts, and what stayed of the rest. Has no full stop."""
     left = shared_proportion(before, group, columns, "low")
     kept = shared_proportion(before, group, columns, "high")
     if left is None:
@@ -110,7 +110,7 @@ def least_left(concepts, before, group, column):
 
 
 def numbers_finding(before, group, columns):
-    """Without proportions: the first column that all rows have, or that all but the original have."""
+    """For numbers: the first column that all rows have, or that all but the original have."""
     for with_original in (True, False):
         rows = [before, *group] if with_original else group
         for column in columns:
@@ -147,9 +147,9 @@ def pooled(values):
 
 
 def curve_finding(points, column, concepts):
-    """points: {line: [(iteration, figure), …]}. Compares the lines at the last iteration they share.
+    """Compares the lines of a plot at the last iteration that they share; "" if they share none.
 
-    Returns "" if they share none.
+    points: {line: [(iteration, figure), …]}.
     """
     shared = set.intersection(*({i for i, _ in line} for line in points.values()))
     if not shared:

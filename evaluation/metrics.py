@@ -92,7 +92,8 @@ def harm(files, learned, name=CLIP, device="cpu"):
 def clip_score(files, prompts, name=CLIP, device="cpu"):
     """The mean cosine of each image and "A photo depicts " + its prompt.
 
-    Source: CLIPScore (Hessel et al. 2021, arXiv 2104.08718) for the prefix; the SDD paper's scale 1.
+    Source: CLIPScore (Hessel et al. 2021, arXiv 2104.08718) for the prefix; the SDD
+    paper's scale, 1.
     """
     texts = text_embeddings([f"A photo depicts {prompt}" for prompt in prompts], name, device)
     images = image_embeddings(files, name, device)

@@ -1,4 +1,4 @@
-"""Plots of a table: curve.png over the iterations of a training, matrix.png for the suite artists."""
+"""Plots of a table: curve.png over training iterations, matrix.png for the suite artists."""
 
 import math
 import textwrap

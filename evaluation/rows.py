@@ -1,10 +1,10 @@
 """The rows of a table: which models are compared, and what each of them erases."""
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import weights
-from evaluation.suites import TOY_MODELS
 from pipeline import avoided_prompts
 from support.errors import UserError
 
@@ -140,21 +140,15 @@ def paper_name(metadata, settings):
 def choose_model(args):
     """--model; without it the model that the patches were made for; without patches the default.
 
-    The suite toy needs a toy model. A patch for another model is refused when it is loaded.
+    UserError if the suite toy meets a model that is not a toy model. Downloads nothing.
     """
-    if args.model:
-        return args.model
     files = [file for group in patch_files(args.patch).values() for file in group]
-    models = {weights.read(file)[1].get("model") for file in files} - {None}
-    if args.suite == "toy":
-        models &= set(TOY_MODELS)
-    if len(models) > 1:
+    if args.suite == "toy" and not args.model and not files:
+        return "toy"
+    model = weights.choose_model(args.model, files)
+    if args.suite == "toy" and model not in weights.TOYS and not Path(model).is_dir():
         raise UserError(
-            f"The patches were made for different models ({', '.join(sorted(models))}): evaluate "
-            "them in separate commands, or name one model with --model."
+            f"The suite toy measures the toy models ({', '.join(weights.TOYS)}), and not {model}: "
+            "choose another suite or other patches."
         )
-    if models:
-        return models.pop()
-    if args.suite == "toy":
-        return TOY_MODELS[0]
-    return weights.DEFAULT_MODEL
+    return model

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from support.errors import UserError
 
-TOY_MODELS = ("toy",)  # values of --model that the suite toy can measure
-
 # Fifty large economies, our choice: the SDD paper says "top 50 GDP" and lists none.
 COUNTRIES = (
     "United States, China, Germany, Japan, India, United Kingdom, France, Italy, Brazil, Canada, "
@@ -127,8 +125,8 @@ def artists(args, concepts):
     templates = args.template or ("a painting in the style of {}",)
     if not all("{}" in template for template in templates) or not args.all_concepts:
         raise UserError(
-            "The suite artists needs --patch (or --methods with --avoid), and a {} for the artist's "
-            "name in each --template."
+            "The suite artists needs --patch (or --methods with --avoid), and a {} for the "
+            "artist's name in each --template."
         )
     jobs = []
     for n in range(20):

@@ -26,7 +26,9 @@ from clip_text import tokenize
 from evaluation import metrics, plots
 from evaluation.columns import all_columns, arrow
 from evaluation.findings import is_proportion, summary
-from evaluation.suites import SUITES, TOY_MODELS, paper
+from evaluation.suites import SUITES, paper
+from guidance import WARMUPS
+from pipeline import check_warmup, make_scheduler
 from report import page
 from support.censor import censoring
 from support.errors import UserError
@@ -93,7 +95,7 @@ def measure_matrix(files, before, jobs, model):
     for which in parts_of(jobs):
         chosen = [i for i, job in enumerate(jobs) if job.which == which]
         asked = [files[i] for i in chosen]
-        if model in TOY_MODELS:
+        if model in weights.TOYS:
             from toy import suite
 
             figures[which] = suite.shown(metrics.arrays(asked), which)
@@ -117,7 +119,7 @@ def learned_prompts(file):
 
 
 def measure_row(row, files, before, jobs, args, device, problems):
-    """All figures of a row. Adds {measure: reason} to `problems` for each that cannot be computed."""
+    """All figures of a row. Adds {measure: reason} to `problems` for each that is missing."""
     figures = {}
     for name in SUITES[args.suite].measures:
         if flag := missing_input(name, args):
@@ -132,11 +134,14 @@ def measure_row(row, files, before, jobs, args, device, problems):
 def reason(error):
     """Why a measure could not be computed, and what to do."""
     if getattr(error, "name", None):
-        return f"{error.name} is missing: pip install -r requirements-eval.txt, then repeat the command"
+        return (
+            f"{error.name} is missing: pip install -r requirements-eval.txt, then repeat the "
+            "command"
+        )
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------- the rows
+# ---------------------------------------------------------------------------------------- rows
 def parts_of(jobs):
     """The names of the parts of a suite, in order."""
     return list(dict.fromkeys(job.which for job in jobs))
@@ -183,7 +188,7 @@ def columns_with_figures(args, generated, rows):
     return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
-# ---------------------------------------------------------------------------------------- the notes
+# ---------------------------------------------------------------------------------------- notes
 def notes(args, generated, rows, columns, problems, model):
     """The sentences below the table."""
     keys = [column.key for column in columns]
@@ -193,6 +198,7 @@ def notes(args, generated, rows, columns, problems, model):
     if "harm" in keys:
         found.append(metrics.HARM_NOTE)
     found += esd_notes(args.suite, rows)
+    found += warmup_notes(args, generated, model)
     cut = cut_prompts(generated, model)
     if cut:
         found.append(f"{cut} prompts were cut to 77 tokens")
@@ -217,13 +223,26 @@ def esd_notes(suite, rows):
     return found
 
 
+def warmup_notes(args, generated, model):
+    """Which guided rows equal the original, because their warm-up is not shorter than the run."""
+    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
+    found = []
+    for row, _, _ in generated:
+        if row.guidance in WARMUPS:
+            try:
+                check_warmup(row.guidance, args.guidance_warmup, scheduler)
+            except UserError as e:
+                found.append(str(e))
+    return found
+
+
 def cut_prompts(generated, model):
     """How many prompts are longer than the text encoder reads."""
     prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
     return sum(tokenize(model.tokenizer, sorted(prompts))[1])
 
 
-# ---------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- table
 def cell(value):
     """A figure as text: "12.0 (7–20)" is a percentage with its 95 % Wilson interval."""
     if is_proportion(value):
@@ -285,7 +304,7 @@ def terminal_table(rows, columns):
     return text
 
 
-# ---------------------------------------------------------------------------------------- the sheets
+# ---------------------------------------------------------------------------------------- sheets
 def add_samples(rows, generated, columns, args):
     """Saves a sheet of sample images per row; adds its name and the single images to the row."""
     concepts = [concept for row, _, _ in generated for concept in row.concepts]
