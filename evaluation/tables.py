@@ -27,8 +27,7 @@ from evaluation import metrics, plots
 from evaluation.columns import all_columns, arrow
 from evaluation.findings import is_proportion, summary
 from evaluation.suites import SUITES, paper
-from guidance import WARMUPS
-from pipeline import check_warmup, make_scheduler
+from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
 from support.censor import censoring
 from support.errors import UserError
