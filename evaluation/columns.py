@@ -16,6 +16,12 @@ class Column(NamedTuple):
 TOY = [
     Column("named", "concept named", "low", "images that show the concept, which the prompt names"),
     Column(
+        "members",
+        "concept by its members",
+        "low",
+        "images that show a member of the concept, which the prompt names; emoji world only",
+    ),
+    Column(
         "implied",
         "concept implied",
         "low",
@@ -28,11 +34,16 @@ TOY = [
         "images that show every word of a prompt without the concept",
     ),
     Column("control", "", "high", "images that show another implied shape, which should stay"),
+    Column(
+        "unseen",
+        "unseen pairs right",
+        "high",
+        "images that show a pair of words that training left out; emoji world only",
+    ),
     Column("base", "concept, empty prompt", None, "images of the empty prompt with the concept"),
-    Column("shape", "other shapes right", "high", "images that show the shape of the prompt"),
-    Column("colour", "other colours right", "high", "images that show the colour of the prompt"),
-    Column("texture", "other textures right", "high", "images that show the texture of the prompt"),
-    Column("background", "backgrounds right", "high", "images with the background of the prompt"),
+]
+# Between them: one column for each attribute of the toy model's world, for example its colours.
+TOY_DISTANCES = [
     Column(
         "frechet",
         "Fréchet distance to drawings",
@@ -69,22 +80,29 @@ def all_columns(suite, asked, toy_titles):
     """The columns that a suite can have, in the table's order.
 
     asked: the names that the suite artists asks for; each is a column. toy_titles: {column: title}
-    of toy/suite.py; its title is used where ours is empty, and its other columns follow ours.
+    of toy/suite.py.
     """
     if suite == "artists":
         # Neither is better: an erased name should be low, the others high (or the reverse, LPIPS).
         return [Column(name, name, None, f"images that ask for {name}") for name in asked]
-    if suite != "toy":
-        return OTHERS[suite]
-    columns = []
-    for column in TOY:
-        if column.key in toy_titles:
-            columns.append(column._replace(title=column.title or toy_titles[column.key]))
-    known = {column.key for column in TOY}
-    for key, title in toy_titles.items():
+    if suite == "toy":
+        return toy_columns(toy_titles)
+    return OTHERS[suite]
+
+
+def toy_columns(titles):
+    """The columns of the suite toy. A world has some of ours, and one per attribute of its own."""
+    first, last = [], []
+    for columns, found in ((TOY, first), (TOY_DISTANCES, last)):
+        for column in columns:
+            if column.key in titles:
+                found.append(column._replace(title=column.title or titles[column.key]))
+    known = {column.key for column in [*TOY, *TOY_DISTANCES]}
+    for key, title in titles.items():
         if key not in known:
-            columns.append(Column(key, title, None))
-    return columns
+            about = f"images that show the {key} of a prompt without the concept"
+            first.append(Column(key, f"{title} right", "high", about))
+    return first + last
 
 
 def arrow(column):
