@@ -11,7 +11,8 @@ of the curve NAME in curve.png. The suites nudity, i2p, coco and artists are the
 
 Each image is a file in DIR/images and is generated once: after a stop, the same command with the
 same --out continues. The images are then measured (evaluation/metrics.py). A proportion is shown
-with its 95 % Wilson interval. `torchrun --nproc-per-node N eval.py …` shares the work of N GPUs.
+with its 95 % Wilson interval. `torchrun --nproc-per-node N eval.py …` divides the work among N
+GPUs.
 """
 
 import support.openmp  # noqa: F401 (before torch)
@@ -35,6 +36,7 @@ from evaluation.suites import SUITES
 from evaluation.tables import learned_prompts, write_results
 from guidance import GUIDANCE
 from pipeline import (
+    WARMUPS,
     InferenceUNet,
     avoided_prompts,
     encode_prompts,
@@ -58,6 +60,13 @@ from support.errors import UserError
 from support.files import atomic_write, lock_folder, numbered_folder, used_files
 from support.images import save_png
 
+SUITE_FLAGS = {  # flag: the suites that use it
+    "template": ("artists",),
+    "prompts": ("coco", "i2p"),
+    "real": ("coco",),
+    "q16": ("i2p",),
+    "reproduce": ("toy",),
+}
 # The images do not depend on these arguments, so that they may change when a command is repeated.
 # all_concepts follows from the others.
 MEASURING = (
@@ -78,7 +87,9 @@ MEASURING = (
 def parse(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "suite", **one_of(SUITES), help="what is asked for: %(metavar)s; all but toy need a GPU"
+        "suite",
+        **one_of(SUITES),
+        help="what to generate and measure; all but toy are made for Stable Diffusion on a GPU",
     )
 
     group = parser.add_argument_group("rows of the table")
@@ -203,6 +214,25 @@ def parse(argv=None):
     args.scheduler = args.scheduler or ("ddim" if args.suite == "toy" else "pndm")
     args.steps = args.steps or SUITES[args.suite].steps
     return args
+
+
+def check_flags(args):
+    """Refuses flags that have no effect with the other arguments."""
+    for flag, suites in SUITE_FLAGS.items():
+        if getattr(args, flag) and args.suite not in suites:
+            raise UserError(
+                f"--{flag} has no effect in the suite {args.suite}: remove it. It is for "
+                f"{' and '.join(suites)}."
+            )
+    if args.avoid and not args.methods:
+        raise UserError("--avoid has no effect without --methods: add --methods or remove it.")
+    warms_up = any(method in WARMUPS for method in args.methods)
+    if args.guidance_warmup is not None and not warms_up:
+        raise UserError("--guidance-warmup has no effect without --methods sld-… or sega.")
+    if args.quick and not args.reproduce:
+        raise UserError("--quick has no effect without --reproduce: add it or remove --quick.")
+    if args.reproduce and (args.patch or args.methods):
+        raise UserError("--reproduce trains its own patches: remove --patch and --methods.")
 
 
 def choose_out(args, processes):
@@ -347,12 +377,11 @@ def generate_batch(model, unet, row, jobs, batch, folder, args, dtype):
 # ---------------------------------------------------------------------------------------- command
 def evaluate(args):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_flags(args)
     args.out = choose_out(args, processes)
     if args.reproduce:
         from toy.reproduce import reproduce
 
-        if args.suite != "toy":
-            raise UserError("--reproduce is for the suite toy.")
         return reproduce(args.out.resolve(), args.quick)
     if args.threads:
         torch.set_num_threads(args.threads)

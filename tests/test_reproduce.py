@@ -30,6 +30,16 @@ def test_the_plans_are_trainings_that_exist():
         presets.settle(train.parse(["--model", "toy", "--concept", "striped", *words]))
 
 
+def test_the_plans_are_tables_that_exist(tmp_path):
+    for quick in (True, False):
+        study = reproduce.Study(tmp_path, quick, (2,), 40)
+        jobs = reproduce.table_evaluations(study, reproduce.plan(quick))
+        jobs += reproduce.matrix_jobs(study)[1]
+        for job in jobs:
+            words = [*job.words[1:], "--out", job.out]
+            evaluation.check_flags(evaluation.parse([str(word) for word in words]))
+
+
 def test_a_grid_has_one_line_per_claim_and_one_column_per_method():
     sdd, esd = {"named": [1, 100], "caption": [95, 100]}, {"named": [50, 100], "caption": [95, 100]}
     tables = {

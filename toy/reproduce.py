@@ -171,7 +171,7 @@ def table_trainings(study, sections):
 
 def table_evaluations(study, sections):
     """The tables of the sections, and the curve."""
-    suite = ["toy", "--limit", study.limit, "--guidance-warmup", GUIDED_WARMUP]
+    suite = ["toy", "--limit", study.limit]
     jobs = []
     for section in sections:
         words = list(suite)
@@ -181,6 +181,7 @@ def table_evaluations(study, sections):
                 words += ["--patch", f"{row}={patch}"]
         if section.guided:
             words += ["--methods", *section.guided, "--avoid", *section.avoid]
+            words += ["--guidance-warmup", GUIDED_WARMUP]
         jobs.append(evaluation(study.tables / section.name, words))
     curve = suite + curve_patches(study)
     jobs.append(evaluation(study.tables / "curve", curve, "curve.png"))
