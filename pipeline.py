@@ -238,8 +238,8 @@ def check_warmup(method, warmup, scheduler):
     if used >= evaluations:
         raise UserError(
             f"The guidance warm-up of --method {method} ({used} evaluations) is not shorter than "
-            f"the run ({evaluations}), so it would never act: use a smaller --guidance-warmup, or more "
-            "--steps."
+            f"the run ({evaluations}), so it would never act: use a smaller "
+            "--guidance-warmup, or more --steps."
         )
 
 
