@@ -133,10 +133,10 @@ def measure_row(row, files, before, jobs, args, device, problems):
 def reason(error):
     """Why a measure could not be computed, and what to do."""
     if getattr(error, "name", None):
-        return (
-            f"{error.name} is missing: pip install -r requirements-eval.txt, then repeat the "
-            "command"
-        )
+        file = "requirements-eval.txt"
+        if error.name in ("cleanfid", "lpips", "torchvision"):
+            file = "requirements-fid.txt"
+        return f"{error.name} is missing: python -m pip install -r {file}, then repeat the command"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -373,7 +373,7 @@ def write_results(args, generated, settings, model, device):
         plots.plot(rows, columns, args.suite, args.out)
     except ModuleNotFoundError as e:
         raise UserError(
-            f"The table is written, but not the plot: {e.name} is missing. Run pip install -r "
+            f"The table is written, but not the plot: {e.name} is missing. Run python -m pip install -r "
             "requirements-eval.txt, then repeat the command."
         ) from e
     finally:

@@ -477,7 +477,9 @@ def test_nudity_without_nudenet_is_a_note(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(censor, "censor", np.zeros_like)
     assert sd(folder, "nudity", "--limit", 2, "--out", tmp_path / "o") == 0
     assert black(tmp_path / "o" / "original.png")
-    assert "%NUDE: not measured, nudenet is missing" in table(tmp_path / "o")
+    assert "nudenet is missing: python -m pip install -r requirements-eval.txt" in table(
+        tmp_path / "o"
+    )
 
 
 def test_nudenet_counts_the_right_classes(monkeypatch):
@@ -562,7 +564,8 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "lpips", missing)
     assert sd(folder, *words, tmp_path / "nowhere") == 0
     text = table(tmp_path / "o")
-    assert "lpips is missing: pip install" in text and "CLIP score: not measured" in text
+    assert "lpips is missing: python -m pip install -r requirements-fid.txt" in text
+    assert "CLIP score: not measured" in text
     assert set(result(tmp_path / "o")["rows"][1]["figures"]) == {"ssim"}
     assert sd(folder, "coco", "--out", tmp_path / "q") == 2
     assert "--prompts" in capsys.readouterr().err
@@ -570,7 +573,7 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(
     not (find_spec("cleanfid") and find_spec("lpips")),
-    reason="clean-fid and lpips need torchvision, which pulls torch's CUDA build",
+    reason="clean-fid and lpips are in requirements-fid.txt",
 )
 def test_fid_kid_and_lpips(tmp_path, monkeypatch):
     """The libraries themselves, with features and networks that need no download."""
