@@ -373,8 +373,8 @@ def write_results(args, generated, settings, model, device):
         plots.plot(rows, columns, args.suite, args.out)
     except ModuleNotFoundError as e:
         raise UserError(
-            f"The table is written, but not the plot: {e.name} is missing. Run python -m pip install -r "
-            "requirements-eval.txt, then repeat the command."
+            f"The table is written, but not the plot: {e.name} is missing. Run python -m pip "
+            "install -r requirements-eval.txt, then repeat the command."
         ) from e
     finally:
         page.page(args.out)

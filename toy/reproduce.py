@@ -510,8 +510,8 @@ def reproduce(folder, quick=False, workers=2):
     """Trains and measures what is missing in `folder`, `workers` commands at a time."""
     if not find_spec("matplotlib"):  # needed at the end, hours later
         raise UserError(
-            "--reproduce makes plots: python -m pip install matplotlib, or all of requirements-eval.txt, "
-            "first."
+            "--reproduce makes plots: python -m pip install matplotlib, or all of "
+            "requirements-eval.txt, first."
         )
     study = Study(folder, quick, (2,), 40) if quick else Study(folder, quick, (2, 3, 4), 100)
     sections = plan(quick)
