@@ -224,7 +224,11 @@ def test_a_signal_is_one_sentence(
             signal.raise_signal(number)
         return atomic_write(file)
 
-    monkeypatch.setattr(weights, "atomic_write", counted)
+    for module in [*sys.modules.values()]:  # each has imported the function by its name
+        if getattr(module, "atomic_write", None) is atomic_write:
+            monkeypatch.setattr(module, "atomic_write", counted)
+    if name == "convert":
+        monkeypatch.delitem(sys.modules, "tools.convert")  # run_module imports it again
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert ends(*words) == status and said in last(capsys)
