@@ -4,8 +4,8 @@
     python train.py --concept nudity                Stable Diffusion 1.4, on a CUDA GPU
 
 The output folder receives erased.safetensors (the trained tensors, for generate.py --patch and for
-diffusers), index.html (a page about the run), before_after.png, film.webp, film.png,
-previews/, log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
+diffusers), index.html (a page about the run), before_after.png, film.webp, film.png, previews/,
+log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
 """
 
 import support.openmp  # noqa: F401 (before torch)

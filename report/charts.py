@@ -1,4 +1,4 @@
-"""Charts as the numbers that the template draws in SVG: lines over iterations, dots with intervals."""
+"""Charts as the numbers that the template draws in SVG: lines, and dots with intervals."""
 
 import math
 
@@ -86,8 +86,8 @@ def describe(name, line):
     (x_first, y_first), (x_last, y_last) = line[0], line[-1]
     low, high = min(y for _, y in line), max(y for _, y in line)
     return (
-        f"{name}: {y_first:.3g} at iteration {x_first:.0f}, {y_last:.3g} at iteration {x_last:.0f}, "
-        f"between {low:.3g} and {high:.3g}"
+        f"{name}: {y_first:.3g} at iteration {x_first:.0f}, {y_last:.3g} at iteration "
+        f"{x_last:.0f}, between {low:.3g} and {high:.3g}"
     )
 
 

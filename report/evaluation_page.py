@@ -6,8 +6,15 @@ and the sheets are shown instead of single images.
 """
 
 from report.charts import dot_chart, wilson
-from report.inputs import data_uri, number, read_data_uri, read_dict, read_image, read_json
-from report.inputs import read_list
+from report.inputs import (
+    data_uri,
+    number,
+    read_data_uri,
+    read_dict,
+    read_image,
+    read_json,
+    read_list,
+)
 
 CHARTS = 4  # dot charts, of the columns that decide
 SAMPLES = 6  # images of each part of a suite
@@ -98,7 +105,7 @@ def column_head(column, rows):
 
 
 def table_row(row, rows, columns):
-    """{name, erased, cells: [{text, mark, paper}]} of a row; the mark is "better", "worse" or ""."""
+    """{name, erased, cells: [{text, mark, paper}]}; the mark is "better", "worse" or ""."""
     before = original_of(row, rows)
     cells = []
     for column in columns:

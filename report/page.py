@@ -87,7 +87,8 @@ def require_tensorboard():
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "--report-to tensorboard needs TensorBoard: pip install tensorboard, or remove the flag."
+            "--report-to tensorboard needs TensorBoard: pip install tensorboard, or remove the "
+            "flag."
         ) from None
     return SummaryWriter
 

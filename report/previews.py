@@ -151,8 +151,8 @@ class Previews:
             self.warned = True
             print(
                 f"warning: after {done} iterations {100 * flat:.0f} % of the preview images are "
-                f"nearly one colour (the original's: {100 * before:.0f} %). This can be overfitting: "
-                "look at previews/, and use fewer --iters or a smaller --lr.",
+                f"nearly one colour (the original's: {100 * before:.0f} %). This can be "
+                "overfitting: look at previews/, and use fewer --iters or a smaller --lr.",
                 file=sys.stderr,
             )
 

@@ -161,7 +161,7 @@ def curves(rows):
 
 
 def loss_chart(title, series):
-    """The loss of each iteration jumps, because t and z_t are random; its running mean shows more."""
+    """Each iteration's loss, and its running mean: the loss jumps, because t and z_t are random."""
     ((name, line),) = series.items()
     window = max(5, len(line) // 10)
     mean = {f"mean of the last {window} iterations": running_mean(line, window)}
