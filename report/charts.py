@@ -6,7 +6,7 @@ import numpy as np
 
 POINTS = 400  # of a line at most: a chart is about as many pixels wide
 LEFT, RIGHT, TOP, BOTTOM = 60, 390, 20, 190  # the plot area of a line chart of 400 × 220 units
-DOT_LEFT, DOT_RIGHT = 150, 385  # the plot area of a dot chart that is 400 units wide
+DOT_LEFT, DOT_RIGHT = 150, 380  # the plot area of a dot chart that is 400 units wide
 DOT_TOP, DOT_ROW = 8, 24
 NAME_LENGTH = 20  # letters of a name that fit left of the dots
 

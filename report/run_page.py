@@ -27,6 +27,7 @@ KINDS = {
     "implied": "implies the concept: should change",
     "stay": "should stay",
 }
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 PAPERS = {
     "sdd": ("SDD", "2307.05977"),
     "esd-x": ("ESD", "2303.07345"),
@@ -89,7 +90,7 @@ def training_time(training):
     except (KeyError, TypeError, ValueError):
         return None
     time = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    return f"{iterations} iterations in {time}"
+    return f"{iterations} iterations in {time.replace(' ', NO_BREAK_SPACE)}"
 
 
 # -------------------------------------------------------------------------------------- images
@@ -103,7 +104,7 @@ def name_of_after(settings, previews, finished):
     if not previews:
         return None
     if finished:
-        return f"the erased model ({output_of(settings)})"
+        return f"the {output_of(settings)}, which is the result"
     return f"the {output_of(settings)} after {previews[-1]} iterations"
 
 
