@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import ablation
+import closed_form
 import ema
 import weights
 from clip_text import tokenize
@@ -37,7 +38,7 @@ from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
 from presets import METHODS, PRESETS, TRAIN_PARAMS, call_loss, load_loss, loss_file, settle, sha256
 from report.page import Reporter, require_tensorboard
 from report.previews import Previews, preview_seeds
-from sdd import sdd
+from sdd import Iteration, sdd
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -171,12 +172,42 @@ def parse(argv=None):
         help="ablate: no gradient through the keys and values of the start token",
     )
 
+    group = parser.add_argument_group("methods without training (uce, mace, rece, speed)")
+    group.add_argument(
+        "--keep",
+        nargs="+",
+        metavar="PROMPT",
+        help="prompts whose keys and values should not change (default: none; toy model: the "
+        "words of its world)",
+    )
+    group.add_argument(
+        "--template",
+        nargs="+",
+        metavar="TEXT",
+        help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
+        "the toy model: several, see presets.py)",
+    )
+    group.add_argument(
+        "--states",
+        **one_of(["last", "all"]),
+        help="uce: the text state of a prompt's last word, or all 77 (default: last; toy "
+        "model: all)",
+    )
+    group.add_argument(
+        "--ridge",
+        type=finite,
+        metavar="λ",
+        help="weight of |W − W°|² (default: uce 0.5, rece 0.1, speed 1; mace 1000, or nearly 0 "
+        "with --keep)",
+    )
+
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--iters",
         type=positive,
         metavar="N",
-        help=f"iterations ({default('iters')}; several concepts: 2000)",
+        help=f"iterations ({default('iters')}; several concepts: 2000; rece: rounds + 1, "
+        "default: 2)",
     )
     group.add_argument(
         "--batch-size",
@@ -328,6 +359,14 @@ class Run:
         self.pairs = prompt_pairs(settings)
         self.models, self.fingerprint = make_models(model, settings, self.device, self.dtype)
         self.prompts = encode_all(self.models.student, settings, self.pairs)
+        if settings["method"] in closed_form.METHODS:
+            self.states = closed_form.gather_states(
+                self.models.student,
+                settings["method"],
+                template_pairs(settings),
+                settings["keep"],
+                settings["states"],
+            )
         if self.trains_text:
             model = self.models.student
             mask_embedding_gradient(model.tokenizer, self.models.theta, settings["concept"])
@@ -343,6 +382,9 @@ class Run:
     def iterations(self, start=0):
         """Algorithm 1 with this run's settings: yields an Iteration after each iteration."""
         a, models = self.settings, self.models
+        if a["method"] in closed_form.METHODS:
+            yield from self.closed_form_rounds(start)
+            return
         noised_anchors = None
         sampling_unet = None
         if a["latents"] == "anchor":
@@ -383,6 +425,23 @@ class Run:
                 sampling_unet.sync()
             self.done, self.generator_state = iteration.i + 1, self.generator.get_state()
             yield iteration
+
+    @torch.no_grad()
+    def closed_form_rounds(self, start):
+        """Methods without training: an Iteration per round; teacher and student get its result."""
+        a, models = self.settings, self.models
+        parameters = dict(models.original.unet.named_parameters())
+        original = {name: parameters[name] for name in models.theta}
+        for i in range(start, a["iters"]):
+            edited = closed_form.edit(
+                a["method"], i, models.theta, original, self.states, a["ridge"], a["seed"]
+            )
+            for name, W in edited.items():
+                models.theta[name].copy_(W)
+                models.theta_ema[name].copy_(W)
+            left = closed_form.residual(edited, original, self.states)
+            self.done = i + 1
+            yield Iteration(i, loss=left, lr=0.0, grad_norm=0.0, k=None, j=0)
 
     def loss(self):
         """The method's loss, or the run's copy of the user's own."""
@@ -556,6 +615,17 @@ def prompt_pairs(settings):
     return ablation.prompt_pairs(
         settings["concept"], settings["anchor"], settings["anchor_prompts"]
     )
+
+
+def template_pairs(settings):
+    """Methods without training: (prompt with the concept, the same prompt with the anchor)."""
+    concepts, anchors = settings["concept"], settings["anchor"] or [""]
+    pairs = []
+    for j, concept in enumerate(concepts):
+        anchor = anchors[j % len(anchors)]
+        for template in settings["template"]:
+            pairs.append((template.replace("{}", concept), template.replace("{}", anchor).strip()))
+    return pairs
 
 
 def encode_all(model, settings, pairs):
