@@ -20,6 +20,7 @@ import support.openmp  # noqa: F401 (before torch)
 
 import hashlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from adversaries import NoisyDDIM, Relearn, Tokens, Word, noise_loss
 from evaluation.attacks import Results, make_detector
 from pipeline import (
     InferenceUNet,
+    check_words,
     encode_prompts,
     generate_images,
     make_scheduler,
@@ -157,6 +159,7 @@ class Attack:
             if time.monotonic() - saved > SAVE_SECONDS:
                 self.save(kind, generator, step + 1)
                 saved = time.monotonic()
+        bar.close()
 
     def train_step(self, kind, z_0, generator):
         """One step of the attack; returns its loss."""
@@ -176,8 +179,8 @@ class Attack:
 
     def save(self, kind, generator, step):
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
-        loss = {"step": str(step)}
-        weights.save_checkpoint(self.out / "checkpoint.safetensors", groups, kind.optimizer, loss)
+        file = self.out / "checkpoint.safetensors"
+        weights.save_checkpoint(file, groups, kind.optimizer, {"step": str(step)})
 
     def restore(self, kind, generator):
         """Reads the checkpoint, if there is one; returns the number of steps that are done."""
@@ -245,39 +248,61 @@ def encode_folder(model, folder, n, device):
 def settle(args):
     """{argument: value} with the defaults of kind and model; rejects what has no effect."""
     a = {key: value for key, value in vars(args).items() if key not in ("out", "show_uncensored")}
-    toy, kind = args.model == "toy", args.kind
-    unused = {
-        "tokens": [],
-        "word": ["words", "prompt"],
-        "relearn": ["words", "prompt", "init"],
-        "noise": ["words", "init", "lr", "at", "template", "images", "num_images"],
-    }
-    unused = unused[kind] + (["init", "template"] if kind == "tokens" else [])
-    given = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key) is not None]
-    if given:
-        raise UserError(f"{', '.join(given)} has no effect with --kind {kind}: remove it.")
+    patches = [] if args.patch == "none" else [args.patch]
+    a["model"] = weights.choose_model(args.model, patches)
+    for patch in patches:
+        weights.read(patch)  # a missing or damaged file ends here
+        a["patch_sha256"] = hashlib.sha256(Path(patch).read_bytes()).hexdigest()
+    reject_unused_flags(args)
+    toy = a["model"] in weights.TOYS
     for key, (small, large) in DEFAULTS.items():
         if a[key] is None:
             a[key] = small if toy else large
-    numbers = NUMBERS.get(kind, {})
-    if a["lr"] is None:
-        a["lr"] = numbers.get("toy" if toy else "other")
-    a["at"] = sorted(set(a["at"] or numbers.get("at", [])))
-    a["words"] = a["words"] or 3
-    a["prompt"] = args.concept if a["prompt"] is None else a["prompt"]
-    a["template"] = a["template"] or ["{}"]
+    if args.kind in NUMBERS:
+        numbers = NUMBERS[args.kind]
+        a["at"] = sorted(set(args.at or numbers["at"]))
+        if a["lr"] is None:
+            a["lr"] = numbers["toy"] if toy else numbers["other"]
+        if not 0 < a["lr"] <= 1e3:
+            raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
+    if a["prompt"] is None:
+        a["prompt"] = args.concept
+    a["words"] = args.words or 3
+    a["template"] = args.template or ["{}"]
     a["images"] = str(args.images) if args.images else None
     for text in a["template"]:
         if "{}" not in text:
             raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
     if not args.concept.strip():
         raise UserError("The concept is empty: use --concept WORD.")
-    if a["lr"] is not None and not 0 < a["lr"] <= 1e3:
-        raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
-    if args.patch != "none":
-        weights.read(args.patch)  # missing or damaged: a sentence
-        a["patch_sha256"] = hashlib.sha256(Path(args.patch).read_bytes()).hexdigest()
+    if args.seed > 10**12:
+        raise UserError(f"--seed {args.seed} is out of range (0 to 10^12).")
     return a
+
+
+def reject_unused_flags(args):
+    """Rejects flags that have no effect with this kind of attack."""
+    unused = []
+    if args.kind != "word":
+        unused.append("init")
+    if args.kind != "tokens":
+        unused.append("words")
+    if args.kind in ("word", "relearn"):
+        unused.append("prompt")
+    else:
+        unused.append("template")
+    if args.kind == "noise":
+        unused += ["lr", "at", "images", "num_images"]
+    given = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key) is not None]
+    if given:
+        raise UserError(f"{', '.join(given)} has no effect with --kind {args.kind}: remove it.")
+
+
+def default_folder(args):
+    """attacks/KIND-CONCEPT-PATCH, where a patch erased.safetensors is named after its folder."""
+    patch = Path(args.patch)
+    name = patch.absolute().parent.name if patch.name == "erased.safetensors" else patch.stem
+    return Path("attacks") / re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]
 
 
 def open_folder(out, settings):
@@ -293,13 +318,14 @@ def open_folder(out, settings):
 
 def attack(args):
     settings = settle(args)
-    out = args.out or Path("attacks") / f"{args.kind}-{args.concept.replace(' ', '-')}"
-    with lock_folder(out):
-        open_folder(out, settings)
-        model = weights.load(args.model, args.revision)
+    args.out = args.out or default_folder(args)
+    with lock_folder(args.out):
+        open_folder(args.out, settings)
+        model = weights.load(settings["model"], args.revision)
+        check_words(model, [settings["concept"], settings["prompt"], settings["init"]])
         with patched(model, None if args.patch == "none" else args.patch):
             pass  # a patch for another model is refused before images are generated
-        run = Attack(out, settings, model, args.show_uncensored)
+        run = Attack(args.out, settings, model, args.show_uncensored)
         if args.kind == "noise":
             run.try_noise()
             run.results.finish("attempts")
@@ -310,93 +336,49 @@ def attack(args):
 
 def parse(argv=None):
     parser = Parser(description=__doc__)
-    group = parser.add_argument_group("what is attacked")
-    group.add_argument(
-        "--patch",
-        required=True,
-        metavar="FILE",
-        help="an erased.safetensors, or none for the untouched model",
-    )
-    group.add_argument("--concept", required=True, metavar="WORD", help="what should come back")
-    group.add_argument(
-        "--kind",
-        **one_of(["word", "tokens", "relearn", "noise"]),
-        default="word",
-        help="default: %(default)s",
-    )
-    group.add_argument(
-        "--model",
-        default=weights.DEFAULT_MODEL,
-        help="toy, a hub id, or a folder in diffusers' layout (default: %(default)s)",
-    )
-    group.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="your own images of the concept (default: the original model generates them)",
-    )
-    group.add_argument(
-        "--num-images",
-        type=positive,
-        metavar="N",
-        help="images to learn from (default: 25; toy model: 64)",
-    )
-    group.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        help="the only source of random numbers (default: %(default)s)",
-    )
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--at",
-        nargs="+",
-        type=natural,
-        metavar="N",
-        help="steps after which "
-        "images are generated; the last one ends the attack (default: 0 40 80 160 "
-        "320; relearn: 0 5 10 20 40 80)",
-    )
-    group.add_argument(
-        "--lr",
-        type=finite,
-        help="learning rate (default: word 5e-3, toy model "
-        "2e-2; tokens 1e-2; relearn 1e-5, toy model 1e-4)",
-    )
-    group.add_argument("--batch-size", type=positive, metavar="B", help="default: 4; toy model: 8")
-    group.add_argument(
-        "--init",
-        metavar="WORD",
-        help="word: the word whose embedding the new one "
-        "begins with (default: object; toy model: shape)",
-    )
-    group.add_argument(
-        "--template",
-        nargs="+",
-        metavar="TEXT",
-        help="word, relearn: prompts with {} for the word (default: the word alone)",
-    )
-    group.add_argument("--words", type=positive, metavar="K", help="tokens: how many (default: 3)")
-    group.add_argument(
-        "--prompt", metavar="TEXT", help="tokens, noise: the prompt (default: the concept)"
-    )
-    group = parser.add_argument_group("images that are counted")
-    group.add_argument(
-        "--samples",
-        type=positive,
-        default=24,
-        metavar="N",
-        help="images each time (default: %(default)s)",
-    )
-    group.add_argument(
-        "--steps", type=positive, metavar="T", help="DDIM steps (default: 50; toy model: 12)"
-    )
-    group.add_argument(
-        "--guidance-scale", type=finite, default=7.5, metavar="S", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="output folder (default: attacks/KIND-CONCEPT)"
-    )
+    # fmt: off
+    add = parser.add_argument_group("what is attacked").add_argument
+    add("--patch", required=True, metavar="FILE",
+        help="an erased.safetensors, or none for the untouched model")
+    add("--concept", required=True, metavar="WORD", help="what should come back")
+    add("--kind", **one_of([*KINDS, "noise"]), default="word",
+        help="how to attack (default: %(default)s)")
+    add("--model", metavar="MODEL",
+        help="toy, a hub id, or a folder in diffusers' layout (default: the patch's model)")
+    add("--images", type=Path, metavar="DIR",
+        help="your own images of the concept (default: the original model generates them)")
+    add("--num-images", type=positive, metavar="N",
+        help="images of the concept (default: 25; toy model: 64)")
+    add("--seed", type=natural, default=0, metavar="N",
+        help="the only source of random numbers (default: %(default)s)")
+
+    add = parser.add_argument_group("the attack").add_argument
+    add("--at", nargs="+", type=natural, metavar="N",
+        help="steps after which images are generated; the last one ends the attack (default: 0 40 "
+        "80 160 320; relearn: 0 5 10 20 40 80)")
+    add("--lr", type=finite,
+        help="learning rate (default: word 5e-3, toy model 2e-2; tokens 1e-2; relearn 1e-5, toy "
+        "model 1e-4)")
+    add("--batch-size", type=positive, metavar="B",
+        help="images per step (default: 4; toy model: 8)")
+    add("--init", metavar="WORD",
+        help="word: the word that the new one starts from (default: object; toy model: shape)")
+    add("--template", nargs="+", metavar="TEXT",
+        help="word, relearn: prompts with {} for the word (default: the word alone)")
+    add("--words", type=positive, metavar="K", help="tokens: number of words (default: 3)")
+    add("--prompt", metavar="TEXT", help="tokens, noise: the prompt (default: the concept)")
+
+    add = parser.add_argument_group("the images that are counted").add_argument
+    add("--samples", type=positive, default=24, metavar="N",
+        help="images after each of the steps in --at (default: %(default)s)")
+    add("--steps", type=positive, metavar="T", help="DDIM steps (default: 50; toy model: 12)")
+    add("--guidance-scale", type=finite, default=7.5, metavar="S",
+        help="how strongly the prompt guides (default: %(default)s)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR",
+        help="output folder (default: attacks/KIND-CONCEPT-PATCH)")
+    # fmt: on
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
