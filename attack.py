@@ -76,9 +76,9 @@ DEFAULTS = {  # toy model, other models
 
 
 class Attack:
-    """One attack on one model. `results` counts and writes."""
+    """One attack on one model. detect: evaluation.attacks.make_detector's function, or None."""
 
-    def __init__(self, out, settings, model, show_uncensored=False):
+    def __init__(self, out, settings, model, detect, show_uncensored=False):
         self.out, self.settings, self.model = out, settings, model
         self.device = pick_device(settings["device"])
         self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
@@ -86,9 +86,9 @@ class Attack:
             part.to(self.device)
         self.scheduler = make_scheduler(model.scheduler, settings["steps"], "ddim")
         self.seeds = [settings["seed"] * 100_000 + 50_000 + i for i in range(settings["samples"])]
-        self.detect = make_detector(settings["model"], settings["concept"])
+        self.detect = detect
         censor = censoring([settings["concept"], settings["prompt"]], show_uncensored)
-        self.results = Results(out, settings, self.detect is not None, censor)
+        self.results = Results(out, settings, detect is not None, censor)
 
     # ------------------------------------------------------------------------------ images
     def concept_latents(self):
@@ -320,12 +320,15 @@ def attack(args):
     settings = settle(args)
     args.out = args.out or default_folder(args)
     with lock_folder(args.out):
-        open_folder(args.out, settings)
         model = weights.load(settings["model"], args.revision)
-        check_words(model, [settings["concept"], settings["prompt"], settings["init"]])
         with patched(model, None if args.patch == "none" else args.patch):
-            pass  # a patch for another model is refused before images are generated
-        run = Attack(args.out, settings, model, args.show_uncensored)
+            pass  # refuses a patch for another model, before images are generated
+        check_words(model, [settings["concept"], settings["prompt"]])
+        if args.kind == "word":
+            check_words(model, [settings["init"]])
+        detect = make_detector(settings["model"], settings["concept"])
+        open_folder(args.out, settings)
+        run = Attack(args.out, settings, model, detect, args.show_uncensored)
         if args.kind == "noise":
             run.try_noise()
             run.results.finish("attempts")
