@@ -212,7 +212,7 @@ class Attack:
             sampler = NoisyDDIM(a["steps"], eta, scale, seed, **schedule)
             images, found = self.measure(c_p, sampler)
             found = any_of(results.points, found)
-            results.add(number + 1, images, found, found=found, eta=eta, scale=scale)
+            results.add(number + 1, images, found, eta=eta, scale=scale)
 
 
 def any_of(points, found):

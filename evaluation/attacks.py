@@ -110,7 +110,8 @@ def plot_curves(curves, file, unit="attack steps"):
 class Results:
     """results.json, images/, sheet.png and curve.png of an attack.
 
-    points: a measurement per row, {"step", "hits", "n", …}. chance: the same for the empty prompt.
+    points: a measurement per row, {"step", "hits", "n", "found", …}, where `found` tells which of
+    the n images show the concept. chance: the same for the empty prompt.
     censor: what each image passes through before it is written.
     """
 
@@ -126,7 +127,7 @@ class Results:
         """One measurement: its counts, and a row of images/."""
         shown = [self.censor(image) for image in images[:SHEET]]
         save_png(grid([shown]), self.out / "images" / f"{step:06d}.png", step=step)
-        self.points.append(dict(step=step, hits=sum(found), n=len(found), **more))
+        self.points.append(dict(step=step, hits=sum(found), n=len(found), found=found, **more))
         self.write()
 
     def write(self):
