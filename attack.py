@@ -139,16 +139,16 @@ class Attack:
         load_patch(self.model, a["patch"])
         kind = KINDS[a["kind"]](self.model, a, self.device)
         generator = torch.Generator("cpu").manual_seed(a["seed"])
-        start = self.restore(kind, generator)
+        start, loss = self.restore(kind, generator)
         results.points = [point for point in results.points if point["step"] < start]
         if not results.chance:
             _, found = self.measure(encode_prompts(self.model, [""]), guidance_scale=1.0)
             results.chance = [dict(step=0, hits=sum(found), n=len(found))]
-        last, saved, loss = a["at"][-1], time.monotonic(), None
+        last, saved = a["at"][-1], time.monotonic()
         bar = tqdm(total=last, initial=start, desc=a["kind"], unit="step", disable=None)
         for step in range(start, last + 1):
             if step in a["at"]:
-                self.save(kind, generator, step)
+                self.save(kind, generator, step, loss)
                 with torch.no_grad():
                     images, found = self.measure(kind.states())
                 results.add(step, images, found, loss=loss, prompt=kind.report(self.out))
@@ -157,7 +157,7 @@ class Attack:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
             if time.monotonic() - saved > SAVE_SECONDS:
-                self.save(kind, generator, step + 1)
+                self.save(kind, generator, step + 1, loss)
                 saved = time.monotonic()
         bar.close()
 
@@ -177,20 +177,21 @@ class Attack:
         kind.optimizer.zero_grad()
         return loss.item()
 
-    def save(self, kind, generator, step):
+    def save(self, kind, generator, step, loss):
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
+        metadata = {"step": str(step), "loss": json.dumps(loss)}
         file = self.out / "checkpoint.safetensors"
-        weights.save_checkpoint(file, groups, kind.optimizer, {"step": str(step)})
+        weights.save_checkpoint(file, groups, kind.optimizer, metadata)
 
     def restore(self, kind, generator):
-        """Reads the checkpoint, if there is one; returns the number of steps that are done."""
+        """Reads the checkpoint, if there is one: (the number of steps done, the last loss)."""
         file = self.out / "checkpoint.safetensors"
         if not file.exists():
-            return 0
+            return 0, None
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
-        step = int(weights.load_checkpoint(file, groups, kind.optimizer)["step"])
+        metadata = weights.load_checkpoint(file, groups, kind.optimizer)
         generator.set_state(groups["generator"]["state"])
-        return step
+        return int(metadata["step"]), json.loads(metadata["loss"])
 
     # ------------------------------------------------------------------------------- noise
     def try_noise(self):

@@ -112,8 +112,19 @@ def test_noise_finds_what_is_there_and_only_chance_in_what_is_gone(gone, tmp_pat
 
 
 # ----------------------------------------------------------------------------------- stop, resume
-@pytest.mark.parametrize("kind", ["word", "tokens", "relearn", "noise"])
-def test_a_stopped_attack_continues_to_the_same_results(kind, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "kind, method",  # the method whose fourth call is interrupted
+    [
+        ("word", "train_step"),
+        ("word", "measure"),
+        ("tokens", "train_step"),
+        ("relearn", "train_step"),
+        ("noise", "measure"),
+    ],
+)
+def test_a_stopped_attack_continues_to_the_same_results(
+    kind, method, tmp_path, monkeypatch, capsys
+):
     words = ["--model", "toy", "--concept", "star", "--patch", "none", "--kind", kind, *TINY]
     if kind == "noise":
         words.remove("--num-images")
@@ -122,7 +133,6 @@ def test_a_stopped_attack_continues_to_the_same_results(kind, tmp_path, monkeypa
     else:
         words += ["--at", 0, 2, 4]
     assert run(*words, "--out", tmp_path / "whole") == 0
-    method = "measure" if kind == "noise" else "train_step"
     original, calls = getattr(attack.Attack, method), []
 
     def stops(self, *arguments, **named):
