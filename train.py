@@ -14,7 +14,6 @@ import csv
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -53,7 +52,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, checksum, lock_folder
+from support.files import atomic_write, checksum, lock_folder, numbered_folder
 from support.own_loss import OwnLossError, call_loss, load_loss, loss_file, sha256
 from unet import ResnetBlock, Transformer
 
@@ -621,9 +620,7 @@ def open_run(args):
         return resumed_run(args)
     settings = settle(args)
     if args.out is None:
-        taken = [int(folder.name[:4]) for folder in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")]
-        name = re.sub(r"\W+", "-", "-".join(settings["concept"]))[:40]
-        args.out = Path("runs") / f"{max(taken, default=0) + 1:04d}-{name}"
+        args.out = numbered_folder("runs", "-".join(settings["concept"]))
     return args.out, settings
 
 
@@ -669,14 +666,14 @@ def resumed_run(args):
 def train_in(out, settings, args):
     """The whole command, inside the locked output folder."""
     model = weights.load(settings["model"], settings["revision"])
+    if not args.resume and args.preview is None:
+        settings["preview"] = skip_unknown_previews(model, settings["preview"])
+    run = Run(out, settings, model)  # rejects what this model cannot do, before a file is written
     if not args.resume:
-        if args.preview is None:
-            settings["preview"] = skip_unknown_previews(model, settings["preview"])
         if settings["loss"]:
             with atomic_write(out / OWN_LOSS) as temporary:
                 temporary.write_bytes(loss_file(settings["loss"]).read_bytes())
         write_run_json(out, settings)
-    run = Run(out, settings, model)
     run.restore()
     start, began = run.done, time.monotonic()
     output = METHODS[settings["method"]].output

@@ -179,7 +179,7 @@ def choose_model(given, patches):
             return name
         if name in TOYS and given not in TOYS and not Path(given).exists():
             raise UserError(f"{file} was made for the model {name}: use --model {name}.")
-    return given or DEFAULT_MODEL
+    return DEFAULT_MODEL if given is None else given
 
 
 def check_patch_model(name, file):

@@ -209,8 +209,8 @@ def flop_rate(contender, k, seconds, device):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that exist: those of `include`, and results of operations.
 
-    torch's MemTracker (torch.distributed._tools) counts the same, but it cannot answer where the
-    loop asks a fake tensor for its value (to log it, to see that it is finite). Here it is 1.
+    The value of a fake tensor is 1, where the loop asks for it (to log it, to see that it is
+    finite). torch's own MemTracker has no such answer, so it would need a mode like this one, too.
     """
 
     def __init__(self):

@@ -11,7 +11,6 @@ continues as if it had not been. Deliberate choices, against Stable Diffusion's 
 3. The text encoder first learns to name a picture's attributes from its caption, a minute's stand-in for CLIP's
    contrastive training; from there it goes on with the UNet.
 """
-
 import support.openmp  # noqa: F401
 
 import copy
@@ -35,28 +34,14 @@ from unet import UNet
 from vae import VAE
 
 MODEL, RUNS = Path(__file__).parent / "model", Path("runs/pretrain")
-VAE_CONFIG = dict(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    block_out_channels=[16, 32, 64],
-    layers_per_block=1,
-    norm_num_groups=8,
-)
-TEXT_CONFIG = dict(
-    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2
-)
+VAE_CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 32, 64],
+                  layers_per_block=1, norm_num_groups=8)
+TEXT_CONFIG = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
 UNET_CONFIG = dict(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=[32, 64, 128, 128],
-    layers_per_block=2,
-    attention_head_dim=2,
-    cross_attention_dim=64,
-    norm_num_groups=8,  # attention at 16x16 too: 0.57 s a step for 0.33 (at 32-64-96-96)
+    in_channels=4, out_channels=4, block_out_channels=[32, 64, 128, 128], layers_per_block=2, attention_head_dim=2,
+    cross_attention_dim=64, norm_num_groups=8,  # attention at 16x16 too: 0.57 s a step for 0.33 (at 32-64-96-96)
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-)
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
 LATENT_STD = 0.5
 STEPS = {"vae": 1750, "text": 600, "unet": 3500}
 PICTURES = 40_000  # scenes that the UNet learns from; each gets a new caption whenever it comes up
@@ -77,9 +62,7 @@ def fit(stage, module, loss, groups, steps, average=0.998, warmup=200, save_ever
     began, losses = time.time(), []
     for step in range(start, steps):
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * min(
-                (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))
-            )
+            group["lr"] = rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         value = loss(step)
         optimizer.zero_grad()
         value.backward()
@@ -91,11 +74,7 @@ def fit(stage, module, loss, groups, steps, average=0.998, warmup=200, save_ever
         losses.append(value.item())
         if (step + 1) % save_every == 0 or step + 1 == steps:
             weights.save_checkpoint(file, kept, optimizer, {"step": str(step + 1)})
-            row = (
-                step + 1,
-                f"{np.mean(losses[-save_every:]):.5f}",
-                f"{(time.time() - began) / len(losses):.3f}",
-            )
+            row = step + 1, f"{np.mean(losses[-save_every:]):.5f}", f"{(time.time() - began) / len(losses):.3f}"
             with open(RUNS / f"{stage}.csv", "a", newline="") as f:
                 csv.writer(f).writerow(row)  # step, mean loss since the last row, seconds a step
             print(f"{stage} {step + 1}/{steps}: loss {row[1]}, {row[2]} s a step", flush=True)
@@ -105,10 +84,7 @@ def fit(stage, module, loss, groups, steps, average=0.998, warmup=200, save_ever
 def write(folder, network, config, module):
     """One network of the model folder: config.json and float16 weights."""
     name = weights.NETWORKS[network][1]
-    weights.save(
-        folder / network / f"{name}.safetensors",
-        {k: v.half() for k, v in module.state_dict().items()},
-    )
+    weights.save(folder / network / f"{name}.safetensors", {k: v.half() for k, v in module.state_dict().items()})
     with atomic_write(folder / network / "config.json") as beside:
         beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -133,14 +109,9 @@ def train_vae(size=32, lr=2e-3):
         pictures = draw.batch(np.random.default_rng(7), 1024)[1]
         z = torch.cat([vae.encode(probe.to_tensor(part)) for part in np.array_split(pictures, 16)])
     config = VAE_CONFIG | dict(
-        _class_name="AutoencoderKL",
-        _diffusers_version="0.42.1",
-        act_fn="silu",
-        sample_size=draw.SIZE,
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        scaling_factor=round(LATENT_STD / z.std().item(), 5),
-    )
+        _class_name="AutoencoderKL", _diffusers_version="0.42.1", act_fn="silu", sample_size=draw.SIZE,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        scaling_factor=round(LATENT_STD / z.std().item(), 5))
     write(MODEL, "vae", config, vae)
 
 
@@ -150,37 +121,18 @@ def write_tokenizer(folder):
     for word in draw.WORDS:
         parts, done = [*word[:-1], word[-1] + "</w>"], 0
         while len(parts) > 1:
-            if (
-                done == len(merges)
-            ):  # earlier words' merges are used up: one more, after all of theirs, which stay as they are
+            if done == len(merges):  # earlier words' merges are used up: one more, after all of theirs, which stay as they are
                 merges.append((parts[0], parts[1]))
             for i in reversed(range(len(parts) - 1)):
-                if tuple(parts[i : i + 2]) == merges[done]:
-                    parts[i : i + 2] = ["".join(merges[done])]
+                if tuple(parts[i:i + 2]) == merges[done]:
+                    parts[i:i + 2] = ["".join(merges[done])]
             done += 1
-    words = [
-        *alphabet,
-        *(c + "</w>" for c in alphabet),
-        *map("".join, merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    files = {
-        "vocab.json": json.dumps({word: i for i, word in enumerate(words)}, indent=0),
-        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-        "tokenizer_config.json": json.dumps(
-            dict(
-                tokenizer_class="CLIPTokenizer",
-                model_max_length=77,
-                bos_token="<|startoftext|>",
-                errors="replace",
-                eos_token="<|endoftext|>",
-                pad_token="<|endoftext|>",
-                unk_token="<|endoftext|>",
-            ),
-            indent=2,
-        ),
-    }
+    words = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    files = {"vocab.json": json.dumps({word: i for i, word in enumerate(words)}, indent=0),
+             "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+             "tokenizer_config.json": json.dumps(dict(
+                 tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", errors="replace",
+                 eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"), indent=2)}
     for name, text in files.items():
         with atomic_write(folder / "tokenizer" / name) as beside:
             beside.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
@@ -193,9 +145,7 @@ def train_text(size=256, lr=2e-3):
     vocab_size = write_tokenizer(MODEL)
     tokenizer = weights.load_tokenizer(MODEL)
     values = sum(map(len, draw.ATTRIBUTES.values()))
-    module = torch.nn.ModuleDict(
-        {"text": CLIPText(vocab_size, **TEXT_CONFIG), "head": torch.nn.Linear(64, values)}
-    )
+    module = torch.nn.ModuleDict({"text": CLIPText(vocab_size, **TEXT_CONFIG), "head": torch.nn.Linear(64, values)})
 
     def loss(step):
         rng = np.random.default_rng([2, step])
@@ -204,14 +154,9 @@ def train_text(size=256, lr=2e-3):
         end = (tokens == tokenizer.eos_token_id).float()[..., None]
         pooled = (module["text"](tokens) * end).sum(1) / end.sum(1)
         logits = module["head"](pooled).split([*map(len, draw.ATTRIBUTES.values())], dim=1)
-        return sum(
-            F.cross_entropy(a, b)
-            for a, b in zip(logits, probe.labels(scenes, draw.ATTRIBUTES).values())
-        )
+        return sum(F.cross_entropy(a, b) for a, b in zip(logits, probe.labels(scenes, draw.ATTRIBUTES).values()))
 
-    fit(
-        "text", module, loss, [dict(params=module.parameters(), lr=lr)], STEPS["text"], average=0.98
-    )
+    fit("text", module, loss, [dict(params=module.parameters(), lr=lr)], STEPS["text"], average=0.98)
     return module["text"]
 
 
@@ -223,10 +168,8 @@ def latents():
     scenes = [draw.scene(rng) for _ in range(PICTURES)]
     if not file.exists():
         vae = weights.load_network(MODEL, "vae")
-        parts = [scenes[i : i + 100] for i in range(0, PICTURES, 100)]
-        z = [
-            vae.encode(probe.to_tensor([draw.draw(s, rng) for s in part])).half() for part in parts
-        ]
+        parts = [scenes[i:i + 100] for i in range(0, PICTURES, 100)]
+        z = [vae.encode(probe.to_tensor([draw.draw(s, rng) for s in part])).half() for part in parts]
         weights.save(file, {"z": torch.cat(z)})
     return scenes, weights.read(file)[0]["z"]
 
@@ -236,9 +179,7 @@ def train_unet(size=48, lr=1.5e-3, gamma=5.0):
     text, tokenizer = train_text(), weights.load_tokenizer(MODEL)
     torch.manual_seed(2)
     scenes, z_all = latents()
-    module = torch.nn.ModuleDict(
-        {"unet": UNet(**UNET_CONFIG).to(memory_format=torch.channels_last), "text": text}
-    )
+    module = torch.nn.ModuleDict({"unet": UNet(**UNET_CONFIG).to(memory_format=torch.channels_last), "text": text})
     scheduler = DDIM(1000 // 20)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
 
@@ -251,10 +192,7 @@ def train_unet(size=48, lr=1.5e-3, gamma=5.0):
         e = module["unet"](scheduler.add_noise(z, noise, t), t, module["text"](tokens))
         return ((snr[t].clamp(max=gamma) / snr[t]) * (e - noise).square().mean((1, 2, 3))).mean()
 
-    groups = [
-        dict(params=module["unet"].parameters(), lr=lr),
-        dict(params=text.parameters(), lr=0.4 * lr),
-    ]
+    groups = [dict(params=module["unet"].parameters(), lr=lr), dict(params=text.parameters(), lr=0.4 * lr)]
     fit("unet", module, loss, groups, STEPS["unet"], average=0.999)
     write_model(MODEL, module)
 
@@ -262,74 +200,23 @@ def train_unet(size=48, lr=1.5e-3, gamma=5.0):
 def write_model(folder, module):
     """All of the model folder but the autoencoder and the model card."""
     vocab_size = write_tokenizer(folder)
-    write(
-        folder,
-        "unet",
-        UNET_CONFIG
-        | dict(
-            _class_name="UNet2DConditionModel",
-            _diffusers_version="0.42.1",
-            sample_size=draw.SIZE // 4,
-            act_fn="silu",
-            flip_sin_to_cos=True,
-            freq_shift=0,
-            norm_eps=1e-5,
-            downsample_padding=1,
-            mid_block_scale_factor=1,
-        ),
-        module["unet"],
-    )
-    write(
-        folder,
-        "text_encoder",
-        TEXT_CONFIG
-        | dict(
-            architectures=["CLIPTextModel"],
-            model_type="clip_text_model",
-            hidden_act="quick_gelu",
-            dtype="float32",
-            layer_norm_eps=1e-5,
-            max_position_embeddings=77,
-            projection_dim=64,
-            vocab_size=vocab_size,
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=vocab_size - 1,
-        ),
-        module["text"],
-    )
+    write(folder, "unet", UNET_CONFIG | dict(
+        _class_name="UNet2DConditionModel", _diffusers_version="0.42.1", sample_size=draw.SIZE // 4, act_fn="silu",
+        flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, downsample_padding=1, mid_block_scale_factor=1), module["unet"])
+    write(folder, "text_encoder", TEXT_CONFIG | dict(
+        architectures=["CLIPTextModel"], model_type="clip_text_model", hidden_act="quick_gelu", dtype="float32",
+        layer_norm_eps=1e-5, max_position_embeddings=77, projection_dim=64, vocab_size=vocab_size, bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1), module["text"])
     scheduler = dict(
-        _class_name="PNDMScheduler",
-        _diffusers_version="0.42.1",
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-        trained_betas=None,
-        clip_sample=False,
-        timestep_spacing="leading",
-        prediction_type="epsilon",
-    )
+        _class_name="PNDMScheduler", _diffusers_version="0.42.1", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+        beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True, trained_betas=None,
+        clip_sample=False, timestep_spacing="leading", prediction_type="epsilon")
     index = dict(
-        _class_name="StableDiffusionPipeline",
-        _diffusers_version="0.42.1",
-        unet=["diffusers", "UNet2DConditionModel"],
-        vae=["diffusers", "AutoencoderKL"],
-        text_encoder=["transformers", "CLIPTextModel"],
-        tokenizer=["transformers", "CLIPTokenizer"],
-        scheduler=["diffusers", "PNDMScheduler"],
-        feature_extractor=[None, None],
-        safety_checker=[None, None],
-        image_encoder=[None, None],
-        requires_safety_checker=False,
-    )
-    for name, config in (
-        ("scheduler/scheduler_config.json", scheduler),
-        ("model_index.json", index),
-    ):
+        _class_name="StableDiffusionPipeline", _diffusers_version="0.42.1", unet=["diffusers", "UNet2DConditionModel"],
+        vae=["diffusers", "AutoencoderKL"], text_encoder=["transformers", "CLIPTextModel"],
+        tokenizer=["transformers", "CLIPTokenizer"], scheduler=["diffusers", "PNDMScheduler"], feature_extractor=[None, None],
+        safety_checker=[None, None], image_encoder=[None, None], requires_safety_checker=False)
+    for name, config in (("scheduler/scheduler_config.json", scheduler), ("model_index.json", index)):
         with atomic_write(folder / name) as beside:
             beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
