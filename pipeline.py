@@ -22,7 +22,7 @@ SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in schedul
 DECODED = 2**20  # pixels that the VAE decodes at once: 4 images of 512 x 512. 32 need tens of GB
 WARMUPS = {"sega": 10}  # evaluations before a method acts, by its paper
 for strength, numbers in SLD.items():
-    WARMUPS[f"sld-{strength}"] = numbers[0]
+    WARMUPS[f"sld-{strength}"] = numbers["delta"]
 
 
 # ------------------------------------------------------------------------------------------ prompts
