@@ -18,6 +18,7 @@ import weights
 from guidance import GUIDANCE
 from pipeline import (
     InferenceUNet,
+    added_word,
     avoided_prompts,
     check_warmup,
     encode_prompts,
@@ -63,6 +64,12 @@ def parse(argv=None):
         default=[],
         metavar="FILE",
         help="one or more erased.safetensors of train.py, or the word none, side by side",
+    )
+    group.add_argument(
+        "--word",
+        metavar="FILE",
+        help="one more word for the prompts, from a word.safetensors of attack.py or another "
+        "textual-inversion file; the prompts write it as the file does, for example <star>",
     )
     group.add_argument(
         "--negative-prompt",
@@ -250,7 +257,7 @@ def generate_all(model, patch, name, args, scheduler, dtype):
         for n in range(args.num_images):
             prompts.append(prompt)
             seeds.append(args.seed + n)
-    with patched(model, patch):
+    with patched(model, patch), added_word(model, args.word):
         texts = encode_prompts(model, [args.negative_prompt, *args.prompts, *avoid])
         c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
         images = generate_images(

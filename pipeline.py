@@ -22,7 +22,7 @@ SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in schedul
 DECODED = 2**20  # pixels that the VAE decodes at once: 4 images of 512 x 512. 32 need tens of GB
 WARMUPS = {"sega": 10}  # evaluations before a method acts, by its paper
 for strength, numbers in SLD.items():
-    WARMUPS[f"sld-{strength}"] = numbers[0]
+    WARMUPS[f"sld-{strength}"] = numbers["delta"]
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -54,7 +54,8 @@ def known_words(tokenizer):
         # "a</w>" is a word; other single letters are there to spell unknown words.
         if token.endswith("</w>") and (len(token) > 5 or token == "a</w>"):
             words.add(token.removesuffix("</w>"))
-    return words
+    added = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
+    return words | added  # `added_word`
 
 
 def check_words(model, prompts):
@@ -264,3 +265,36 @@ def patched(model, file):
     finally:
         for x, values in before:
             x.copy_(values)
+
+
+@contextmanager
+def added_word(model, file):
+    """The model with one more word, from a textual-inversion file; afterwards as it was.
+
+    file: a safetensors file with one tensor, (D,) or (1, D), whose name is the word; None for none.
+    attack.py writes such files, and diffusers' load_textual_inversion reads them.
+    """
+    if not file:
+        yield None
+        return
+    tensors, _ = weights.read(file)
+    embedding = model.text_encoder.text_model.embeddings.token_embedding
+    table = embedding.weight
+    vectors = [x.reshape(1, -1) for x in tensors.values()]
+    if len(vectors) != 1 or vectors[0].shape[1] != table.shape[1]:
+        raise UserError(
+            f"{file} does not hold one word of {table.shape[1]} numbers: use a word.safetensors "
+            "that attack.py wrote for this model."
+        )
+    word = next(iter(tensors))
+    if model.tokenizer.convert_tokens_to_ids(word) != len(table):  # not added by an earlier call
+        if word in model.tokenizer.get_vocab() or len(model.tokenizer) != len(table):
+            raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
+        model.tokenizer.add_tokens([word])
+    embedding.weight = torch.nn.Parameter(
+        torch.cat([table, vectors[0].to(table)]), requires_grad=False
+    )
+    try:
+        yield word
+    finally:
+        embedding.weight = table

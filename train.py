@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import ablation
+import closed_form
 import ema
 import weights
 from clip_text import tokenize
@@ -38,7 +39,7 @@ from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
 from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
 from report.page import Reporter, require_tensorboard
 from report.previews import Previews, preview_kinds, preview_seeds
-from sdd import ROLES, sdd
+from sdd import ROLES, Iteration, sdd
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -119,9 +120,21 @@ def parse(argv=None):
     add("--detach-start", action="store_true",
         help="ablate: no gradient through the keys and values of the start token")
 
+    add = parser.add_argument_group("methods without training: uce, mace, rece, speed").add_argument
+    add("--keep", nargs="+", metavar="PROMPT",
+        help="prompts whose keys and values should stay (default: none; toy model: its words)")
+    add("--template", nargs="+", metavar="TEXT",
+        help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
+        "the toy model: several, see presets.py)")
+    add("--states", **one_of(["last", "all"]),
+        help="uce: the text state of a prompt's last word, or all 77 (default: last; toy: all)")
+    add("--ridge", type=finite, metavar="λ",
+        help="weight of |W − W°|² (default: uce 0.5, rece 0.1, speed 1; mace 1000, or nearly 0 "
+        "with --keep)")
+
     add = parser.add_argument_group("optimisation").add_argument
     add("--iters", type=positive, metavar="N",
-        help=f"iterations ({default('iters')}; several concepts: 2000)")
+        help=f"iterations ({default('iters')}; several concepts: 2000; rece: 1 + its rounds, 2)")
     add("--batch-size", type=positive, metavar="B",
         help=f"latents per iteration ({default('batch_size')})")
     add("--lr", type=finite, help=f"AdamW's learning rate ({default('lr')})")
@@ -211,6 +224,14 @@ class Run:
         self.pairs = prompt_pairs(settings)
         self.models, self.fingerprint = make_models(model, settings, self.device, self.dtype)
         self.prompts = encode_all(self.models.student, settings, self.pairs)
+        if settings["method"] in closed_form.METHODS:
+            self.states = closed_form.gather_states(
+                self.models.student,
+                settings["method"],
+                template_pairs(settings),
+                settings["keep"],
+                settings["states"],
+            )
         if self.trains_text:
             model = self.models.student
             mask_embedding_gradient(model.tokenizer, self.models.theta, settings["concept"])
@@ -226,6 +247,9 @@ class Run:
     def iterations(self, start=0):
         """Algorithm 1 with this run's settings: yields an Iteration after each iteration."""
         a, models = self.settings, self.models
+        if a["method"] in closed_form.METHODS:
+            yield from self.closed_form_rounds(start)
+            return
         noised_anchors = None
         sampling_unet = None
         if a["latents"] == "anchor":
@@ -266,6 +290,23 @@ class Run:
             yield iteration
             if sampling_unet is not None:
                 sampling_unet.sync()
+
+    @torch.no_grad()
+    def closed_form_rounds(self, start):
+        """Methods without training: an Iteration per round; teacher and student get its result."""
+        a, models = self.settings, self.models
+        parameters = dict(models.original.unet.named_parameters())
+        original = {name: parameters[name] for name in models.theta}
+        for i in range(start, a["iters"]):
+            edited = closed_form.edit(
+                a["method"], i, models.theta, original, self.states, a["ridge"], a["seed"]
+            )
+            for name, W in edited.items():
+                models.theta[name].copy_(W)
+                models.theta_ema[name].copy_(W)
+            left = closed_form.residual(edited, original, self.states)
+            self.done = i + 1
+            yield Iteration(i, loss=left, lr=0.0, grad_norm=0.0, k=None, j=0)
 
     def loss(self):
         """The method's loss, or the run's copy of the user's own."""
@@ -439,6 +480,17 @@ def prompt_pairs(settings):
     return ablation.prompt_pairs(
         settings["concept"], settings["anchor"], settings["anchor_prompts"]
     )
+
+
+def template_pairs(settings):
+    """Methods without training: (prompt with the concept, the same prompt with the anchor)."""
+    concepts, anchors = settings["concept"], settings["anchor"] or [""]
+    pairs = []
+    for j, concept in enumerate(concepts):
+        anchor = anchors[j % len(anchors)]
+        for template in settings["template"]:
+            pairs.append((template.replace("{}", concept), template.replace("{}", anchor).strip()))
+    return pairs
 
 
 def encode_all(model, settings, pairs):
