@@ -22,8 +22,8 @@ Where this file differs from the official codes:
    In the empty prompt this position holds the *start token*, which all prompts share and which
    says nothing about an image. So UCE without an anchor hardly erases anything: train.py prints a
    warning. `states="all"` takes all 77 states of each pair. Then the empty prompt is an anchor.
-2. UCE's code has an option for five templates ("painting by …", "image of …"). Here --template gives
-   them. The default is the word alone; the toy model has five templates.
+2. UCE's code has an option for five templates ("painting by …", "image of …"): --template gives
+   them here. The default is the word alone; the toy model has five templates.
 3. MACE's code keeps the captions of COCO. Here the prompts of --keep take their place. Its
    30 sentences per concept are --template, with ten of our own as default. Its stages 2 and 3 (a
    LoRA per concept, and their fusion) are not here, and stage 1 alone is not all of MACE.
