@@ -5,32 +5,34 @@ Cross-attention reads the prompt through two matrices per layer, to_k and to_v. 
 value. These methods change every W in one step, so that the states of the concept give the keys and
 values of another prompt (the anchor). They need no image and no gradient. The result is always
 
-    W ← W° R        with a matrix R (D × D) that depends on the text states
+    W ← W° R        with a matrix R (D × D)
 
-so it is the same as a linear map R of the text states in front of the keys and values.
+as if a linear map R changed the text states in front of the keys and values. UCE, MACE and RECE use
+one R for all W; SPEED has one for each W.
 
     UCE    arXiv 2308.14761   min Σ ‖W c − W° a‖² + Σ ‖W p − W° p‖² + λ ‖W − W°‖²
     MACE   arXiv 2403.06135   UCE's objective; c and a are other states of the prompts
     RECE   arXiv 2407.12383   UCE, then rounds against the states that would revive the concept
-    SPEED  arXiv 2503.07392   the edit cannot change the kept states: it lies in their null space
+    SPEED  arXiv 2503.07392   an edit (of to_v only) in the null space of the states to keep
     c: states of the concept; a: of the anchor; p: of prompts to keep; W°: the original
 
 Where this file differs from the official codes:
 
 1. UCE's code reads one state of each prompt, that of the last word's last token (`states="last"`).
-   For the empty prompt this is the *start token*, which all prompts share and which says nothing
-   about an image. So UCE without an anchor hardly erases anything: train.py prints a warning.
-   `states="all"` takes all 77 states of each pair of prompts. Then the empty prompt is an anchor.
-2. UCE's templates ("painting by …", "image of …") are --template; train.py has none as default for
-   other models than the toy model.
-3. MACE's code subtracts nothing from the prior: it adds Σ p pᵀ over the captions of COCO. Here the
-   prompts to keep take their place. Its 30 sentences per concept are --template. Its stages 2
-   and 3 (a LoRA per concept, and their fusion) are not here; stage 1 alone is not all of MACE.
-4. RECE's code selects the round with the lowest detection rate on a validation list. Here all
-   rounds are made. Its target is the empty prompt; here it is the anchor, by default empty.
-5. SPEED's code clusters the empty prompt's states with random starts. Here the starts are fixed:
-   each is the state farthest from those before it.
-6. Everything is computed in float64, and written in the type of the weights.
+   In the empty prompt this position holds the *start token*, which all prompts share and which
+   says nothing about an image. So UCE without an anchor hardly erases anything: train.py prints a
+   warning. `states="all"` takes all 77 states of each pair. Then the empty prompt is an anchor.
+2. UCE's code has an option for five templates ("painting by …", "image of …"): --template gives
+   them here. The default is the word alone; the toy model has five templates.
+3. MACE's code keeps the captions of COCO. Here the prompts of --keep take their place. Its
+   30 sentences per concept are --template, with ten of our own as default. Its stages 2 and 3 (a
+   LoRA per concept, and their fusion) are not here, and stage 1 alone is not all of MACE.
+4. RECE's code measures each round on a validation list and selects the round with the lowest
+   detection rate. Here the last round is the result. Its target is the empty prompt; here it is
+   the anchor, which is empty by default.
+5. SPEED's code clusters the empty prompt's states from random starts. Here each start is the state
+   farthest from those before it. For nudity the code takes all states of a prompt, here the last.
+6. Everything is computed in float64 on the CPU, and written in the type of the weights.
 """
 
 from typing import NamedTuple
