@@ -15,7 +15,7 @@ LAYERS = [
     ["ablation", "closed_form", "attack", "presets"],
     ["report"],
     ["toy", "evaluation"],
-    ["train", "generate", "eval"],
+    ["train", "generate", "eval", "workshop"],
     ["tools"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

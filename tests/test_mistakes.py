@@ -366,7 +366,7 @@ def test_a_planted_mistake_is_seen(plant, comparison, monkeypatch):
 
 def test_teaching_says_how_many():
     assert f"plants {len(MISTAKES)} mistakes" in (
-        Path(unet.__file__).parent / "TEACHING.md"
+        Path(unet.__file__).parent / "docs/teaching.md"
     ).read_text(encoding="utf-8")
 
 
