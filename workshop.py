@@ -35,8 +35,8 @@ TOY = PRESETS["toy"]  # the numbers of `python train.py --model toy`
 GUIDANCE_SCALE = 7.5  # of finished images; z_t is sampled with TOY["guidance_scale"]
 IMAGE_STEPS = 4 if SHORT else 12
 
-# Progress bars go to stdout: Jupyter shows stderr in red.
-progress = partial(tqdm, file=sys.stdout, mininterval=0.5)
+# Progress bars go to stdout, because Jupyter shows stderr in red, and disappear at the end.
+progress = partial(tqdm, file=sys.stdout, mininterval=0.5, leave=False)
 
 
 # ----------------------------------------------------------------------------- images of the model
