@@ -34,6 +34,7 @@ SHORT = bool(os.environ.get("WORKSHOP_SHORT"))
 TOY = PRESETS["toy"]  # the numbers of `python train.py --model toy`
 GUIDANCE_SCALE = 7.5  # of finished images; z_t is sampled with TOY["guidance_scale"]
 IMAGE_STEPS = 4 if SHORT else 12
+plt.rcParams["figure.dpi"] = 80  # small plots keep the notebook small
 
 # Progress bars go to stdout, because Jupyter shows stderr in red, and disappear at the end.
 progress = partial(tqdm, file=sys.stdout, mininterval=0.5, leave=False)
@@ -80,8 +81,8 @@ def decode(model, z):
 
 
 def show(rows, labels=(), columns=()):
-    """A sheet of images with labels. 256 colours make the notebook a third as large."""
-    return grid(rows, labels, columns).quantize(256)
+    """A sheet of images with labels. 128 colours keep the notebook small."""
+    return grid(rows, labels, columns).quantize(128)
 
 
 def heat(values):
