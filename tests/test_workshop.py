@@ -181,6 +181,32 @@ def test_numbers_stand_under_their_column():
     assert len({len(row) for row in rows}) == 1
 
 
+def section_6(book):
+    """{variant: (stars, arcadia, empty, hearts, others right, gap, drift)} of the stored table."""
+    [text] = [t for _, output in outputs(book) if "through the target  |" in (t := texts(output))]
+    rows = {}
+    for line in text.split("\n"):
+        if re.match(r"\w[\w ]+\| +\d", line):
+            name, *cells = line.split("|")
+            numbers = " ".join(cells).replace("of 24", "").split()
+            rows[name.strip()] = tuple(float(number) for number in numbers)
+    return rows
+
+
+def test_the_answer_of_section_6_fits_the_stored_table():
+    rows = section_6(notebook())
+    assert list(rows) == ["original", "right", "no average", "through the target", "wrong target"]
+    right, no_average = rows["right"], rows["no average"]
+    through, wrong = rows["through the target"], rows["wrong target"]
+    assert sum(right[:3]) <= 1 and right[3:5] == (12, 24)
+    assert sum(no_average[:3]) == 0
+    assert no_average[5] <= rows["original"][5] / 2
+    assert no_average[6] > right[6]
+    assert through[0] >= 11 and through[2] > rows["original"][2]
+    assert through[5] < right[5] / 5
+    assert wrong[:2] == (12, 12) and wrong[2] >= 9
+
+
 # ------------------------------------------------------------------------------------ the exercises
 EXERCISES = {1: ("check_average", "my_average"), 2: ("check_prompts", "my_prompts")}
 EXERCISES[3] = ("check_loss", "my_loss")
