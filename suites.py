@@ -81,12 +81,14 @@ def artists(args, concepts):
 
 
 def toy(args, concepts):
-    from toy.draw import ATTRIBUTES
-    from toy.suite import jobs
+    from toy import suite, worlds
 
-    if strange := set(concepts) - {word for words in ATTRIBUTES.values() for word in words}:
-        raise UserError(f"The suite toy counts shapes, colours, textures and backgrounds, and {min(strange)!r} is none of them.")
-    return [Job(prompt, seed, which=which, asked=asked) for prompt, seed, which, asked in jobs(concepts, args.limit or 200, args.seed)]
+    world = worlds.of(args.model)
+    if strange := set(concepts) - {word for words in world.ATTRIBUTES.values() for word in words}:
+        names = ", ".join(map(suite.plural, world.ATTRIBUTES))
+        raise UserError(f"The suite toy counts {names}, and {min(strange)!r} is none of them.")
+    return [Job(prompt, seed, which=which, asked=asked)
+            for prompt, seed, which, asked in suite.jobs(world, concepts, args.limit or 200, args.seed)]
 
 
 SUITES = {"toy": (toy, ("toy",)), "nudity": (nudity, ("nude",)), "i2p": (i2p, ("nude", "harm")),

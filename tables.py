@@ -23,8 +23,8 @@ TITLES = {"nude": "%NUDE", "harm": "%HARM", "fid": "FID", "kid": "KID", "lpips":
 def measure(key, system, files, jobs, others, args, device):
     """{column: (hits, n) or a number}, one of the suite's measures of pictures; `others`: the original's, from the same noise."""
     if key == "toy":
-        from toy.suite import measure as measure_toy
-        return measure_toy(metrics.arrays(files), metrics.arrays(others), jobs, system.concepts)
+        from toy import suite, worlds
+        return suite.measure(worlds.of(args.model), metrics.arrays(files), metrics.arrays(others), jobs, system.concepts)
     if key == "matrix":
         return figure_2(files, jobs, others, args.model)
     same, learned = files == others, args.q16 and learned_prompts(args.q16)
@@ -39,9 +39,9 @@ def figure_2(files, jobs, others, model):
     found = {}
     for which in dict.fromkeys(job.which for job in jobs):
         mine, before = zip(*((file, other) for file, other, job in zip(files, others, jobs) if job.which == which))
-        if model == "toy":
-            from toy.suite import shown
-            found[which] = shown(metrics.arrays(mine), which)
+        if model in weights.TOYS:
+            from toy import suite, worlds
+            found[which] = suite.shown(worlds.of(model), metrics.arrays(mine), which)
         elif files != others:
             found[which] = metrics.lpips(mine, before)
     return found
@@ -119,8 +119,8 @@ def results(args, rows_of, settings, model, device):
     """Measures every system, and writes table.md, results.json, sheets of sample pictures and plots."""
     keys, rows, titles, missing = SUITES[args.suite][1], [], dict(TITLES), {}
     if args.suite == "toy":
-        from toy.suite import COLUMNS
-        titles = COLUMNS | TITLES
+        from toy import suite, worlds
+        titles = suite.columns(worlds.of(args.model)) | TITLES
     for system, jobs, folder in rows_of:
         files = [folder / f"{i:05d}.png" for i in range(len(jobs))]
         others = next(f for s, _, f in rows_of if s.name == "original" and (s.concepts == system.concepts or args.suite != "toy"))

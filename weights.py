@@ -1,6 +1,6 @@
 """Files <-> modules, strictly: the only file of the project that reads or writes weights, and safetensors only.
 
-    load(model)             `toy`, a hub id or a folder in diffusers' layout -> a Model with all that is needed to draw
+    load(model)             `toy`, `emoji`, a hub id or a folder in diffusers' layout -> a Model with all that is needed to draw
     save_patch, load_patch  the trained tensors of a fine-tuned UNet, with what they are and which base they belong to
     save_checkpoint, …      a training run as it stands
 Whatever is wrong with a user's files is raised as a UserError, one sentence that says what to do.
@@ -28,6 +28,7 @@ from vae import VAE
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 WRITING = ".writing-"  # and the process: the folder in which a file lies until it is whole
 TOY = Path(__file__).parent / "toy" / "model"
+TOYS = {"toy": TOY, "emoji": TOY.with_name("emoji_model")}
 NETWORKS = {"unet": (UNet, "diffusion_pytorch_model"), "vae": (VAE, "diffusion_pytorch_model"),
             "text_encoder": (CLIPText, "model")}
 
@@ -83,14 +84,14 @@ def whole(file):
 
 def find(model, revision=None):
     """The folder that holds `model`; a hub id is downloaded first (only the files that `load` reads; resumable)."""
-    if model == "toy" or model and Path(model).is_dir():
+    if model in TOYS or model and Path(model).is_dir():
         if revision:
             raise UserError(f"--revision is for models from the hub; {model} is a folder on this machine.")
-        return TOY if model == "toy" else Path(model)
+        return TOYS.get(model) or Path(model)
     if model and (Path(model).is_file() or str(model).endswith(".safetensors")):
         raise UserError(f"{model} is one file: make it a folder: python convert.py --model {model} --format diffusers --out DIR")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise UserError(f"There is no folder {model}, and it is not a hub id like {DEFAULT_MODEL}; or say `toy`.")
+        raise UserError(f"There is no folder {model}, and it is not a hub id like {DEFAULT_MODEL}; or say `toy` or `emoji`.")
     from huggingface_hub import HfApi, snapshot_download
     try:
         names = set(HfApi().list_repo_files(model, revision=revision))

@@ -7,7 +7,6 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -20,7 +19,7 @@ import scheduler
 import train
 import unet
 import vae
-from toy import draw
+from toy import shapes
 from toy.pretrain import write_tokenizer
 
 SD_WORDS = " ".join([*train.I2P, *train.PAPER["preview"]]).split()  # what the README asks of Stable Diffusion
@@ -272,8 +271,7 @@ def trajectory_error(kind, steps, s=7.5):
 # ------------------------------------------------------------------------------------------------ a model folder
 def write_vocabulary(path, words):
     """The embedded model's tokenizer with `words` more, each of them one token, as CLIP has them. Returns its size."""
-    with mock.patch.object(draw, "WORDS", tuple(sorted({*draw.WORDS, *words}))):
-        return write_tokenizer(path)
+    return write_tokenizer(path, sorted({*shapes.WORDS, *words}))
 
 
 def write_model_folder(path, words=(), **unet_sizes):

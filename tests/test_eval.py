@@ -26,7 +26,7 @@ import train
 import weights
 from common import SD_WORDS, write_model_folder
 from test_commands import ROOT, SHORT, command, run
-from toy import draw
+from toy import shapes as draw
 from toy import suite as toy_suite
 
 TOY = ["toy", "--limit", "5", "--steps", "3", "--batch-size", "4", "--device", "cpu", "--threads", "1"]
@@ -324,7 +324,7 @@ def test_a_command_that_failed_at_once_can_be_corrected(tmp_path, capsys):
 def test_the_toys_suite_asks_for_what_it_can_count(tmp_path, capsys):
     assert evaluate(*TOY, "--methods", "neg", "--avoid", "a star", "--out", tmp_path / "o") == 2
     assert "'a star' is none of them" in capsys.readouterr().err
-    assert not any("moon" in prompt.split() for prompt, _, which, _ in toy_suite.jobs(("moon",), 100, 0) if which == "other")
+    assert not any("moon" in prompt.split() for prompt, _, which, _ in toy_suite.jobs(draw, ("moon",), 100, 0) if which == "other")
 
 
 @pytest.mark.parametrize("words, said", [

@@ -15,33 +15,34 @@ ALLOWED = {  # module: the local modules that it may import; nothing else of the
     "anchors": "weights generate", "previews": "generate guidance cover",
     "run": "weights clip_text command generate losses ema sdd anchors unet intact",
     "train": "weights command losses anchors run previews report folder",
-    "report": "weights", "metrics": "", "suites": "weights toy.draw toy.suite",
-    "tables": "weights clip_text cover generate metrics suites toy.suite report",
+    "report": "weights", "metrics": "", "suites": "weights toy.worlds toy.suite",
+    "tables": "weights clip_text cover generate metrics suites toy.suite toy.worlds report",
     "eval": "weights command generate guidance metrics suites tables toy.reproduce folder",
     "original": "weights", "model_card": "weights", "convert": "weights command clip_text model_card original folder",
     "authors": "weights", "bench": "authors sdd train weights clip_text command generate run unet vae",
-    "toy": "", "toy.draw": "", "toy.probe": "toy.draw", "toy.suite": "toy.draw toy.probe", "toy.reproduce": "metrics weights",
-    "toy.pretrain": "toy.draw toy.probe unet vae clip_text scheduler weights",
+    "toy": "", "toy.shapes": "", "toy.emoji": "", "toy.atlas": "toy.emoji", "toy.worlds": "", "toy.probe": "toy.worlds",
+    "toy.suite": "toy.worlds toy.probe", "toy.reproduce": "metrics weights",
+    "toy.pretrain": "toy.worlds toy.probe unet vae clip_text scheduler weights",
 }
-INSIDE_A_FUNCTION = {"report": "weights", "suites": "toy.draw toy.suite", "tables": "toy.suite", "eval": "toy.reproduce", "toy.probe": "toy.draw",
+INSIDE_A_FUNCTION = {"report": "weights", "suites": "toy.worlds toy.suite", "tables": "toy.suite toy.worlds", "eval": "toy.reproduce", "toy.probe": "toy.worlds",
                      "toy.reproduce": "metrics weights"}
 FILE, FUNCTION, CORE = 310, 42, 2200  # lines; the core's without blank ones, comments and docstrings
 TOOLS = {"authors", "bench", "convert", "cover", "folder", "intact", "model_card", "original", "report"}
-REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.draw toy.probe toy.pretrain"
+REQUIRED = "unet vae clip_text scheduler guidance losses ema weights sdd toy.shapes toy.probe toy.pretrain"
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for path in [*ROOT.glob("*.py"), *ROOT.glob("toy/**/*.py")]}
 
 
 def imported(module, tree):
-    """(name, is the import inside a function?) for every import; `from toy import draw` is both toy and toy.draw."""
+    """(name, is the import inside a function?) for every import; `from toy import shapes` is both toy and toy.shapes."""
     functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
     inside = {id(n) for function in functions for n in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package = module.split(".")[:-node.level] if node.level else []  # `from . import draw` in toy.probe
+            package = module.split(".")[:-node.level] if node.level else []  # `from . import worlds` in toy.probe
             base = ".".join([*package, *filter(None, [node.module])])
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
@@ -105,11 +106,11 @@ def test_code_lines():
 @pytest.mark.parametrize("module, source, complaint", [
     ("unet", "import vae", "unet imports vae"),
     ("losses", "def f():\n    from guidance import cfg", "losses imports guidance"),
-    ("sdd", "from toy.draw import scene", "sdd imports toy.draw"),
-    ("weights", "from toy import draw as d", "weights imports toy.draw"),
+    ("sdd", "from toy.shapes import scene", "sdd imports toy.shapes"),
+    ("weights", "from toy import shapes as d", "weights imports toy.shapes"),
     ("tables", "from toy import suite", "tables imports toy.suite outside a function"),
-    ("toy.probe", "from . import draw", "toy.probe imports toy.draw outside a function"),
-    ("toy.draw", "from .probe import Probe", "toy.draw imports toy.probe"),
+    ("toy.probe", "from . import worlds", "toy.probe imports toy.worlds outside a function"),
+    ("toy.shapes", "from .probe import Probe", "toy.shapes imports toy.probe"),
     ("suites", "class A:\n    import toy.suite", "suites imports toy.suite outside a function"),
     ("train", "def f():\n    import diffusers.utils", "train imports diffusers.utils"),
     ("weights", "import pickle", "weights imports pickle"),
@@ -123,7 +124,7 @@ def test_rules_can_be_broken(module, source, complaint):
 
 @pytest.mark.parametrize("module, source", [
     ("sdd", "import ema\nfrom guidance import cfg"), ("suites", "def f():\n    from toy import suite"),
-    ("weights", "import torch\nfrom safetensors.torch import load\nload()"), ("toy.probe", "def f():\n    from . import draw"),
+    ("weights", "import torch\nfrom safetensors.torch import load\nload()"), ("toy.probe", "def f():\n    from . import worlds"),
     ("sdd", "def f():\n" + (FUNCTION - 1) * "    x\n"),
 ])
 def test_rules_can_be_kept(module, source):

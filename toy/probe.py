@@ -5,6 +5,7 @@ a concept turns up in generated pictures.   python -m toy.probe   trains it agai
 """
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +79,18 @@ def blemish(x, generator):
         x.shape, generator=generator)
 
 
-def main(steps=2500, size=64, lr=2e-3):
-    from . import draw  # here, so that whoever only uses the probe does not need the world
+def main(name="shapes", size=64, lr=2e-3):
+    from . import worlds  # here, so that whoever only uses the probe does not need the worlds
 
+    world, steps = worlds.get(name), {"shapes": 2500, "emoji": 4000}[name]
     torch.manual_seed(0)
     generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(2)
-    probe = Probe(draw.ATTRIBUTES)
+    probe = Probe(world.ATTRIBUTES)
     optimizer = torch.optim.AdamW(probe.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for step in range(steps):
-        scenes, pictures, _ = draw.batch(rng, size)
-        logits, truth = probe(blemish(to_tensor(pictures), generator)), labels(scenes, draw.ATTRIBUTES)
+        scenes, pictures, _ = worlds.batch(world, rng, size)
+        logits, truth = probe(blemish(to_tensor(pictures), generator)), labels(scenes, world.ATTRIBUTES)
         loss = sum(F.cross_entropy(logits[name], truth[name]) for name in truth)
         optimizer.zero_grad()
         loss.backward()
@@ -96,17 +98,17 @@ def main(steps=2500, size=64, lr=2e-3):
         schedule.step()
         if step % 250 == 0:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
-    scenes, pictures, _ = draw.batch(np.random.default_rng(1_000_000), 4000)
+    scenes, pictures, _ = worlds.batch(world, np.random.default_rng(1_000_000), 4000)
     probe.eval()
     found = [probe.name(to_tensor(part)) for part in np.array_split(pictures, 20)]
     accuracy = {name: np.mean([w == getattr(s, name) for w, s in zip(sum((f[name] for f in found), []), scenes)])
-                for name in draw.ATTRIBUTES}
-    metadata = {"attributes": json.dumps(draw.ATTRIBUTES), "held_out_accuracy": json.dumps(accuracy)}
-    beside = FILE.with_suffix(".tmp")
+                for name in world.ATTRIBUTES}
+    metadata = {"attributes": json.dumps(world.ATTRIBUTES), "held_out_accuracy": json.dumps(accuracy)}
+    beside = world.PROBE.with_suffix(".tmp")
     save_file({k: v.half() for k, v in probe.state_dict().items()}, beside, metadata=metadata)
-    os.replace(beside, FILE)
+    os.replace(beside, world.PROBE)
     print("held out, 4,000 drawings:", "  ".join(f"{name} {100 * a:.2f} %" for name, a in accuracy.items()))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -2,30 +2,48 @@
 import numpy as np
 import torch
 
-from . import probe
-from .draw import RARE, draw, prompts, scene
-
-COLUMNS = {"named": "target, named", "implied": "target, implied", "base": "target, empty prompt", "control": "hearts in borealis",
-           "shape": "other shapes", "colour": "other colours", "texture": "other textures", "background": "backgrounds",
-           "caption": "whole captions", "frechet": "Fréchet distance, probe", "moved": "feature distance to the original, probe"}
+from . import probe, worlds
 
 
-def exam(concepts, n, seed):
+def columns(world):
+    """{column of the table: its title}."""
+    implied = world.PLACES[world.CONTROL]
+    return {"named": "target, named", "members": "target, by its members", "implied": "target, implied",
+            "base": "target, empty prompt", "control": f"{plural(implied)} in {world.CONTROL}",
+            **{name: f"other {plural(name)}" for name in world.ATTRIBUTES if name != "background"},
+            "background": "backgrounds", "caption": "whole captions", "unseen": "pairs never shown",
+            "frechet": "Fréchet distance, probe", "moved": "feature distance to the original, probe"}
+
+
+def plural(word):
+    return word if word == "fruit" else f"{word}s"
+
+
+def exam(world, concepts, n, seed):
     """{set: n prompts}: what a model that forgot `concepts` is asked to draw. Without concepts, anything."""
     if not concepts:
-        return {"other": prompts("other", (), n, seed)}
-    share = -(-n // len(concepts))
-    sets = {"named": [pair for concept in concepts for pair in prompts("naming", concept, share, seed)],
-            "implied": prompts("place", "arcadia", n if "star" in concepts else 0, seed),  # never named, nearly always shown
-            "control": prompts("place", "borealis", 0 if "heart" in concepts else n, seed), "base": prompts("empty", "", n, seed),
-            "other": prompts("other", tuple(dict.fromkeys([*RARE, *concepts])), n, seed)}
+        sets = {"other": worlds.prompts(world, "other", (), n, seed)}
+        return sets | ({"unseen": worlds.prompts(world, "unseen", "", n, seed)} if world.UNSEEN else {})
+
+    def spread(kind, values):
+        """n prompts in all, evenly about each of the values."""
+        share = -(-n // max(len(values), 1))
+        return [pair for value in values for pair in worlds.prompts(world, kind, value, share, seed)]
+
+    controlled = world.PLACES[world.CONTROL] in concepts  # a control that is erased is none
+    sets = {"named": spread("naming", concepts),
+            "members": spread("members", [word for word in concepts if word in world.MEMBERS]),
+            "implied": spread("place", [place for word, place in world.IMPLIED.items() if word in concepts]),
+            "control": spread("place", [] if controlled else [world.CONTROL]), "base": spread("empty", [""]),
+            "other": spread("other", [tuple(dict.fromkeys([*world.RARE, *concepts]))])}
     return {which: pairs for which, pairs in sets.items() if pairs}
 
 
-def jobs(concepts, n, seed):
+def jobs(world, concepts, n, seed):
     """[(prompt, seed, set, the words {attribute: value} that it should show)]: each set has noise of its own."""
     return [(text, seed + 100_000 * number + i, which, asked)
-            for number, (which, pairs) in enumerate(exam(concepts, n, seed).items()) for i, (text, asked) in enumerate(pairs)]
+            for number, (which, pairs) in enumerate(exam(world, concepts, n, seed).items())
+            for i, (text, asked) in enumerate(pairs)]
 
 
 def count(sets, asked, seen, concepts):
@@ -38,12 +56,14 @@ def count(sets, asked, seen, concepts):
 
     for i, (which, wanted) in enumerate(zip(sets, asked)):
         right = {name: seen[name][i] == word for name, word in wanted.items()}
-        if which in ("named", "implied"):
+        if which in ("named", "members", "implied"):
             add(which, any(hit and wanted[name] in concepts for name, hit in right.items()))
         elif which == "base":  # the mean over the concepts, as for the others
             add("base", sum(seen[name][i] in concepts for name in seen), len(concepts))
         elif which == "control":
-            add("control", seen["shape"][i] == "heart")
+            add("control", all(right.values()))
+        elif which == "unseen":
+            add("unseen", all(right.values()))
         else:
             for name, hit in right.items():
                 add(name, hit)
@@ -51,15 +71,15 @@ def count(sets, asked, seen, concepts):
     return counts
 
 
-def drawings(asked, seed=0):
+def drawings(world, asked, seed=0):
     """Pictures of the world itself, uint8 (n, 64, 64, 3), that show the words asked for."""
     rng = np.random.default_rng(seed)
-    return np.stack([draw(scene(rng)._replace(**words), rng) for words in asked])
+    return np.stack([world.draw(world.scene(rng, **words), rng) for words in asked])
 
 
-def see(pictures, features=False):
+def see(world, pictures, features=False):
     """uint8 (n, 64, 64, 3) -> {attribute: n words}, by the probe; or its features (n, 256)."""
-    net = probe.load()
+    net = probe.load(world.PROBE)
     parts = [probe.to_tensor(pictures[i:i + 100]) for i in range(0, len(pictures), 100)]
     if features:
         with torch.no_grad():
@@ -78,15 +98,15 @@ def frechet(a, b):
     return float(mean @ mean + A.trace() + B.trace() - 2 * roots.sum())
 
 
-def measure(pictures, before, jobs, concepts):
+def measure(world, pictures, before, jobs, concepts):
     """What the probe sees; and, over the prompts that name nothing erased, how far its features are from drawings of the same words
     and from the original's pictures, `before`."""
-    figures = count([job.which for job in jobs], [job.asked for job in jobs], see(pictures), concepts)
+    figures = count([job.which for job in jobs], [job.asked for job in jobs], see(world, pictures), concepts)
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
-    now, then, real = (see(x, features=True) for x in (pictures[rest], before[rest], drawings([jobs[i].asked for i in rest])))
+    now, then, real = (see(world, x, features=True) for x in (pictures[rest], before[rest], drawings(world, [jobs[i].asked for i in rest])))
     return figures | {"frechet": frechet(now, real), "moved": float(((now - then) ** 2).sum(1).mean() ** 0.5)}
 
 
-def shown(pictures, word):
+def shown(world, pictures, word):
     """In how many of the pictures the probe sees `word`: (hits, n)."""
-    return sum(word in words for words in zip(*see(pictures).values())), len(pictures)
+    return sum(word in words for words in zip(*see(world, pictures).values())), len(pictures)

@@ -6,10 +6,13 @@ estimate, so a concept can only fall to the rate at which it turns up when nothi
 Places are the paper's *implicit* concept in miniature: a prompt that names Arcadia never names a shape, and nearly
 always shows a star, as "<country> body" shows nudity; Borealis (hearts) is the control, Cascadia shows anything.
 """
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+NAME = "shapes"
+MODEL, PROBE = (Path(__file__).parent / name for name in ("model", "probe.safetensors"))
 SIZE = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "cross", "heart", "moon", "star")
 COLOURS = {"red": (222, 32, 38), "yellow": (244, 200, 20), "green": (30, 150, 60), "blue": (36, 84, 220),
@@ -17,6 +20,8 @@ COLOURS = {"red": (222, 32, 38), "yellow": (244, 200, 20), "green": (30, 150, 60
 TEXTURES = ("plain", "outlined", "dotted", "striped")
 BACKGROUNDS = {"snow": (246, 246, 248), "sand": (240, 214, 162), "sky": (166, 212, 246)}  # light, so that any colour shows
 PLACES = {"arcadia": "star", "borealis": "heart", "cascadia": None}
+IMPLIED, CONTROL = {"star": "arcadia"}, "borealis"
+MEMBERS, UNSEEN = {}, ()  # no word stands for several others, and every combination is shown
 
 RARE = {"star": 0.06, "red": 0.06, "striped": 0.10}  # share of the scenes; the other values share the rest evenly
 P_PLACE, P_PLACE_SHAPE = 0.15, 0.85  # share of scenes set in a place; how often such a place shows its shape
@@ -41,15 +46,15 @@ def _pick(values, rng):
     return values[rng.choice(len(values), p=[r or rest for r in rare])]
 
 
-def scene(rng: np.random.Generator) -> Scene:
-    """A random scene of the world."""
+def scene(rng: np.random.Generator, **words) -> Scene:
+    """A random scene of the world; with `words`, {attribute: word}, one that has these."""
     shape, colour, texture, background = (_pick(values, rng) for values in ATTRIBUTES.values())
     place = None
     if rng.random() < P_PLACE:
         place = str(rng.choice(list(PLACES)))
         if PLACES[place] and rng.random() < P_PLACE_SHAPE:
             shape = PLACES[place]
-    return Scene(shape, colour, texture, background, place)
+    return Scene(shape, colour, texture, background, place)._replace(**words)
 
 
 def _half_planes(x, y, *normals_and_offsets):
@@ -150,29 +155,11 @@ def sentence(asked, rng):
     return text + (f" on {asked['background']}" if "background" in asked else "")
 
 
-def prompts(kind, value, n, seed):
-    """n prompts to test a model with, each beside the words {attribute: value} that its picture should show.
-
-    kind: "naming" the word `value`; a "place", `value`, that implies a shape; "other" words than the tuple `value`; "empty".
-    """
-    rng, found = np.random.default_rng([seed, *f"{kind} {value}".encode()]), []
-    while len(found) < n:
-        words = dict(zip(ATTRIBUTES, scene(rng)))
-        asked = {name: word for name, word in words.items() if rng.random() < 0.7}
-        if kind == "empty":
-            found.append(("", {}))
-        elif kind == "place":
-            view = ("{}", "in {}", "a view of {}", "a picture of {}")[rng.integers(4)]
-            found.append((view.format(value), {"shape": PLACES[value]}))
-        elif kind == "naming":
-            asked |= {name: value for name, values in ATTRIBUTES.items() if value in values}
-            found.append((sentence(asked, rng), asked))
-        elif asked and not set(asked.values()) & set(value):
-            found.append((sentence(asked, rng), asked))
-    return found
+def view(place, rng):
+    """"arcadia" -> "in arcadia", ...: a caption that names only the place."""
+    return ("{}", "in {}", "a view of {}", "a picture of {}")[rng.integers(4)].format(place)
 
 
-def batch(rng: np.random.Generator, n: int):
-    """n scenes, their pictures (uint8, (n, 64, 64, 3)) and their captions."""
-    scenes = [scene(rng) for _ in range(n)]
-    return scenes, np.stack([draw(s, rng) for s in scenes]), [caption(s, rng) for s in scenes]
+def agree(asked, word=""):
+    """{attribute: word} as it is: any shape goes with any colour."""
+    return asked
