@@ -156,7 +156,7 @@ def sentence(asked, rng):
 
 
 def view(place, rng):
-    """"arcadia" -> "in arcadia", ...: a caption that names only the place."""
+    """A caption that names only the place: "in arcadia", ..."""
     return ("{}", "in {}", "a view of {}", "a picture of {}")[rng.integers(4)].format(place)
 
 
