@@ -42,6 +42,7 @@ class Settings(NamedTuple):
     """What differs between the two models."""
 
     vae_widths: list
+    vae_batch: int
     widths: list  # of the UNet's levels; the two in the middle have attention
     text_width: int
     steps: dict  # of each stage
@@ -50,8 +51,8 @@ class Settings(NamedTuple):
 
 
 SETTINGS = {
-    "shapes": Settings([16, 32, 64], [32, 64, 128, 128], 64, {"vae": 1750, "text": 600, "unet": 3500}, 40_000, "cosine"),
-    "emoji": Settings([32, 64, 64], [64, 96, 128, 128], 96, {"vae": 1500, "text": 1000, "unet": 24_000, "decoder": 2500}, 60_000, "constant"),
+    "shapes": Settings([16, 32, 64], 32, [32, 64, 128, 128], 64, {"vae": 1750, "text": 600, "unet": 3500}, 40_000, "cosine"),
+    "emoji": Settings([32, 64, 64], 16, [64, 96, 128, 128], 96, {"vae": 2000, "text": 1000, "unet": 24_000, "decoder": 2500}, 60_000, "constant"),
 }
 
 
@@ -149,7 +150,7 @@ def distance(y, x, eye):
     return 2 * (y - x).abs().mean() + 0.5 * seen
 
 
-def train_vae(world, bf16=False, size=32, lr=2e-3):
+def train_vae(world, bf16=False, lr=2e-3):
     """L1 and a perceptual distance on the probe's feature maps; a light KL term keeps the latents smooth."""
     settings = SETTINGS[world.NAME]
     torch.manual_seed(0)
@@ -157,7 +158,7 @@ def train_vae(world, bf16=False, size=32, lr=2e-3):
 
     def loss(step):
         rng, generator = np.random.default_rng([1, step]), torch.Generator().manual_seed(step)
-        x = probe.to_tensor(worlds.batch(world, rng, size)[1])
+        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1])
         mean, logvar = (part.float() for part in vae.moments(x))
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
@@ -167,20 +168,21 @@ def train_vae(world, bf16=False, size=32, lr=2e-3):
     write_vae(world, vae)
 
 
-def train_decoder(world, bf16=False, size=32, lr=1e-3):
+def train_decoder(world, bf16=False, lr=1e-3):
     """The decoder alone, on: the latents, and with them the UNet, stay as they are."""
+    settings = SETTINGS[world.NAME]
     vae, eye = weights.load_network(world.MODEL, "vae"), probe.load(world.PROBE)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
     def loss(step):
         rng = np.random.default_rng([5, step])
-        x = probe.to_tensor(worlds.batch(world, rng, size)[1])
+        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1])
         with torch.no_grad():
             z = vae.encode(x)
         return distance(vae.decode(z).float(), x, eye)
 
     fit(f"{world.NAME}/decoder", decoder, loss, [dict(params=decoder.parameters(), lr=lr)],
-        SETTINGS[world.NAME].steps["decoder"], bf16=bf16)
+        settings.steps["decoder"], bf16=bf16, save_every=100)
     write_vae(world, vae)
 
 
