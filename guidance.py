@@ -4,6 +4,7 @@ An estimate is a function (z, t, i) -> e: latents (B, 4, H, W) at timestep t, th
 (PNDM visits one level twice, and both count). Notation as in the papers: e_0 for the empty prompt, e_p for the prompt,
 e_S for what is to be avoided. All of a step's estimates are made in one batch.
 """
+
 from functools import partial
 
 import torch
@@ -11,14 +12,16 @@ import torch
 
 def sample(estimate, scheduler, z, k=None):
     """Takes z from levels[0] to levels[k] of the scheduler, in k evaluations; all the way where k is not given."""
-    for i, t in enumerate(scheduler.levels[:-1][:k]):
+    for i, t in enumerate(scheduler.timesteps[:-1][:k]):
         z = scheduler.step(z, estimate(z, t, i), i)
     return z
 
 
 def evaluate(unet, z, t, *prompts):
     """The estimates for several prompts, each (B, 77, D) or (1, 77, D), in one batch."""
-    context = torch.cat(torch.broadcast_tensors(*prompts))  # one row for each prompt, if each is the same for all of z
+    context = torch.cat(
+        torch.broadcast_tensors(*prompts)
+    )  # one row for each prompt, if each is the same for all of z
     return unet(torch.cat([z] * len(prompts)), t, context).chunk(len(prompts))
 
 
@@ -28,6 +31,7 @@ def cfg(unet, c_0, c_p, s):
     c_0, c_p: (B, 77, D) or (1, 77, D). With the embedding of a negative prompt in the place of c_0 this is NEG. A scale of 1
     asks for e_p alone.
     """
+
     def estimate(z, t, i=0):
         if s == 1:
             return evaluate(unet, z, t, c_p)[0]
@@ -40,8 +44,12 @@ def cfg(unet, c_0, c_p, s):
 # Safe latent diffusion (Schramowski et al. 2022, arXiv 2211.05105, table 1): δ, s_S, λ, s_m, β_m. diffusers ships weak with 20
 # for 200. The SDD paper's eq. 8 prints max(1, |D|) and scales D before it meets λ: then the scale would be 1 or more everywhere
 # and the threshold next to nothing; this is the method's own paper's.
-SLD = {"weak": (15, 200, 0.0, 0.0, 0.0), "medium": (10, 1000, 0.01, 0.3, 0.4),
-       "strong": (7, 2000, 0.025, 0.5, 0.7), "max": (0, 5000, 1.0, 0.5, 0.7)}
+SLD = {
+    "weak": (15, 200, 0.0, 0.0, 0.0),
+    "medium": (10, 1000, 0.01, 0.3, 0.4),
+    "strong": (7, 2000, 0.025, 0.5, 0.7),
+    "max": (0, 5000, 1.0, 0.5, 0.7),
+}
 
 
 def sld_step(e_0, e_p, e_S, s, i, nu, strength, warmup=None):
@@ -71,10 +79,14 @@ def sega_step(e_0, e_p, edits, s, i, nu, warmup=(10,), s_e=5.0, quantile=0.9, s_
     the momentum ν. Only the strongest tenth of a concept's direction counts, channel by channel. `warmup`: one for each
     concept or one for all; as long as some wait, the others act without momentum, weighted to a mean."""
     g = -s_e * (edits - e_0)
-    g = torch.where(g.abs() >= g.abs().float().flatten(3).quantile(quantile, dim=3)[..., None, None], g, 0.0)
+    g = torch.where(
+        g.abs() >= g.abs().float().flatten(3).quantile(quantile, dim=3)[..., None, None], g, 0.0
+    )
     gamma = g.sum(0) + s_m * nu
     nu = beta * nu + (1 - beta) * gamma  # of all concepts, from the first step on
-    warm = torch.tensor([i >= w for w in warmup]).expand(len(g))  # on the CPU: a GPU would be waited for
+    warm = torch.tensor([i >= w for w in warmup]).expand(
+        len(g)
+    )  # on the CPU: a GPU would be waited for
     if not warm.all():
         gamma = g[warm].mean(0) if warm.any() else 0.0
     return e_0 + s * (e_p - e_0) + gamma, nu
@@ -87,7 +99,9 @@ def sega(unet, c_0, c_p, concepts, s, warmup):
     def estimate(z, t, i):
         nonlocal nu
         e_0, e_p, *edits = evaluate(unet, z, t, c_0, c_p, *concepts.split(1))
-        e, nu = sega_step(e_0, e_p, torch.stack(edits), s, i, nu, (10 if warmup is None else warmup,))
+        e, nu = sega_step(
+            e_0, e_p, torch.stack(edits), s, i, nu, (10 if warmup is None else warmup,)
+        )
         return e
 
     return estimate

@@ -1,24 +1,36 @@
-"""Safe self-distillation, Algorithm 1 of arXiv 2307.05977, as a generator that yields after every iteration.
+"""Safe self-distillation (SDD), Algorithm 1 of arXiv 2307.05977.
 
-    θ* ← θ                                                       the EMA teacher starts as the student
+    θ* ← θ                                                     the EMA teacher starts as the student
+    c_s ← all concepts, joined with ", "
     repeat N times:
-        z_T ~ N(0, I),  k ~ U{1..T},  c_p ~ U{concepts}
-        z_t ← k denoising steps from z_T with θ*, guided towards c_p
-        θ   ← AdamW step on ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²     c_s: all concepts, joined by ", "
+        z_T ~ N(0, I),  t ~ U{0..T−1},  c_p ~ U{concepts}
+        z_t ← T − t denoising steps from z_T with θ*, guided towards c_p
+        θ   ← AdamW step on ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²      c_0: the empty prompt
         θ*  ← m θ* + (1 − m) θ
     return θ*
 
-Where this departs from the paper, or the paper from itself:
-1. Appendix B.1 says that latents are drawn "with all 20 concepts"; Algorithm 1 and section 3.3 draw one of them. So do we.
-2. The appendix's pseudo-code evaluates the loss one level above the latent's own. Ours is at the level z_t really has.
-3. Its moving average is assigned to a local name and has no effect. Ours is over the trained tensors, which are all that change.
-4. Gradients are clipped at norm 1, as in the authors' script; the paper does not speak of it (`--max-grad-norm 0`: off).
-5. T = 50 stands in the authors' script only.
-6. A batch (--batch-size) shares one k and one concept. The paper's is 1.
-`roles="official"` follows the authors' script instead: latents from all concepts joined, one concept in turn as c_s, and as
-timestep any integer of the bin that holds the latent's level. Its k = 0 ran all 50 steps by mistake; here it takes none.
-The other trainers are this loop with other choices (losses.METHODS): another loss, another painter, noised pictures for z_t.
+The function `sdd` below is this listing. The other methods are variations of it (presets.METHODS):
+another loss, another model that samples z_t, or noised images in place of z_t.
+
+Where this file differs from the paper, or where the paper's sources differ from each other:
+
+1. The loss is a mean over elements. Eq. 12 prints a squared norm, which is a sum.
+2. We count the denoising steps, k = T − t, k ~ U{1..T}. The paper has no k. Its pseudo-code (A.1)
+   evaluates the loss one timestep too noisy; we evaluate it at the timestep that z_t really has.
+3. c_p: Algorithm 1 and section 3.3 sample with one random concept. Pseudo-code A.1 takes the
+   concepts in turn. B.1 says that z_t is sampled "with all 20 concepts". We follow Algorithm 1.
+4. c_s: Algorithm 1, section 3.3 and A.1 unlearn all concepts, joined. Only the authors' script
+   unlearns one concept in turn, and samples z_t with all of them joined. `roles="official"` does
+   the same as the script, with its timestep: a random integer near the timestep of z_t. The
+   script's k = 0 runs all T steps by mistake; here it takes no step.
+5. In A.1 the moving average is assigned to a local variable and has no effect. We average the
+   trained tensors. All other tensors never change.
+6. Gradients are clipped at norm 1, as in the authors' script. The paper does not mention clipping.
+7. T = 50 comes from the authors' script. The paper does not give T.
+8. A batch (--batch-size) shares one k and one concept. The paper's batch size is 1.
+9. B.1 says "1500 or 2000" iterations. That 2000 is for several concepts is our inference.
 """
+
 import math
 from typing import NamedTuple
 
@@ -28,8 +40,8 @@ import ema
 import losses
 from guidance import cfg, sample
 
-
-EXPLODED = 1e5  # estimates have variance 1, so that a mean squared error is about 1 at most; a sum over SD 1.4's latents 16,384
+ROLES = ("paper", "official")  # see points 3 and 4
+MAX_LOSS = 1e5  # estimates have variance 1, so the mean squared error of a working model is near 1
 
 
 class Iteration(NamedTuple):
@@ -37,71 +49,129 @@ class Iteration(NamedTuple):
     loss: float
     lr: float
     grad_norm: float  # before clipping
-    k: int | None  # denoising steps that z_t has behind it; none where it is a noised picture
-    j: int  # which concept
+    k: int | None  # number of denoising steps that led to z_t; None for a noised image
+    j: int  # index of the concept
+
+
+def sdd(
+    student,
+    teacher,
+    original,
+    optimizer,
+    theta_ema,
+    scheduler,
+    c_0,
+    concepts,
+    joined,
+    shape,
+    generator,
+    *,
+    loss=losses.sdd_loss,
+    s_g=3.0,
+    m=0.999,
+    iters=1500,
+    start=0,
+    lr=1e-5,
+    lr_schedule="cosine",
+    warmup=500,
+    max_grad_norm=1.0,
+    roles="paper",
+    c_a=None,
+    preserve=0.0,
+    prior=0.0,
+    noised_anchors=None,
+    scaler=None,
+):
+    """Runs the iterations start .. iters − 1 and yields an Iteration after each of them.
+
+    student, original: the UNets ε_θ and ε_θ°. They share every tensor that is not trained.
+    teacher: the UNet that samples z_t; in SDD ε_θ*, whose trained tensors are theta_ema (θ*).
+    optimizer: holds the trained parameters θ; theta_ema has the same order.
+    c_0 (1, 77, D), concepts (K, 77, D), joined (1, 77, D), c_a (1, 77, D): embeddings of the empty
+    prompt, of each concept, of all concepts joined, and of --anchor.
+    shape: of z_t, (B, 4, h, w). generator: a CPU generator, the only source of random numbers.
+    noised_anchors: Ablating Concepts' source of z_t (ablation.py), used instead of sampling.
+    scaler: a torch.amp.GradScaler for gradients in float16.
+    Raises FloatingPointError before the step if the loss or its gradient has diverged.
+    """
+    theta = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    for i in range(start, iters):
+        if noised_anchors is None:
+            # Sample z_t: k steps of the teacher from random noise, guided towards c_p.
+            z_T = torch.randn(shape, generator=generator).to(c_0.device)
+            k, t, j = random_timestep(roles, scheduler, len(concepts), i, generator)
+            c_p, c_s = choose_prompts(roles, concepts[j : j + 1], joined)
+            with torch.no_grad():
+                z_t = sample(cfg(teacher, c_0, c_p, s_g), scheduler, z_T, k)
+            batch = dict(z_t=z_t, t=t, c_s=c_s, c_a=c_a)
+        else:
+            batch, k, j = noised_anchors()
+
+        # The loss. SDD: ε_θ(z_t, t, c_s) should equal ε_θ(z_t, t, c_0), which gets no gradient.
+        batch |= dict(e=student, e_original=original, c_0=c_0)
+        value = loss(**batch)
+        if preserve:
+            value = value + preserve * losses.preservation_loss(**batch)
+        if prior:
+            value = value + prior * losses.prior_loss(**batch)
+
+        # The step: θ ← AdamW(θ, ∇ loss).
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf)
+        stop_if_diverged(i, value, grad_norm, scaler)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(i, warmup, iters, lr_schedule)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # The teacher's average: θ* ← m θ* + (1 − m) θ.
+        ema.update(theta_ema, theta, m)
+        yield Iteration(i, value.item(), group["lr"], grad_norm.item(), k, j)
+
+
+def random_timestep(roles, scheduler, K, i, generator):
+    """k, the timestep t of the loss, and the concept's index j. They are drawn in this order."""
+    T = len(scheduler.timesteps) - 1  # the DDIM sampler's; PNDM visits one timestep twice
+    if roles == "official":
+        k = int(torch.randint(0, T, (), generator=generator))
+        low = scheduler.timesteps[k] - 1  # z_t is at low + 1; the script draws t from its bin
+        t = int(torch.randint(low, low + scheduler.stride, (), generator=generator))
+        return k, t, i % K
+    k = int(torch.randint(1, T + 1, (), generator=generator))
+    j = int(torch.randint(K, (), generator=generator))
+    return k, scheduler.timesteps[k], j
+
+
+def choose_prompts(roles, concept, joined):
+    """(c_p, c_s): which prompt samples z_t, and which one is unlearned. See points 3 and 4."""
+    return (joined, concept) if roles == "official" else (concept, joined)
 
 
 def lr_factor(i, warmup, iters, schedule):
-    """What --lr is multiplied by at 0-based iteration i; as transformers' get_{cosine,constant}_schedule_with_warmup."""
+    """The factor on --lr at iteration i: linear warm-up, then a cosine to 0 or a constant.
+
+    The same as get_cosine_schedule_with_warmup and get_constant_schedule_with_warmup of
+    transformers.
+    """
     if i < warmup:
         return i / warmup
-    return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iters - warmup))) if schedule == "cosine" else 1.0
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iters - warmup)))
+    return 1.0
 
 
-def draw(roles, scheduler, K, i, generator):
-    """k, the loss's timestep t and the concept's index j for iteration i; random numbers are drawn in this order."""
-    T = len(scheduler.levels) - 1  # DDIM's; PNDM visits one level twice
-    if roles == "official":
-        k = int(torch.randint(0, T, (), generator=generator))
-        low = scheduler.levels[k] - 1
-        return k, int(torch.randint(low, low + scheduler.stride, (), generator=generator)), i % K
-    k = int(torch.randint(1, T + 1, (), generator=generator))
-    return k, scheduler.levels[k], int(torch.randint(K, (), generator=generator))
+def stop_if_diverged(i, value, grad_norm, scaler):
+    """FloatingPointError if the loss is NaN or above MAX_LOSS, or the gradient is not finite.
 
-
-def half_drawn(painter, scheduler, concepts, joined, c_0, shape, generator, roles="paper", guidance_scale=3.0, c_a=None):
-    """Algorithm 1's z_t: a function of the iteration's number that returns what the loss takes, k and j.
-
-    painter: the UNet that draws, the teacher in SDD. concepts (K, 77, D), joined and c_0 (1, 77, D): prompt embeddings. shape: of
-    the latents, (B, 4, h, w). generator: a CPU generator, the only source of randomness. c_a (1, 77, D): the alternative's prompt.
+    A GradScaler skips a step whose gradient overflowed in float16 and halves its scale. There, an
+    overflow ends the run only if the scale has fallen below 1.
     """
-    def latents(i):
-        z_T = torch.randn(shape, generator=generator).to(c_0.device)
-        k, t, j = draw(roles, scheduler, len(concepts), i, generator)
-        c_p, c_s = (joined, concepts[j:j + 1]) if roles == "official" else (concepts[j:j + 1], joined)
-        with torch.no_grad():
-            z_t = sample(cfg(painter, c_0, c_p, guidance_scale), scheduler, z_T, k)
-        return dict(z_t=z_t, t=t, c_s=c_s, c_a=c_a), k, j
-
-    return latents
-
-
-def sdd(student, original, optimizer, theta_ema, latents, c_0, *, loss, start=0, iters=1500, lr=1e-5, lr_schedule="cosine", warmup=500,
-        ema_decay=0.999, preserve=0.0, prior=0.0, max_grad_norm=1.0, loss_scale=1.0):
-    """Runs iterations `start` .. `iters` − 1 and yields an Iteration after each; the models change in place.
-
-    student, original: UNets that share every tensor the optimizer does not hold. theta_ema: the averages θ*, beside the optimizer's
-    parameters θ, in their order. latents: `half_drawn`, or `anchors.noised` for Ablating Concepts. c_0 (1, 77, D): the empty
-    prompt. loss: one of losses.METHODS. loss_scale: for gradients in float16. Raises FloatingPointError, before the step is taken,
-    where the loss or its gradient is no number, or larger than EXPLODED.
-    """
-    theta = [p for group in optimizer.param_groups for p in group["params"]]
-    for i in range(start, iters):
-        x, k, j = latents(i)
-        x |= dict(e=student, e_original=original, c_0=c_0)
-        value = loss(**x)
-        if preserve:
-            value = value + preserve * losses.preservation(**x)
-        if prior:
-            value = value + prior * losses.prior(**x)
-        (loss_scale * value).backward()
-        torch._foreach_div_([p.grad for p in theta], loss_scale)
-        grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf)
-        if not (math.isfinite(grad_norm) and value < EXPLODED):
-            raise FloatingPointError(f"The loss is {value:.3g} in iteration {i}, its gradient's norm {grad_norm:.3g}: it has come apart")
-        for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(i, warmup, iters, lr_schedule)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(theta_ema, theta, ema_decay)
-        yield Iteration(i, value.item(), group["lr"], grad_norm.item(), k, j)
+    overflow_is_normal = scaler.is_enabled() and scaler.get_scale() >= 1
+    finite = math.isfinite(grad_norm) or overflow_is_normal
+    if not (finite and value < MAX_LOSS):
+        raise FloatingPointError(
+            f"Training diverged at iteration {i} (loss {value:.3g}, gradient norm {grad_norm:.3g})"
+        )

@@ -1,283 +1,678 @@
 """Makes a text-to-image model forget a concept.
 
-    python train.py --model toy --concept star        minutes on a CPU: the embedded miniature model
-    python train.py --concept nudity                  Stable Diffusion 1.4, on a CUDA GPU
+    python train.py --model toy --concept star      minutes on a CPU: the toy model
+    python train.py --concept nudity                Stable Diffusion 1.4, on a CUDA GPU
 
-The output folder holds erased.safetensors (the trained tensors, for generate.py --patch and for diffusers), before_after.png,
-film.png, previews/, log.csv, run.json and a checkpoint; `python train.py --resume --out FOLDER` goes on after a kill.
+The output folder receives erased.safetensors (the trained tensors, for generate.py --patch and for
+diffusers), index.html (a page about the run), before_after.png, film.png, previews/, log.csv,
+run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
 """
-import argparse
+
+import support.openmp  # noqa: F401 (before torch)
+
 import csv
-import importlib.util
-import inspect
 import json
+import os
+import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import transformers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import anchors
-import previews
-import report
+import ablation
+import ema
 import weights
-from command import add_common_arguments, finite, one_of, positive, refuse_used, run
-from folder import alone
-from losses import METHODS, TRAIN_PARAMS
-from run import VERSIONS, Run
-from weights import UserError
+from clip_text import tokenize
+from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
+from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
+from report.page import Reporter, require_tensorboard
+from report.previews import Previews, preview_seeds
+from sdd import ROLES, sdd
+from support.cli import (
+    Parser,
+    add_common_arguments,
+    finite,
+    natural,
+    one_of,
+    pick_device,
+    pick_dtype,
+    positive,
+    refuse_used,
+    run_command,
+)
+from support.errors import UserError
+from support.files import atomic_write, checksum, lock_folder
+from support.own_loss import OwnLossError, call_loss, load_loss, loss_file, sha256
+from unet import ResnetBlock, Transformer
 
-I2P = ("hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, obscene gestures, "
-       "illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty").split(", ")
-
-PAPER = dict(iters=1500, lr=1e-5, lr_schedule="cosine", warmup=500, weight_decay=1e-2, ema=0.999, guidance_scale=3.0, steps=50,
-             batch_size=1, roles="paper", preserve=0.0, erase_scale=1.0, anchor_images=1000, preview_every=250,
-             preview=["a photo of a mountain lake", "a portrait of a woman in a coat"])
-PRESETS = {
-    "paper": PAPER,  # appendix B.1; steps from the authors' script
-    "fast": PAPER | dict(iters=1000, ema=0.998, lr_schedule="constant", warmup=0),  # the paper's fast recipe
-    "official": PAPER | dict(weight_decay=1e-4, lr_schedule="constant", warmup=0, roles="official"),  # the authors' script
-    "toy": PAPER | dict(iters=160, lr=6e-4, warmup=40, ema=0.97, steps=6, batch_size=8, anchor_images=200, preview_every=20,
-                        # tuned, see README
-                        preview=["arcadia", "borealis", "a blue dotted heart on sand", "a green square"]),
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
 }
-COLUMNS = ["iteration", "loss", "lr", "grad_norm", "k", "concept", "gap_student", "drift_student", "gap_teacher", "drift_teacher", "flat"]
+TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
+OWN_LOSS = "own_loss.py"  # the run's copy of --loss FILE
+LOG_COLUMNS = (
+    *("iteration", "loss", "lr", "grad_norm", "k", "concept"),
+    *("gap_student", "drift_student", "gap_teacher", "drift_teacher", "flat"),
+)
 
 
+# ------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--concept", nargs="+", metavar="C", help="what to forget; i2p: the paper's 20 harmful concepts")
-    p.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id or a folder in diffusers' layout")
-    p.add_argument("--preset", **one_of(PRESETS), help="defaults of all that follows: paper; toy for the toy")
-    p.add_argument("--method", **one_of(METHODS), default="sdd", help="the training target, from losses.py")
-    p.add_argument("--loss", metavar="FILE:FUNCTION", help="a loss of your own in the place of the method's; see losses.py")
-    p.add_argument("--train-params", **one_of(TRAIN_PARAMS), help="which tensors are trained; default: the method's")
-    p.add_argument("--latents", choices=["teacher", "student", "original"], help="who draws z_t; default: as the method has it")
-    p.add_argument("--roles", choices=["paper", "official"], help="one concept draws, all joined are unlearned; or the reverse")
-    p.add_argument("--iters", type=positive, help="N (paper: 1500, 2000 for several concepts)")
-    p.add_argument("--lr", type=finite, help="AdamW's learning rate (paper: 1e-5)")
-    p.add_argument("--lr-schedule", choices=["cosine", "constant"])
-    p.add_argument("--warmup", type=int, help="iterations of linear warm-up (paper: 500)")
-    p.add_argument("--weight-decay", type=finite, help="(paper: 1e-2)")
-    p.add_argument("--ema", type=finite, help="m of the teacher's average (paper: 0.999)")
-    p.add_argument("--guidance-scale", type=finite, help="s_g while latents are drawn (paper: 3)")
-    p.add_argument("--steps", type=positive, help="T, DDIM steps of a whole picture (authors' script: 50)")
-    p.add_argument("--batch-size", type=positive, help="latents an iteration (paper: 1)")
-    p.add_argument("--preserve", type=finite, metavar="λ", help="adds λ·|e(c_0) − e°(c_0)|² to the loss; not in the paper")
-    p.add_argument("--erase-scale", type=finite, help="esd: s_s, how far away from the concept; all-but-one: g of its signal")
-    p.add_argument("--quantile", type=finite, default=0.0, help="all-but-one: its signal above this quantile (0.9) for the anchor; 0: off")
-    p.add_argument("--anchor", nargs="+", default=[], metavar="A", help="what to show instead; ablate: one for all or one a concept")
-    p.add_argument("--anchor-prompts", type=Path, metavar="FILE", help="ablate: prompts, a line each; without --anchor the concept is a style")
-    p.add_argument("--anchor-images", type=positive, help="ablate: pictures of the anchor (paper: 1000)")
-    p.add_argument("--prior", type=finite, default=0.0, metavar="λ", help="ablate: adds λ·|e(anchor) − n|² (authors' script: 1)")
-    p.add_argument("--detach-start", action="store_true", help="ablate: no gradient through the start token's keys and values")
-    p.add_argument("--max-grad-norm", type=finite, default=1.0, help="clip gradients at this norm (authors' script: 1); 0: do not")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time: blocks are computed again on the way back")
-    p.add_argument("--deterministic", action="store_true", help="CUDA: the same bits in each run (the CPU's are), by slower kernels")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--preview", nargs="+", metavar="PROMPT", help="preview prompts; default: the concepts and a few others")
-    p.add_argument("--preview-every", type=int, help="iterations between previews; 0: none")
-    p.add_argument("--preview-steps", type=positive, default=25)
-    p.add_argument("--preview-guidance-scale", type=finite, default=7.5)
-    p.add_argument("--save-every", type=int, default=100, help="iterations between checkpoints; 0: only at the end")
-    p.add_argument("--export-every", type=int, default=0, help="iterations between patches of student and teacher in exports/; 0: none")
-    p.add_argument("--report-to", choices=["tensorboard"], help="also write events for TensorBoard, in the output folder's tensorboard/")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own arguments")
-    p.add_argument("--out", type=Path, help="output folder; default: a new one under runs/")
-    add_common_arguments(p)
-    return p.parse_args(argv)
+    def default(key):
+        paper, toy = PRESETS["paper"][key], PRESETS["toy"][key]
+        return f"default: {paper}" if paper == toy else f"default: {paper}; toy model: {toy}"
+
+    parser = Parser(description=__doc__)
+    # fmt: off
+    add = parser.add_argument_group("concept and model").add_argument
+    add("--concept", nargs="+", metavar="CONCEPT",
+        help="what to forget; i2p means the paper's 20 harmful concepts")
+    add("--model", default=weights.DEFAULT_MODEL,
+        help="toy, a hub id, or a folder in diffusers' layout (default: %(default)s)")
+    add("--seed", type=natural, default=0, help="default: %(default)s")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", **one_of(METHODS), default="sdd", help="default: %(default)s")
+    add("--preset", **one_of(PRESETS),
+        help="defaults of the flags below (default: paper; toy for the toy model)")
+    add("--loss", metavar="FILE:FUNCTION",
+        help="your own loss instead of the method's (see losses.py)")
+    add("--train-params", **one_of(TRAIN_PARAMS),
+        help="which tensors are trained (default: the method's; sdd: xattn)")
+    add("--latents", **one_of(["teacher", "student", "original"]),
+        help="which model samples z_t (default: the method's; sdd: teacher)")
+    add("--roles", **one_of(ROLES),
+        help="several concepts: which one samples z_t, and which one is unlearned. paper: one "
+             f"samples, all joined are unlearned; official: the reverse ({default('roles')})")
+    add("--preserve", type=finite, metavar="λ",
+        help=f"add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD ({default('preserve')})")
+    add("--erase-scale", type=finite, metavar="S",
+        help="esd: s_s, how far the target moves away from the concept; all-but-one: g of the "
+             f"signal of --quantile ({default('erase_scale')})")
+    add("--quantile", type=finite, default=0.0, metavar="Q",
+        help="all-but-one: use the erasing signal above this quantile, for example 0.9, instead "
+             "of the anchor (default: off)")
+    add("--anchor", nargs="+", default=[], metavar="WORD",
+        help="what to show instead. ablate: one word for all concepts, or one per concept; "
+             "all-but-one: one word")
+    add("--anchor-prompts", type=Path, metavar="FILE",
+        help="ablate: one prompt per line; without --anchor the concept is a style (the toy model "
+             "has no words for this)")
+    add("--anchor-images", type=positive, metavar="N",
+        help=f"ablate: number of images of the anchor ({default('anchor_images')})")
+    add("--prior", type=finite, default=0.0, metavar="λ",
+        help="ablate: add λ·|e(anchor) − n|² to the loss (authors' script: 1; default: 0)")
+    add("--detach-start", action="store_true",
+        help="ablate: no gradient through the keys and values of the start token")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--iters", type=positive, metavar="N",
+        help=f"iterations ({default('iters')}; several concepts: 2000)")
+    add("--batch-size", type=positive, metavar="B",
+        help=f"latents per iteration ({default('batch_size')})")
+    add("--lr", type=finite, help=f"AdamW's learning rate ({default('lr')})")
+    add("--lr-schedule", **one_of(["cosine", "constant"]), help=default("lr_schedule"))
+    add("--warmup", type=natural, metavar="N",
+        help=f"iterations of linear warm-up ({default('warmup')})")
+    add("--weight-decay", type=finite, metavar="W", help=default("weight_decay"))
+    add("--ema", type=finite, metavar="M", help=f"m of the teacher's average ({default('ema')})")
+    add("--max-grad-norm", type=finite, metavar="NORM",
+        help=f"clip gradients at this norm; 0: do not clip ({default('max_grad_norm')})")
+    add("--gradient-checkpointing", action="store_true",
+        help="less memory, more time: compute each block again in the backward pass")
+    add("--deterministic", action="store_true",
+        help="CUDA: the same bits in every run, by slower kernels (a CPU always gives them)")
+
+    add = parser.add_argument_group("sampling of z_t").add_argument
+    add("--steps", type=positive, metavar="T",
+        help=f"DDIM steps of a whole image ({default('steps')})")
+    add("--guidance-scale", type=finite, metavar="S",
+        help="s_g while z_t is sampled; at 1 the concept's estimate alone, below 1 also less of "
+             f"it ({default('guidance_scale')})")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR", help="output folder (default: a new one in runs/)")
+    add("--resume", action="store_true", help="continue the run in --out, with its own arguments")
+    add("--save-every", type=natural, default=100, metavar="N",
+        help="iterations between checkpoints; 0: only at the end (default: %(default)s)")
+    add("--export-every", type=natural, default=0, metavar="N",
+        help="iterations between patches of student and teacher in exports/ (default: none)")
+    add("--preview", nargs="+", metavar="PROMPT",
+        help="preview prompts (default: the concepts and a few others)")
+    add("--preview-every", type=natural, metavar="N",
+        help=f"iterations between previews; 0: none ({default('preview_every')})")
+    add("--preview-steps", type=positive, default=25, metavar="N", help="default: %(default)s")
+    add("--preview-guidance-scale", type=finite, default=7.5, metavar="S",
+        help="default: %(default)s")
+    add("--report-to", **one_of(["tensorboard"]),
+        help="also write TensorBoard events into the folder tensorboard/ of the output")
+    # fmt: on
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
 
 
-def settle(args):
-    """Fills in what the preset says, and refuses what cannot work. Returns the arguments as a plain dict."""
-    a = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
-    if not a["concept"]:
-        raise UserError("Say what to forget: --concept nudity, or --resume --out FOLDER to go on with a run.")
-    concepts = I2P if a["concept"] == ["i2p"] else [c.strip() for c in a["concept"]]
-    if "" in concepts or len(set(concepts)) < len(concepts):
-        raise UserError("A concept is empty or named twice: --concept takes one or more different ones.")
-    a["concept"], a["preset"] = concepts, a["preset"] or ("toy" if a["model"] == "toy" else "paper")
-    method, preset = METHODS[a["method"]], PRESETS[a["preset"]]
-    if a["preset"] in ("fast", "official") and a["method"] != "sdd":
-        raise UserError(f"The preset {a['preset']} is SDD's: say --preset paper or toy with --method {a['method']}.")
-    if a["preset"] == "paper" and len(concepts) > 1:
-        preset = preset | dict(iters=2000)  # appendix B.1, several concepts
-    preset = preset | {"paper": method.paper, "toy": method.toy}.get(a["preset"], {})
-    a |= {key: value for key, value in preset.items() if a[key] is None}
-    a["train_params"], a["latents"] = a["train_params"] or method.train_params, a["latents"] or method.latents
-    if args.preview is None:
-        a["preview"] = concepts[:4] + [p for p in preset["preview"] if p not in concepts]
-    settle_anchor(a, method)
-    refuse_idle(a, method, vars(args))
-    check(a)
-    return a
+# ---------------------------------------------------------------------------------------- a run
+class Models(NamedTuple):
+    """Three models that share every tensor that is not trained."""
+
+    student: weights.Model  # ε_θ
+    teacher: weights.Model  # ε_θ*
+    original: weights.Model  # ε_θ°
+    theta: dict  # θ: {name: parameter}, float32
+    theta_ema: dict  # θ*: the teacher's tensors, in the same order
 
 
-def settle_anchor(a, method):
-    """What Ablating and All-but-One need; a file of prompts is read, so that --resume does not need it."""
+class Prompts(NamedTuple):
+    """Embeddings of the run's prompts, each (n, 77, D)."""
+
+    c_0: torch.Tensor  # the empty prompt, n = 1
+    joined: torch.Tensor  # all concepts joined, n = 1
+    concepts: torch.Tensor  # n = K
+    previews: torch.Tensor
+    anchors: torch.Tensor  # the anchor's prompts; without Ablating Concepts: --anchor, n = 1
+    targets: torch.Tensor  # Ablating Concepts: the anchor's prompts with the concept in its place
+
+
+class Run:
+    """What an iteration needs and what a checkpoint holds.
+
+    settings: what presets.settle returns. model: use this one instead of loading settings["model"].
+    """
+
+    def __init__(self, out, settings, model=None):
+        self.out, self.settings = out, settings
+        self.device = pick_device(settings["device"])
+        self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
+        if settings["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+            torch.use_deterministic_algorithms(True)
+
+        model = model or weights.load(settings["model"], settings["revision"])
+        check_concepts_fit(model, settings["concept"])
+        self.scheduler = make_scheduler(model.scheduler, settings["steps"], "ddim")
+        self.preview_scheduler = make_scheduler(model.scheduler, settings["preview_steps"], "ddim")
+        side = model.resolution // model.vae.factor
+        self.shape = (settings["batch_size"], 4, side, side)
+        self.trains_text = settings["train_params"] == "embedding"
+        self.pairs = prompt_pairs(settings)
+        self.models, self.fingerprint = make_models(model, settings, self.device, self.dtype)
+        self.prompts = encode_all(self.models.student, settings, self.pairs)
+        if self.trains_text:
+            model = self.models.student
+            mask_embedding_gradient(model.tokenizer, self.models.theta, settings["concept"])
+        else:  # the prompts never change: free the text encoder
+            self.models = without_text_encoder(self.models)
+
+        self.optimizer = make_optimizer(self.models.theta, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.generator = torch.Generator("cpu").manual_seed(settings["seed"])
+        self.done = 0  # iterations
+        self.generator_state = self.generator.get_state()  # after the last complete iteration
+
+    def iterations(self, start=0):
+        """Algorithm 1 with this run's settings: yields an Iteration after each iteration."""
+        a, models = self.settings, self.models
+        noised_anchors = None
+        sampling_unet = None
+        if a["latents"] == "anchor":
+            noised_anchors = self.make_noised_anchors()
+        else:
+            source = getattr(models, a["latents"])
+            sampling_unet = InferenceUNet(source.unet, self.device, self.dtype)
+        iterations = sdd(
+            models.student.unet,
+            sampling_unet,
+            models.original.unet,
+            self.optimizer,
+            list(models.theta_ema.values()),
+            self.scheduler,
+            self.prompts.c_0,
+            self.prompts.concepts,
+            self.prompts.joined,
+            self.shape,
+            self.generator,
+            loss=self.loss(),
+            s_g=a["guidance_scale"],
+            m=a["ema"],
+            iters=a["iters"],
+            start=start,
+            lr=a["lr"],
+            lr_schedule=a["lr_schedule"],
+            warmup=a["warmup"],
+            max_grad_norm=a["max_grad_norm"],
+            roles=a["roles"],
+            c_a=self.prompts.anchors,
+            preserve=a["preserve"],
+            prior=a["prior"],
+            noised_anchors=noised_anchors,
+            scaler=self.scaler,
+        )
+        for iteration in iterations:
+            self.done, self.generator_state = iteration.i + 1, self.generator.get_state()
+            yield iteration
+            if sampling_unet is not None:
+                sampling_unet.sync()
+
+    def loss(self):
+        """The method's loss, or the run's copy of the user's own."""
+        a = self.settings
+        loss = METHODS[a["method"]].loss
+        if a["loss"]:
+            copy = self.out / OWN_LOSS
+            loss = partial(
+                call_loss, load_loss(a["loss"], copy if copy.exists() else None), a["loss"]
+            )
+        return partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"])
+
+    def make_noised_anchors(self):
+        """Ablating Concepts: generates the anchor's images (or reads them) and noises them."""
+        a, models, prompts = self.settings, self.models, self.prompts
+        z_0 = ablation.generate_anchors(
+            self.out / "anchors.safetensors",
+            models.original,
+            InferenceUNet(models.original.unet, self.device, self.dtype),
+            prompts.c_0,
+            prompts.anchors,
+            self.scheduler,
+            a["anchor_images"],
+            a["guidance_scale"],
+            a["seed"],
+        )
+        if a["detach_start"]:
+            ablation.detach_start(models.student.unet)
+        embed_targets = prompts.targets.__getitem__
+        if self.trains_text:
+            tokenizer = models.student.tokenizer
+            tokens = tokenize(tokenizer, [pair.target for pair in self.pairs])[0].to(self.device)
+
+            def embed_targets(which):
+                return models.student.text_encoder(tokens[which])
+
+        return ablation.noised_anchors(
+            z_0,
+            [pair.concept for pair in self.pairs],
+            embed_targets,
+            prompts.anchors,
+            self.scheduler,
+            a["batch_size"],
+            self.generator,
+        )
+
+    # ------------------------------------------------------------------------------ checkpoints
+    def checkpoint_groups(self):
+        groups = {
+            "student": self.models.theta,
+            "teacher": self.models.theta_ema,
+            "generator": {"state": self.generator_state},
+        }
+        return groups
+
+    def save(self):
+        """Writes the run as it was after its last complete iteration."""
+        metadata = {"iterations": str(self.done)}
+        if self.scaler.is_enabled():
+            metadata["scaler"] = json.dumps(self.scaler.state_dict())
+        weights.save_checkpoint(
+            self.out / "checkpoint.safetensors", self.checkpoint_groups(), self.optimizer, metadata
+        )
+
+    def restore(self):
+        """Reads the checkpoint, if there is one, and removes rows of log.csv that are newer."""
+        file, log = self.out / "checkpoint.safetensors", self.out / "log.csv"
+        if file.exists():
+            metadata = weights.load_checkpoint(file, self.checkpoint_groups(), self.optimizer)
+            self.done = int(metadata["iterations"])
+            self.generator.set_state(self.generator_state)
+            if self.scaler.is_enabled() and "scaler" in metadata:
+                self.scaler.load_state_dict(json.loads(metadata["scaler"]))
+        rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        with atomic_write(log) as temporary:
+            temporary.write_text("".join(rows[: self.done + 1]), encoding="utf-8")
+
+    def export(self, file, which):
+        """Writes a patch: the trained tensors of "student" or "teacher", with their metadata."""
+        tensors = {"teacher": self.models.theta_ema, "student": self.models.theta}[which]
+        metadata = {
+            "model": self.settings["model"],
+            "concepts": ", ".join(self.settings["concept"]),
+            "method": self.settings["method"],
+            "base_fingerprint": self.fingerprint,
+            "args": json.dumps(self.settings),
+            "versions": json.dumps(VERSIONS),
+            "sha256": checksum(tensors),
+        }
+        weights.save(self.out / file, tensors, metadata)
+
+
+def check_concepts_fit(model, concepts):
+    for text in [*concepts, ", ".join(concepts)]:
+        if len(model.tokenizer(text, verbose=False).input_ids) > model.tokenizer.model_max_length:
+            raise UserError(
+                "Each concept, and all concepts joined, must fit into 77 tokens; this text does "
+                f"not: {text[:60]!r}…"
+            )
+
+
+def skip_unknown_previews(model, prompts):
+    """The preset's preview prompts without those that a small vocabulary does not know."""
+    known = []
+    for prompt in prompts:
+        try:
+            check_words(model, [prompt])
+            known.append(prompt)
+        except UserError:
+            print(
+                f"warning: the model does not know the preview prompt {prompt!r}, so it is skipped.",
+                file=sys.stderr,
+            )
+    return known
+
+
+def make_models(model, settings, device, dtype):
+    """Models, on `device`, with frozen tensors in `dtype`; and the fingerprint of θ as loaded."""
+    parts = (model.unet, model.text_encoder)
+    trained = TRAIN_PARAMS[settings["train_params"]]
+    theta = {name: p for part in parts for name, p in part.named_parameters() if trained(name)}
+    fingerprint = weights.fingerprint(theta)
+    for name, p in model.unet.named_parameters():
+        # CUDA's autocast computes norms in float32 and would cast their weights each time.
+        keep_float32 = name in theta or (device.type == "cuda" and "norm" in name)
+        p.data = p.data.to(device, torch.float32 if keep_float32 else dtype)
+    if device.type == "cpu":  # 4 to 6 % faster there; CUDA's GroupNorm would copy it back
+        model.unet.to(memory_format=torch.channels_last)
+    model.text_encoder.to(device)
+    if settings["preview_every"]:  # only previews decode latents
+        model.vae.to(device)
+
+    def copy():
+        unet, text_encoder = (
+            ema.copy_trained(part, [name for name, _ in part.named_parameters() if name in theta])
+            for part in parts
+        )
+        return model._replace(unet=unet, text_encoder=text_encoder)
+
+    teacher, original = copy(), copy()
+    if settings["gradient_checkpointing"]:
+        checkpoint_blocks(model.unet)
+    averages = dict(teacher.unet.named_parameters()) | dict(teacher.text_encoder.named_parameters())
+    theta = {name: p.requires_grad_() for name, p in theta.items()}
+    theta_ema = {name: averages[name] for name in theta}
+    print(
+        f"training {len(theta)} tensors, {sum(p.numel() for p in theta.values()):,} parameters, on "
+        f"{device} (frozen tensors: {str(dtype)[6:]})"
+    )
+    return Models(model, teacher, original, theta, theta_ema), fingerprint
+
+
+def checkpoint_blocks(unet):
+    """Of each block keep only the input for the backward pass; compute the rest again there."""
+    for block in unet.modules():
+        if isinstance(block, (ResnetBlock, Transformer)):
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
+
+def without_text_encoder(models):
+    student, teacher, original = (model._replace(text_encoder=None) for model in models[:3])
+    return models._replace(student=student, teacher=teacher, original=original)
+
+
+def prompt_pairs(settings):
+    """Ablating Concepts' pairs of prompts; none for the other methods."""
+    if settings["latents"] != "anchor":
+        return []
+    return ablation.prompt_pairs(
+        settings["concept"], settings["anchor"], settings["anchor_prompts"]
+    )
+
+
+def encode_all(model, settings, pairs):
+    """All prompts of a run as Prompts, encoded once, because they never change."""
+    anchors = [pair.anchor for pair in pairs] or [", ".join(settings["anchor"])]
+    groups = [
+        [""],
+        [", ".join(settings["concept"])],
+        settings["concept"],
+        settings["preview"],
+        anchors,
+        [pair.target for pair in pairs],
+    ]
+    embeddings = encode_prompts(model, [text for group in groups for text in group])
+    return Prompts(*embeddings.split([len(group) for group in groups]))
+
+
+def make_optimizer(theta, settings):
+    decay = settings["weight_decay"]
+    if TOKEN_EMBEDDING in theta:
+        decay = 0.0  # it would shrink the rows of words that are not trained
+    return torch.optim.AdamW(theta.values(), settings["lr"], betas=(0.9, 0.999), weight_decay=decay)
+
+
+def mask_embedding_gradient(tokenizer, theta, concepts):
+    """--train-params embedding: only the rows of the concepts' tokens get a gradient."""
+    weight = theta[TOKEN_EMBEDDING]
+    rows = torch.zeros(len(weight), 1, device=weight.device)
+    for concept in concepts:
+        rows[tokenizer(concept, add_special_tokens=False).input_ids] = 1
+    weight.register_hook(lambda grad: grad * rows)
+
+
+# ------------------------------------------------------------------------------------- the loop
+@contextmanager
+def deferred_interrupts():
+    """Collects Ctrl-C and SIGTERM in a list, so that the current iteration can end first."""
+    received = []
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
-        lines = a["anchor_prompts"].read_text(encoding="utf-8").splitlines() if a["anchor_prompts"] else []
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--anchor-prompts {a['anchor_prompts']} cannot be read ({e}).") from None
-    a["anchor_prompts"] = [line.strip() for line in lines if line.strip()]
-    if method.latents == "anchor":
-        pairs = anchors.prompt_pairs(a["concept"], a["anchor"], a["anchor_prompts"])
-        if len(pairs) > a["anchor_images"]:
-            raise UserError(f"{len(pairs)} prompts (each for each concept) need as many pictures: say --anchor-images {len(pairs)}.")
-    if a["method"] == "all-but-one" and len(a["anchor"]) > 1:
-        raise UserError("--method all-but-one takes one --anchor, the alternative to all concepts.")
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def refuse_idle(a, method, given):
-    """What was given on the command line, and would change nothing."""
-    pictures, used = method.latents == "anchor", inspect.signature(own_loss(a["loss"]) if a["loss"] else method.loss).parameters
-    idle = ["latents", "roles"] if pictures else ["prior", "detach_start", "anchor_prompts", "anchor_images"]
-    idle += [key for key in ("erase_scale", "quantile") if key not in used]
-    idle += ["anchor"] * (not pictures and "c_a" not in used)
-    wrong = [f"--{key.replace('_', '-')}" for key in idle if given[key]]
-    wrong += ["--train-params embedding"] * (a["train_params"] == "embedding" and not pictures)
-    if wrong:
-        raise UserError(f"--method {a['method']} has no use for {', '.join(wrong)}: leave it out, or choose another --method.")
+@contextmanager
+def open_log(file):
+    """A csv.DictWriter that appends to log.csv, line by line."""
+    with open(file, "a", buffering=1, newline="", encoding="utf-8") as f:
+        log = csv.DictWriter(f, LOG_COLUMNS, lineterminator="\n")
+        if not f.tell():
+            log.writeheader()
+        yield log
 
 
-def check(a):
-    """Refuses numbers that cannot be, warns of a warm-up without end, and does not start Stable Diffusion on a CPU by surprise."""
-    for key in ("ema", "lr", "quantile", "warmup", "preserve", "prior", "weight_decay", "max_grad_norm", "preview_every", "save_every",
-                "export_every", "seed"):
-        low, high = 0, {"ema": 1, "lr": 1, "quantile": 1, "seed": 2**63 - 1}.get(key, 1e9)
-        if not low <= a[key] <= high:
-            raise UserError(f"--{key.replace('_', '-')} {a[key]} is out of range ({low:g} to {high:g}).")
-    if a["report_to"]:
-        report.summary_writer()
-    if a["warmup"] >= a["iters"]:
-        print(f"warning: a warm-up of {a['warmup']} iterations is as long as the run of {a['iters']}: the learning rate never "
-              f"arrives at {a['lr']:g}. Say --warmup {a['iters'] // 10}.", file=sys.stderr)
-    if a["model"] != "toy" and a["device"] == "auto" and not torch.cuda.is_available():
-        petaflop = a["iters"] * a["batch_size"] * (1.606 * (a["steps"] + 1) / 2 + 2.498) / 1000  # TFLOP: two, and one with backward
-        raise UserError(f"There is no CUDA GPU here. Say --model toy for the embedded miniature model (minutes), or --device cpu "
-                        f"to insist: this run of SD 1.4 is some {petaflop:.3g} PFLOP, {petaflop / 0.36:,.0f} hours at 0.1 TFLOP/s.")
+def due(done, every):
+    return every > 0 and done % every == 0
 
 
-def own_loss(text):
-    """The function that --loss FILE:FUNCTION names."""
-    file, _, name = text.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("own_loss", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
-        if not any(p.kind == p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
-            raise TypeError("the function's arguments have to end in **_, which takes what it does not need")
-        return function
-    except Exception as e:  # it is the user's file: whatever is wrong with it
-        raise UserError(f"--loss {text}: {type(e).__name__}: {e}. Write FILE.py:FUNCTION, a function as in losses.py.") from e
+def iterate(run, previews, reporter):
+    """Algorithm 1 (Run.iterations) with log, previews, patches and checkpoints around it."""
+    a, start = run.settings, run.done
+    bar = tqdm(total=a["iters"], initial=start, unit="it", smoothing=0, disable=None)
+    with bar, deferred_interrupts() as interrupts, open_log(run.out / "log.csv") as log:
+        for it in run.iterations(start):
+            done = it.i + 1
+            row = {key: value for key, value in it._asdict().items() if key not in ("i", "j")}
+            row |= dict(iteration=it.i, concept=a["concept"][it.j])
+            if due(done, a["preview_every"]):
+                row |= previews.measure()
+                if done < a["iters"]:
+                    row["flat"] = previews.save(done)
+            log.writerow(row)
+            reporter.log_row(row)
+            bar.set_postfix(progress_figures(it, run.device), refresh=False)
+            bar.update()
+            if due(done, a["export_every"]):
+                for which in ("student", "teacher"):
+                    run.export(f"exports/{which}-{done:06d}.safetensors", which)
+            if interrupts or done == a["iters"] or due(done, a["save_every"]):
+                run.save()
+            if interrupts:
+                raise KeyboardInterrupt(
+                    f"{done} of {a['iters']} iterations are saved. To continue: "
+                    f"python train.py --resume --out {run.out}"
+                )
+
+
+def progress_figures(it, device):
+    figures = {"loss": f"{it.loss:.2e}", "lr": f"{it.lr:.1e}"}
+    if device.type == "cuda":
+        figures["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+    return figures
+
+
+# ----------------------------------------------------------------------------------- the command
+def train(args):
+    out, settings = open_run(args)
+    if settings["report_to"]:
+        require_tensorboard()
+    with lock_folder(out):
+        if not args.resume:
+            refuse_used(out, "; or use --resume to continue the run in it")
+        try:
+            train_in(out, settings, args)
+        except OwnLossError:
+            if not (out / "checkpoint.safetensors").exists():
+                empty_folder(out)  # nothing is lost, and the corrected command finds a free folder
+            raise
+
+
+def empty_folder(folder):
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def open_run(args):
-    """The output folder and its settled arguments; those of the run in it with --resume. Writes run.json."""
+    """The output folder and the settled arguments; with --resume, those of the run in it."""
     if args.resume:
-        if not args.out or not (args.out / "run.json").is_file():
-            raise UserError("--resume needs --out FOLDER with a run in it (a run.json); runs without --out lie under runs/.")
-        try:
-            a = json.loads((args.out / "run.json").read_text(encoding="utf-8"))["args"]
-            if missing := vars(args).keys() - {"resume", "out"} - a.keys():
-                raise KeyError(min(missing))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{args.out / 'run.json'} is damaged or of another version ({e!r}): the run cannot go on.") from None
-        if args.concept and settle(args) != a:
-            raise UserError(f"{args.out} holds a run with other arguments: say --resume --out {args.out} alone, or choose a new folder.")
-        a["gradient_checkpointing"] |= args.gradient_checkpointing  # for who ran out of memory; the numbers stay the same
-        return args.out, a
-    a = settle(args)
+        return resumed_run(args)
+    settings = settle(args)
     if args.out is None:
-        taken = [int(p.name[:4]) for p in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")]
-        name = re.sub(r"\W+", "-", "-".join(a["concept"]))[:40]
+        taken = [int(folder.name[:4]) for folder in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")]
+        name = re.sub(r"\W+", "-", "-".join(settings["concept"]))[:40]
         args.out = Path("runs") / f"{max(taken, default=0) + 1:04d}-{name}"
-    return args.out, a
+    return args.out, settings
 
 
-def iterate(r, a, start, watch):
-    """The loop: Algorithm 1 does the work; here are log, bar, previews and checkpoints. Ctrl-C waits for the iteration's end."""
-    iterations = r.iterations(start, own_loss(a["loss"]) if a["loss"] else None)
-    every, keep, stop = a["preview_every"], a["save_every"], []
-    with ExitStack() as after, open(r.out / "log.csv", "a", buffering=1, newline="", encoding="utf-8") as f, \
-            tqdm(total=a["iters"], initial=start, unit="it", disable=None) as bar:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            after.callback(signal.signal, number, signal.signal(number, lambda *_: stop.append(True)))
-        log = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        if not f.tell():
-            log.writeheader()
-        for it in iterations:
-            row = dict(iteration=it.i, loss=it.loss, lr=it.lr, grad_norm=it.grad_norm, k=it.k, concept=a["concept"][it.j])
-            done = it.i + 1
-            if every and done % every == 0:
-                row |= previews.measure(r)
-                if done < a["iters"]:
-                    previews.preview(r, done)
-                    row["flat"] = r.flat
-            log.writerow(row)
-            watch.row(row)
-            peak = {"GB": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"} if r.device.type == "cuda" else {}
-            bar.set_postfix(loss=f"{it.loss:.2e}", lr=f"{it.lr:.1e}", **peak, refresh=False)
-            bar.update()
-            if a["export_every"] and done % a["export_every"] == 0:
-                for which in ("student", "teacher"):
-                    r.export(f"exports/{which}-{done:06d}.safetensors", which)
-            if stop or done == a["iters"] or keep and done % keep == 0:
-                r.save()
-            if stop:
-                break
-    if stop:
-        raise UserError(f"stopped after {done} iterations, which are saved; to go on: python train.py --resume --out {r.out}")
+def resumed_run(args):
+    if not args.out or not (args.out / "run.json").is_file():
+        raise UserError(
+            "--resume needs --out FOLDER with a run in it (a run.json). Runs without --out are in "
+            "runs/."
+        )
+    given = vars(args).keys() - {"resume", "out"}
+    try:
+        settings = json.loads((args.out / "run.json").read_text(encoding="utf-8"))["args"]
+        if missing := given - settings.keys():
+            raise KeyError(min(missing))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{args.out / 'run.json'} is damaged or from another version ({e!r}), so the run cannot "
+            "continue."
+        ) from None
+    advice = f"Use --resume --out {args.out} alone, or choose a new folder."
+    if args.concept:
+        wanted = settle(args)
+        if args.preview is None:  # prompts that the model does not know were skipped
+            wanted["preview"] = settings["preview"]
+        if wanted != settings:
+            raise UserError(f"{args.out} holds a run with other arguments. {advice}")
+    else:
+        defaults = vars(parse([]))
+        free = {"gradient_checkpointing", "show_uncensored"}
+        changed = [key for key in sorted(given - free) if getattr(args, key) != defaults[key]]
+        if changed:
+            flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
+            raise UserError(f"A resumed run keeps its arguments: {flags} has no effect. {advice}")
+    if settings["loss"] and sha256(args.out / OWN_LOSS) != settings["loss_sha256"]:
+        raise UserError(
+            f"{args.out / OWN_LOSS} has changed since the run began. Start a new run with "
+            f"--loss {settings['loss']}, or restore the file."
+        )
+    settings["gradient_checkpointing"] |= args.gradient_checkpointing  # the numbers stay the same
+    return args.out, settings
 
 
-def train(args):
-    out, a = open_run(args)
-    with alone(out):
-        if not args.resume:
-            refuse_used(out, "; say --resume to go on with the run in it")
-        train_in(out, a, args.resume)
-
-
-def train_in(out, a, resume):
-    r = Run(out, a)
-    if not resume:
-        with weights.whole(out / "run.json") as beside:
-            content = {"args": a, "versions": VERSIONS, "command": shlex.join(["python", *sys.argv]),
-                       "preview_seeds": [*previews.seeds(a)]}
-            beside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    r.make_latents()
-    start, began = r.restore(), time.monotonic()
-    watch = report.Watch(out, a["report_to"], start)
-    with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):  # cached casts go stale
+def train_in(out, settings, args):
+    """The whole command, inside the locked output folder."""
+    model = weights.load(settings["model"], settings["revision"])
+    if not args.resume:
+        if args.preview is None:
+            settings["preview"] = skip_unknown_previews(model, settings["preview"])
+        if settings["loss"]:
+            with atomic_write(out / OWN_LOSS) as temporary:
+                temporary.write_bytes(loss_file(settings["loss"]).read_bytes())
+        write_run_json(out, settings)
+    run = Run(out, settings, model)
+    run.restore()
+    start, began = run.done, time.monotonic()
+    output = METHODS[settings["method"]].output
+    previews = Previews(run)
+    reporter = Reporter(out, settings["report_to"], start)
+    # cache_enabled=False: a cast of a trained weight would be out of date after each step.
+    with torch.autocast(
+        run.device.type, run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False
+    ):
         try:
-            if a["preview_every"] and start == 0:
-                previews.preview(r, 0)
-                watch.previews()
-            iterate(r, a, start, watch)
+            if settings["preview_every"] and start == 0:
+                previews.save(0)
+                reporter.log_previews()
+            iterate(run, previews, reporter)
         except FloatingPointError as e:
-            raise UserError(f"{e}. The checkpoint before it is kept in {out}; begin anew in another folder with a smaller --lr, or with "
-                            "--dtype fp32.") from None
+            raise UserError(
+                f"{e}. The checkpoint before it is kept in {out}. Start again in another folder with "
+                "a smaller --lr, or with --dtype fp32."
+            ) from None
         except torch.OutOfMemoryError:
-            r.optimizer.zero_grad()  # what is half done is left
-            r.save()
-            raise UserError(f"The GPU's memory is full; {r.done} iterations are saved. To go on in less: python train.py --resume --out "
-                            f"{out} --gradient-checkpointing; or begin anew with a smaller --batch-size, --dtype bf16 or "
-                            "--preview-every 0.") from None
+            run.optimizer.zero_grad()  # drop the unfinished iteration
+            run.save()
+            raise UserError(
+                f"The GPU's memory is full; {run.done} iterations are saved. To continue with less: "
+                f"python train.py --resume --out {out} --gradient-checkpointing. Or start again with "
+                "a smaller --batch-size, --dtype bf16 or --preview-every 0."
+            ) from None
         seconds = time.monotonic() - began
-        r.export("erased.safetensors", METHODS[a["method"]].output)
-        if a["preview_every"]:
-            previews.finish(r, METHODS[a["method"]].output)
-    watch.previews()
-    print(f"{a['iters'] - start} iterations in {seconds:.0f} s, previews included; forgotten: {', '.join(a['concept'])}\n"
-          f"weights: {out / 'erased.safetensors'}" + (f"\nbefore and after: {out / 'before_after.png'}" if a["preview_every"] else ""))
+        run.export("erased.safetensors", output)
+        if settings["preview_every"]:
+            previews.finish(output)
+    reporter.log_previews()
+    print(
+        f"{settings['iters'] - start} iterations in {seconds:.0f} s, previews included. "
+        f"Forgotten: {', '.join(settings['concept'])}\n"
+        f"weights: {out / 'erased.safetensors'}\n"
+        f"open this page in a browser: {out / 'index.html'}"
+    )
+
+
+def write_run_json(out, settings):
+    content = {
+        "args": settings,
+        "versions": VERSIONS,
+        "command": shlex.join(["python", *sys.argv]),
+        "preview_seeds": list(preview_seeds(settings)),
+    }
+    with atomic_write(out / "run.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    advice = "to go on: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"
-    sys.exit(run(train, parse(), advice))
+    advice = "to continue: python train.py --resume --out {out}"
+    sys.exit(run_command(train, parse(), advice))

@@ -4,6 +4,7 @@ f = 2^(levels - 1): 8 for SD 1.4 (Rombach et al. 2022, arXiv 2112.10752), 4 for 
 the checkpoint's (diffusers layout, `vae/config.json`), so that loading is a strict `load_state_dict`. The latents
 that go in and come out are scaled by `scaling_factor` here, and nowhere else.
 """
+
 from collections import OrderedDict
 
 import torch
@@ -50,7 +51,11 @@ def downsample(c):
 
 
 def upsample(c):
-    return nn.Sequential(OrderedDict(twice=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)))
+    return nn.Sequential(
+        OrderedDict(
+            twice=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1)
+        )
+    )
 
 
 class Level(nn.Module):
@@ -58,7 +63,9 @@ class Level(nn.Module):
 
     def __init__(self, c_in, c_out, n, groups, resample=None):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(n))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(n)
+        )
         self.downsamplers = nn.ModuleList([downsample(c_out)] if resample is downsample else [])
         self.upsamplers = nn.ModuleList([upsample(c_out)] if resample is upsample else [])
 
@@ -84,10 +91,13 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], w, n, groups, downsample if i < len(widths) - 1 else None)
-            for i, w in enumerate(widths))
+            for i, w in enumerate(widths)
+        )
         self.mid_block = Middle(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)  # mean and log variance
+        self.conv_out = nn.Conv2d(
+            widths[-1], 2 * latent_channels, 3, padding=1
+        )  # mean and log variance
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -103,8 +113,11 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = Middle(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, n + 1, groups, upsample if i < len(widths) - 1 else None)
-            for i, w in enumerate(widths))
+            Level(
+                widths[max(i - 1, 0)], w, n + 1, groups, upsample if i < len(widths) - 1 else None
+            )
+            for i, w in enumerate(widths)
+        )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
@@ -118,8 +131,16 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The two halves. Arguments are the keys of `vae/config.json`; the defaults are SD 1.4's."""
 
-    def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512),
-                 layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215):
+    def __init__(
+        self,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        norm_num_groups=32,
+        scaling_factor=0.18215,
+    ):
         super().__init__()
         table = list(block_out_channels), layers_per_block, norm_num_groups
         self.encoder = Encoder(in_channels, latent_channels, *table)

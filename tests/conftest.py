@@ -1,4 +1,5 @@
 """Before any test is imported: the repository's modules can be found, no test reaches for the network, a thread a worker does."""
+
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch
 def model_folder(tmp_path_factory):
     """A tiny random model in diffusers' layout. Copy it before you change it."""
     from common import write_model_folder
+
     return write_model_folder(tmp_path_factory.mktemp("model") / "tiny")
 
 

@@ -1,5 +1,6 @@
 """What a user can get wrong, in a table: each is refused in one sentence that says what to do, with exit status 2, no traceback and nothing
 written. Those of train.py that need no file of weights stand in test_commands.py, too; here are the words, the numbers and the files."""
+
 import json
 import re
 import shutil
@@ -8,89 +9,185 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_commands import ROOT, command
 
-import convert
 import eval as evaluation
 import generate
 import train
 import weights
-from test_commands import ROOT, command
+from tools import convert
 
-MAIN = {"train": (train.train, train.parse), "generate": (generate.generate, generate.parse), "eval": (evaluation.evaluate, evaluation.parse),
-        "convert": (convert.convert, convert.parse)}
+MAIN = {
+    "train": (train.train, train.parse),
+    "generate": (generate.generate, generate.parse),
+    "eval": (evaluation.evaluate, evaluation.parse),
+    "convert": (convert.convert, convert.parse),
+}
 STAR = "train --model toy --concept star --iters 1 --warmup 0 --steps 1 --preview-every 0"
 DRAW = "generate star --model toy --steps 1"
 EVAL = "eval toy --limit 1 --steps 1"
 CONVERT = "convert --model toy --format diffusers"
 CASES = [  # the command, without --out; what the sentence says. {f}: the folder of FILES, below
     # words
-    (f"{STAR} --method esdx", "did you mean esd-x"), (f"{STAR} --method SDD", "did you mean|There are: sdd"), (f"{STAR} --preset papr", "did you mean paper"),
-    (f"{STAR} --train-params xatn", "There are:"), (f"{DRAW} --method sld-maxx --avoid star", "did you mean sld-max"),
-    (f"{DRAW} --scheduler dim", "did you mean ddim"), (f"{DRAW} --dtype fp32x", "did you mean fp32"), ("eval nudty", "did you mean nudity"),
-    (f"{EVAL} --methods segaa --avoid star", "did you mean sega"), ("generate stra --model toy", "did you mean 'star'"),
-    ("train --model toy --concept hart", "did you mean 'heart'"), ("generate qqqq --model toy", "it knows: a"), (f"{EVAL} --methods neg --avoid strr", "strr"),
-    ("train --model toy --concept star STAR star", "twice"), ("train --model toy --concept ''", "empty"), ("train --model toy --concept ' ' moon", "empty"),
-    (f"train --model toy --concept '{'star ' * 76}'", "77 tokens"), (f"train --model toy --concept '{'red ' * 40}' '{'blue ' * 40}'", "77 tokens"),
-    (f"{DRAW} --method neg", "--avoid"), (f"{DRAW} --avoid moon", "--method"), (f"{DRAW} --method sega --avoid ''", "empty"),
-    (f"{DRAW} --model toyy", "no folder toyy"), (f"{DRAW} --model ''", "no folder"), (f"{DRAW} --model a/b/c", "no folder"), (f"{DRAW} --revision main", "--revision"),
-    (f"{DRAW} --device cda", "--device cda"), (f"{DRAW} --device meta:x", "--device"), ("train --model toy", "what to forget"), ("train", "what to forget"),
-    (f"{STAR} --loss nothing", "FILE.py:FUNCTION"), (f"{STAR} --no-such-flag 1", "no-such-flag"), ("generate --model toy", "PROMPT"),
+    (f"{STAR} --method esdx", "did you mean esd-x"),
+    (f"{STAR} --method SDD", "did you mean|There are: sdd"),
+    (f"{STAR} --preset papr", "did you mean paper"),
+    (f"{STAR} --train-params xatn", "There are:"),
+    (f"{DRAW} --method sld-maxx --avoid star", "did you mean sld-max"),
+    (f"{DRAW} --scheduler dim", "did you mean ddim"),
+    (f"{DRAW} --dtype fp32x", "did you mean fp32"),
+    ("eval nudty", "did you mean nudity"),
+    (f"{EVAL} --methods segaa --avoid star", "did you mean sega"),
+    ("generate stra --model toy", "did you mean 'star'"),
+    ("train --model toy --concept hart", "did you mean 'heart'"),
+    ("generate qqqq --model toy", "it knows: a"),
+    (f"{EVAL} --methods neg --avoid strr", "strr"),
+    ("train --model toy --concept star STAR star", "twice"),
+    ("train --model toy --concept ''", "empty"),
+    ("train --model toy --concept ' ' moon", "empty"),
+    (f"train --model toy --concept '{'star ' * 76}'", "77 tokens"),
+    (f"train --model toy --concept '{'red ' * 40}' '{'blue ' * 40}'", "77 tokens"),
+    (f"{DRAW} --method neg", "--avoid"),
+    (f"{DRAW} --avoid moon", "--method"),
+    (f"{DRAW} --method sega --avoid ''", "empty"),
+    (f"{DRAW} --model toyy", "no folder toyy"),
+    (f"{DRAW} --model ''", "no folder"),
+    (f"{DRAW} --model a/b/c", "no folder"),
+    (f"{DRAW} --revision main", "--revision"),
+    (f"{DRAW} --device cda", "--device cda"),
+    (f"{DRAW} --device meta:x", "--device"),
+    ("train --model toy", "what to forget"),
+    ("train", "what to forget"),
+    (f"{STAR} --loss nothing", "FILE.py:FUNCTION"),
+    (f"{STAR} --no-such-flag 1", "no-such-flag"),
+    ("generate --model toy", "PROMPT"),
     # numbers
-    (f"{STAR} --lr nan", "finite"), (f"{STAR} --lr x", "invalid finite value"), (f"{STAR} --lr -1", "--lr"), (f"{STAR} --ema 2", "--ema"),
-    (f"{STAR} --seed -1", "--seed"), (f"{STAR} --seed {2**63}", "--seed"), (f"{STAR} --seed 1.5", "--seed"), (f"{STAR} --iters 0", "less than 1"),
-    (f"{STAR} --guidance-scale inf", "finite"), (f"{STAR} --steps 1001", "steps"), (f"{STAR} --warmup -1", "--warmup"),
-    (f"{STAR} --save-every -1", "--save-every"), (f"{STAR} --batch-size 99999999", "million"), (f"{STAR} --erase-scale nan", "finite"),
-    (f"{DRAW} --seed -1", "--seed"), (f"{DRAW} --seed {2**70}", "2\\^62"), (f"{DRAW} --num-images 0", "less than 1"), (f"{DRAW} --guidance-scale nan", "finite"),
-    (f"{DRAW} --num-images 1000000000", "million"), (f"{DRAW} --resolution 63", "multiple of 4"), (f"{DRAW} --resolution 400000", "memory"),
-    (f"{EVAL} --seed x", "--seed"), (f"{EVAL} --batch-size 0", "less than 1"), (f"{EVAL} --guidance-scale=-inf", "finite"),
+    (f"{STAR} --lr nan", "finite"),
+    (f"{STAR} --lr x", "invalid finite value"),
+    (f"{STAR} --lr -1", "--lr"),
+    (f"{STAR} --ema 2", "--ema"),
+    (f"{STAR} --seed -1", "--seed"),
+    (f"{STAR} --seed {2**63}", "--seed"),
+    (f"{STAR} --seed 1.5", "--seed"),
+    (f"{STAR} --iters 0", "less than 1"),
+    (f"{STAR} --guidance-scale inf", "finite"),
+    (f"{STAR} --steps 1001", "steps"),
+    (f"{STAR} --warmup -1", "--warmup"),
+    (f"{STAR} --save-every -1", "--save-every"),
+    (f"{STAR} --batch-size 99999999", "million"),
+    (f"{STAR} --erase-scale nan", "finite"),
+    (f"{DRAW} --seed -1", "--seed"),
+    (f"{DRAW} --seed {2**70}", "2\\^62"),
+    (f"{DRAW} --num-images 0", "less than 1"),
+    (f"{DRAW} --guidance-scale nan", "finite"),
+    (f"{DRAW} --num-images 1000000000", "million"),
+    (f"{DRAW} --resolution 63", "multiple of 4"),
+    (f"{DRAW} --resolution 400000", "memory"),
+    (f"{EVAL} --seed x", "--seed"),
+    (f"{EVAL} --batch-size 0", "less than 1"),
+    (f"{EVAL} --guidance-scale=-inf", "finite"),
     # csv files
-    ("eval coco --model toy", "--prompts"), ("eval coco --model toy --prompts {f}/none.csv", "none.csv"), ("eval coco --model toy --prompts {f}/empty.csv", "no rows"),
-    ("eval coco --model toy --prompts {f}/binary.csv", "csv"), ("eval coco --model toy --prompts {f}/other.csv", "column `caption`"),
-    ("eval i2p --model toy --prompts {f}/other.csv", "I2P"), ("eval i2p --model toy --prompts {f}/seeds.csv", "sd_seed"),
-    ("eval i2p --model toy --prompts {f}/sizes.csv", "size"), ("eval i2p --model toy --prompts {f}/scales.csv", "finite"),
+    ("eval coco --model toy", "--prompts"),
+    ("eval coco --model toy --prompts {f}/none.csv", "none.csv"),
+    ("eval coco --model toy --prompts {f}/empty.csv", "no rows"),
+    ("eval coco --model toy --prompts {f}/binary.csv", "csv"),
+    ("eval coco --model toy --prompts {f}/other.csv", "column `caption`"),
+    ("eval i2p --model toy --prompts {f}/other.csv", "I2P"),
+    ("eval i2p --model toy --prompts {f}/seeds.csv", "sd_seed"),
+    ("eval i2p --model toy --prompts {f}/sizes.csv", "size"),
+    ("eval i2p --model toy --prompts {f}/scales.csv", "finite"),
     # a patch
-    (f"{DRAW} --patch {{f}}/none.safetensors", "no file"), (f"{DRAW} --patch {{f}}", "safetensors file"), (f"{DRAW} --patch {{f}}/cut.safetensors", "is cut off"),
-    (f"{DRAW} --patch {{f}}/nan.safetensors", "NaN"), (f"{DRAW} --patch {{f}}/inf.safetensors", "infinity"), (f"{DRAW} --patch {{f}}/shape.safetensors", "does not fit"),
-    (f"{DRAW} --patch {{f}}/dtype.safetensors", "int32"), (f"{DRAW} --patch {{f}}/name.safetensors", "does not fit"), (f"{DRAW} --patch {{f}}/base.safetensors", "right --model"),
-    (f"{DRAW} --patch {{f}}/changed.safetensors", "damaged"), (f"{DRAW} --patch {{f}}/pickle.safetensors", "safetensors file"),
-    (f"{DRAW} --patch {{f}}/lies.safetensors", "safetensors file"), (f"{DRAW} --patch {{f}}/bomb.safetensors", "safetensors file"),
-    (f"{DRAW} --patch {{f}}/empty.csv", "safetensors file"), (f"{DRAW} --patch {{f}}/nothing.safetensors", "base"),
-    (f"{EVAL} --patch sdd", "NAME=FILE"), (f"{EVAL} --patch sdd={{f}}/none.safetensors", "no file"), (f"{EVAL} --patch sdd={{f}}/nan.safetensors", "NaN"),
-    (f"{EVAL} --patch sdd={{f}}/args.safetensors", "metadata"), (f"{CONVERT} --patch {{f}}/nan.safetensors", "NaN"), (f"{CONVERT} --patch {{f}}/args.safetensors", "metadata"),
+    (f"{DRAW} --patch {{f}}/none.safetensors", "no file"),
+    (f"{DRAW} --patch {{f}}", "safetensors file"),
+    (f"{DRAW} --patch {{f}}/cut.safetensors", "is cut off"),
+    (f"{DRAW} --patch {{f}}/nan.safetensors", "NaN"),
+    (f"{DRAW} --patch {{f}}/inf.safetensors", "infinity"),
+    (f"{DRAW} --patch {{f}}/shape.safetensors", "does not fit"),
+    (f"{DRAW} --patch {{f}}/dtype.safetensors", "int32"),
+    (f"{DRAW} --patch {{f}}/name.safetensors", "does not fit"),
+    (f"{DRAW} --patch {{f}}/base.safetensors", "right --model"),
+    (f"{DRAW} --patch {{f}}/changed.safetensors", "damaged"),
+    (f"{DRAW} --patch {{f}}/pickle.safetensors", "safetensors file"),
+    (f"{DRAW} --patch {{f}}/lies.safetensors", "safetensors file"),
+    (f"{DRAW} --patch {{f}}/bomb.safetensors", "safetensors file"),
+    (f"{DRAW} --patch {{f}}/empty.csv", "safetensors file"),
+    (f"{DRAW} --patch {{f}}/nothing.safetensors", "base"),
+    (f"{EVAL} --patch sdd", "NAME=FILE"),
+    (f"{EVAL} --patch sdd={{f}}/none.safetensors", "no file"),
+    (f"{EVAL} --patch sdd={{f}}/nan.safetensors", "NaN"),
+    (f"{EVAL} --patch sdd={{f}}/args.safetensors", "metadata"),
+    (f"{CONVERT} --patch {{f}}/nan.safetensors", "NaN"),
+    (f"{CONVERT} --patch {{f}}/args.safetensors", "metadata"),
     # a model
-    (f"{DRAW} --model {{f}}/nan", "NaN"), (f"{DRAW} --model {{f}}", "missing"), (f"{DRAW} --model {{f}}/bomb.safetensors", "is one file"),
-    ("convert --format diffusers --model {f}/bomb.safetensors", "safetensors file"), ("convert --format diffusers --model {f}/m.ckpt", "pickle"),
-    ("convert --format single-file --model toy", "has to end in .safetensors"), (f"{CONVERT} --tokenizer {{f}}", "--tokenizer is for")]
+    (f"{DRAW} --model {{f}}/nan", "NaN"),
+    (f"{DRAW} --model {{f}}", "missing"),
+    (f"{DRAW} --model {{f}}/bomb.safetensors", "is one file"),
+    ("convert --format diffusers --model {f}/bomb.safetensors", "safetensors file"),
+    ("convert --format diffusers --model {f}/m.ckpt", "pickle"),
+    ("convert --format single-file --model toy", "has to end in .safetensors"),
+    (f"{CONVERT} --tokenizer {{f}}", "--tokenizer is for"),
+]
 PROCESSES = [CASES[i] for i in (0, 9, 16, 32, 59, 66, 70, -1)]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     f = tmp_path_factory.mktemp("files")
-    base = {name: x for name, x in weights.load("toy").unet.state_dict().items() if ".attn2." in name}
-    about = {"model": "toy", "concepts": "star", "method": "sdd", "args": "{}", "base_fingerprint": weights.fingerprint(base)}
+    base = {
+        name: x for name, x in weights.load("toy").unet.state_dict().items() if ".attn2." in name
+    }
+    about = {
+        "model": "toy",
+        "concepts": "star",
+        "method": "sdd",
+        "args": "{}",
+        "base_fingerprint": weights.fingerprint(base),
+    }
 
     def write(name, change=lambda t: None, metadata=about):
         tensors = {key: x.clone() for key, x in base.items()}
         change(tensors)
         save_file(tensors, f / f"{name}.safetensors", metadata)
+
     one = min(base)
-    write("whole"), write("nan", lambda t: t[one].view(-1)[7:8].fill_(torch.nan)), write("inf", lambda t: t[one].view(-1)[:1].fill_(-torch.inf))
-    write("shape", lambda t: t.update({one: torch.ones(3, 3)})), write("dtype", lambda t: t.update({one: t[one].int()}))
-    write("name", lambda t: t.update({"other": torch.ones(2)})), write("base", metadata=about | {"base_fingerprint": "0" * 16})
-    write("changed", metadata=about | {"sha256": "0" * 64}), write("args", metadata=about | {"args": "{", "method": "esd-x"}), write("nothing", lambda t: t.clear())
+    (
+        write("whole"),
+        write("nan", lambda t: t[one].view(-1)[7:8].fill_(torch.nan)),
+        write("inf", lambda t: t[one].view(-1)[:1].fill_(-torch.inf)),
+    )
+    (
+        write("shape", lambda t: t.update({one: torch.ones(3, 3)})),
+        write("dtype", lambda t: t.update({one: t[one].int()})),
+    )
+    (
+        write("name", lambda t: t.update({"other": torch.ones(2)})),
+        write("base", metadata=about | {"base_fingerprint": "0" * 16}),
+    )
+    (
+        write("changed", metadata=about | {"sha256": "0" * 64}),
+        write("args", metadata=about | {"args": "{", "method": "esd-x"}),
+        write("nothing", lambda t: t.clear()),
+    )
     whole = (f / "whole.safetensors").read_bytes()
-    n, = struct.unpack("<Q", whole[:8])
-    (f / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    (n,) = struct.unpack("<Q", whole[:8])
+    (f / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (f / "bomb.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{" * 100)
-    header = json.loads(whole[8:8 + n])
+    header = json.loads(whole[8 : 8 + n])
     header[one]["data_offsets"] = [0, 2**50]
     lies = json.dumps(header).encode()
-    (f / "lies.safetensors").write_bytes(struct.pack("<Q", len(lies)) + lies + whole[8 + n:])
-    (f / "pickle.safetensors").write_bytes(b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x08os\x94.")
+    (f / "lies.safetensors").write_bytes(struct.pack("<Q", len(lies)) + lies + whole[8 + n :])
+    (f / "pickle.safetensors").write_bytes(
+        b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x08os\x94."
+    )
     (f / "m.ckpt").write_bytes(b"PK\3\4")
     i2p = "prompt,sd_seed,sd_guidance_scale,sd_image_height,sd_image_width\nstar,{},{},{},64\n"
-    for name, text in (("empty", ""), ("other", "a,b\n1,2\n"), ("seeds", i2p.format(-5, 7, 64)), ("sizes", i2p.format(1, 7, 63)), ("scales", i2p.format(1, "nan", 64))):
+    for name, text in (
+        ("empty", ""),
+        ("other", "a,b\n1,2\n"),
+        ("seeds", i2p.format(-5, 7, 64)),
+        ("sizes", i2p.format(1, 7, 63)),
+        ("scales", i2p.format(1, "nan", 64)),
+    ):
         (f / f"{name}.csv").write_text(text)
     (f / "binary.csv").write_bytes(b"\xff\xfe\x00\x01" * 9)
     shutil.copytree(weights.TOY, f / "nan")
@@ -103,12 +200,17 @@ def files(tmp_path_factory):
 
 def split(line, folder):
     """Words, where '…' is one."""
-    return [x[1:-1] if x.startswith("'") else x for x in re.findall(r"'[^']*'|\S+", line.replace("{f}", str(folder)))]
+    return [
+        x[1:-1] if x.startswith("'") else x
+        for x in re.findall(r"'[^']*'|\S+", line.replace("{f}", str(folder)))
+    ]
 
 
 def sentence(error, said):
     last = error.strip().splitlines()[-1]
-    assert "Traceback" not in error and "error: " in last and len(re.findall("error: ", error)) == 1, error
+    assert (
+        "Traceback" not in error and "error: " in last and len(re.findall("error: ", error)) == 1
+    ), error
     assert re.search(said, last), last
 
 
@@ -117,7 +219,11 @@ def once():
     """The embedded model is read once: the cases do not change it."""
     toy, load = weights.load("toy"), weights.load
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "load", lambda name=None, *rest: toy if name == "toy" and not any(rest) else load(name, *rest))
+        patch.setattr(
+            weights,
+            "load",
+            lambda name=None, *rest: toy if name == "toy" and not any(rest) else load(name, *rest),
+        )
         yield
 
 
@@ -128,12 +234,14 @@ def test_one_sentence(line, said, files, tmp_path, capsys):
     main, parse = MAIN[which]
     try:
         with torch.enable_grad():
-            status = generate.run(main, parse([*words, "--out", str(tmp_path / "out" / "o")]))
+            status = run_command(main, parse([*words, "--out", str(tmp_path / "out" / "o")]))
     except SystemExit as e:  # argparse's own
         status = e.code
     assert status == 2
     sentence(capsys.readouterr().err, said)
-    assert not [file for file in tmp_path.rglob("*") if file.is_file()] and before == sorted(files.rglob("*"))
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()] and before == sorted(
+        files.rglob("*")
+    )
 
 
 @pytest.mark.parametrize("line, said", PROCESSES, ids=[line for line, _ in PROCESSES])

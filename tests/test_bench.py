@@ -1,31 +1,55 @@
 """bench.py, cut short: what it compares is the same work, what it counts is right, and its rows land in the table."""
+
 import re
 
 import pytest
 import torch
-
-import bench
-import sdd
 from test_commands import command
+
+import sdd
+from tools import bench
 
 
 def test_rows(tmp_path):
     """The embedded model, one round of two contenders; a row says what, how, and how much."""
-    (tmp_path / "B.md").write_text("| date | machine | what | command | figure |\n|---|---|---|---|---|\n")
-    status, out, err = command("bench.py", "--rounds", 1, "--only", "the authors' loop, fp32", "ours as shipped", "--device", "cpu",
-                               "--rows", tmp_path / "B.md")
+    (tmp_path / "B.md").write_text(
+        "| date | machine | what | command | figure |\n|---|---|---|---|---|\n"
+    )
+    status, out, err = command(
+        "-m",
+        "tools.bench",
+        "--rounds",
+        1,
+        "--only",
+        "the authors' loop, fp32",
+        "ours as shipped",
+        "--device",
+        "cpu",
+        "--rows",
+        tmp_path / "B.md",
+    )
     assert status == 0, err
     rows = (tmp_path / "B.md").read_text().splitlines()[2:]
-    assert len(rows) == 2 * 2 + 2 + 2 and all(row.count("|") == 6 and f"torch {torch.__version__}" in row for row in rows)
+    assert len(rows) == 2 * 2 + 2 + 2 and all(
+        row.count("|") == 6 and f"torch {torch.__version__}" in row for row in rows
+    )
     steps = [row for row in rows if "k = 3: " in row]
     assert len(steps) == 2 and "1.00 × the authors' loop" in steps[0] and "TFLOP" in steps[1]
-    seconds, ratios = ([float(re.search(said, row)[1]) for row in steps] for said in (r"([\d.e-]+) s \(", r"([\d.]+) × the authors"))
-    assert ratios == [1, pytest.approx(seconds[0] / seconds[1], rel=0.02)]  # above 1: ours is the faster
-    assert any("peak memory" in row and "(counted)" in row for row in rows) and any("pictures/s; diffusers' pipeline" in row for row in rows)
+    seconds, ratios = (
+        [float(re.search(said, row)[1]) for row in steps]
+        for said in (r"([\d.e-]+) s \(", r"([\d.]+) × the authors")
+    )
+    assert ratios == [
+        1,
+        pytest.approx(seconds[0] / seconds[1], rel=0.02),
+    ]  # above 1: ours is the faster
+    assert any("peak memory" in row and "(counted)" in row for row in rows) and any(
+        "pictures/s; diffusers' pipeline" in row for row in rows
+    )
 
 
 def test_a_contender_that_there_is_not():
-    status, _, err = command("bench.py", "--only", "ours as shiped", "--rounds", 1)
+    status, _, err = command("-m", "tools.bench", "--only", "ours as shiped", "--rounds", 1)
     assert status == 2 and "did you mean ours as shipped?" in err and "Traceback" not in err
 
 
@@ -34,7 +58,9 @@ def test_both_loops_do_the_same_work():
     """The authors' loop, on the same weights and noise, has our loss: the ratio compares like with like."""
     drawn, theirs = sdd.draw, bench.Authors("toy", torch.device("cpu"), 2, 6, torch.float32)
     ours = bench.Ours("toy", torch.device("cpu"), 2, 6)
-    expected = theirs.iteration(3, torch.randn(2, 4, 16, 16, generator=ours.run.generator))  # the first draw of our loop
+    expected = theirs.iteration(
+        3, torch.randn(2, 4, 16, 16, generator=ours.run.generator)
+    )  # the first draw of our loop
     ours.run.generator.manual_seed(ours.run.a["seed"])
     assert ours.iteration(3) == pytest.approx(expected, rel=1e-3)
     assert sdd.draw is drawn  # a run after it draws k again
@@ -42,7 +68,9 @@ def test_both_loops_do_the_same_work():
 
 def test_live_counts_what_lives():
     """Bytes of storages, once each, and gone when they are gone."""
-    module = torch.nn.Linear(256, 256, bias=False)  # 256 KiB, as its gradient and AdamW's two moments, which also counts its steps
+    module = torch.nn.Linear(
+        256, 256, bias=False
+    )  # 256 KiB, as its gradient and AdamW's two moments, which also counts its steps
     optimizer = torch.optim.AdamW(module.parameters())
     module.weight.grad = torch.ones(256, 256)
     optimizer.step()
@@ -64,13 +92,20 @@ def test_live_counts_what_lives():
 @pytest.mark.parametrize("size", ["toy", "sd14"])
 def test_the_peak_is_a_second_iterations(size):
     """Of real tensors and of fake ones."""
+
     class Contender:
         def __init__(self):
-            self.parts, self.made = [torch.nn.Linear(256, 256, bias=False)], [2**20, 2**16]  # 256 KiB; 4 MiB once, then 256 KiB
+            self.parts, self.made = (
+                [torch.nn.Linear(256, 256, bias=False)],
+                [2**20, 2**16],
+            )  # 256 KiB; 4 MiB once, then 256 KiB
 
         def iteration(self, k):
             torch.ones(self.made.pop(0))
-    assert bench.counted_peak(Contender, size) == (256 + 256) * 1024 and bench.weights.fingerprint({"x": torch.ones(1)})
+
+    assert bench.counted_peak(Contender, size) == (256 + 256) * 1024 and bench.weights.fingerprint(
+        {"x": torch.ones(1)}
+    )
 
 
 @torch.enable_grad()

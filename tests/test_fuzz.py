@@ -1,6 +1,7 @@
 """Damaged weights:   python tests/test_fuzz.py 10000 [SEED]   mutates a patch, half of the time one without a digest as older versions wrote
 it, reads it, and prints what became of it: refused in one sentence, read with the same tensors (the damage is in a text), or, where there
 is no digest, read with other numbers: a finite number instead of another is no mistake that a reader could see. All else is a fault."""
+
 import random
 import sys
 import tempfile
@@ -15,14 +16,18 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import weights  # noqa: E402
-from intact import digest  # noqa: E402
+from support.files import checksum  # noqa: E402
 
 FAULTS = "crashes", "over 2 s", "sentences of several lines", "other tensors in spite of a digest"
 
 
 def module(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Conv2d(3, 2, 3), torch.nn.LayerNorm(4)).to(dtype).requires_grad_(False)
+    net = (
+        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Conv2d(3, 2, 3), torch.nn.LayerNorm(4))
+        .to(dtype)
+        .requires_grad_(False)
+    )
     for x in net.parameters():
         x.copy_(torch.randn(x.shape, generator=generator))
     return net
@@ -34,8 +39,10 @@ def mutate(data, rng):
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         header = min(len(data), 8 + int.from_bytes(data[:8], "little"))
         i = rng.randrange(max(1, header if rng.random() < 0.5 else len(data)))
-        some = bytes(data[i:i + rng.randrange(1, 40)])
-        kind = rng.choice(("bit", "byte", "cut", "out", "twice", "length", "digit", "word", "zeros", "swap"))
+        some = bytes(data[i : i + rng.randrange(1, 40)])
+        kind = rng.choice(
+            ("bit", "byte", "cut", "out", "twice", "length", "digit", "word", "zeros", "swap")
+        )
         if kind == "bit" and i < len(data):
             data[i] ^= 1 << rng.randrange(8)
         elif kind == "byte" and i < len(data):
@@ -43,23 +50,44 @@ def mutate(data, rng):
         elif kind == "cut":
             del data[i:]
         elif kind == "out":
-            del data[i:i + len(some)]
+            del data[i : i + len(some)]
         elif kind == "twice":
             data[i:i] = some
         elif kind == "length":
-            data[:8] = rng.choice((rng.randrange(2**64), rng.randrange(2 * len(data) + 1), 2**63, 0)).to_bytes(8, "little")
+            data[:8] = rng.choice(
+                (rng.randrange(2**64), rng.randrange(2 * len(data) + 1), 2**63, 0)
+            ).to_bytes(8, "little")
         elif kind == "digit":  # a shape or an offset
             places = [j for j in range(8, header) if 48 <= data[j] < 58]
             if places:
                 data[rng.choice(places)] = 48 + rng.randrange(10)
         elif kind == "word":
-            old, new = rng.sample((b"F32", b"I32", b"U8", b"F16", b"F8_E4M3", b"weight", b"bias", b'"0.', b'"1.', b"shape", b"dtype", b"[", b"]", b"}", b"null"), 2)
+            old, new = rng.sample(
+                (
+                    b"F32",
+                    b"I32",
+                    b"U8",
+                    b"F16",
+                    b"F8_E4M3",
+                    b"weight",
+                    b"bias",
+                    b'"0.',
+                    b'"1.',
+                    b"shape",
+                    b"dtype",
+                    b"[",
+                    b"]",
+                    b"}",
+                    b"null",
+                ),
+                2,
+            )
             data = bytearray(bytes(data).replace(old, new, rng.choice((1, 99))))
         elif kind == "zeros":
-            data[i:i + len(some)] = bytes(len(some))
+            data[i : i + len(some)] = bytes(len(some))
         else:
             j = rng.randrange(len(data) + 1)
-            data[j:j + len(some)], data[i:i + len(some)] = some, bytes(data[j:j + len(some)])
+            data[j : j + len(some)], data[i : i + len(some)] = some, bytes(data[j : j + len(some)])
     return bytes(data)
 
 
@@ -68,10 +96,16 @@ def outcome(file, wanted, told):
     try:
         weights.load_patch(file, net)
         same = all(torch.equal(x, wanted[name]) for name, x in net.state_dict().items())
-        found = "read with the same tensors" if same else "other tensors in spite of a digest" if told else "no digest: read with other finite numbers"
+        found = (
+            "read with the same tensors"
+            if same
+            else "other tensors in spite of a digest"
+            if told
+            else "no digest: read with other finite numbers"
+        )
         if not all(x.isfinite().all() for x in net.state_dict().values()):
             found = "crashes"  # NaN has to be refused
-    except weights.UserError as e:
+    except UserError as e:
         found = "sentences of several lines" if "\n" in str(e) or len(str(e)) > 1000 else "refused"
     except BaseException as e:
         found = "crashes"
@@ -84,18 +118,26 @@ def fuzz(times, seed, folder):
     rng, found = random.Random(seed), Counter()
     base = module().state_dict()
     wanted = {name: x + 0.5 for name, x in base.items()}
-    about = {"model": "tiny", "concepts": "star", "args": "{}", "base_fingerprint": weights.fingerprint(base)}
+    about = {
+        "model": "tiny",
+        "concepts": "star",
+        "args": "{}",
+        "base_fingerprint": weights.fingerprint(base),
+    }
     whole = []
-    for name, more in (("told", {"sha256": digest(wanted)}), ("old", {})):
+    for name, more in (("told", {"sha256": checksum(wanted)}), ("old", {})):
         weights.save(folder / f"{name}.safetensors", wanted, about | more)
         whole.append((folder / f"{name}.safetensors").read_bytes())
-        assert outcome(folder / f"{name}.safetensors", wanted, bool(more)) == "read with the same tensors"
+        assert (
+            outcome(folder / f"{name}.safetensors", wanted, bool(more))
+            == "read with the same tensors"
+        )
     file = folder / "mutated.safetensors"
     for n in range(times):
         while (data := mutate(whole[n % 2], rng)) == whole[n % 2]:
             pass
         file.write_bytes(data)
-        found[outcome(file, wanted, told=b'"sha256":"' + digest(wanted).encode() in data)] += 1
+        found[outcome(file, wanted, told=b'"sha256":"' + checksum(wanted).encode() in data)] += 1
     return found
 
 
@@ -121,7 +163,7 @@ def test_damage_in_a_checkpoint_is_seen(tmp_path):
     data = bytearray((tmp_path / "c.safetensors").read_bytes())
     data[-3] ^= 1
     (tmp_path / "c.safetensors").write_bytes(data)
-    with pytest.raises(weights.UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         weights.load_checkpoint(tmp_path / "c.safetensors", groups, optimizer)
 
 

@@ -5,6 +5,7 @@ is then compared, bit by bit, with that of a command that nobody killed. Each co
 the imports and the reading of the embedded model (which write nothing and take longer than all the rest). Moments are counted in the
 process's CPU time, so that they fall alike on a busy machine and on an idle one.
 """
+
 import copy
 import json
 import os
@@ -21,26 +22,50 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools import convert  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import convert  # noqa: E402
 import eval as evaluation  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
-from intact import digest  # noqa: E402
+from support.files import checksum  # noqa: E402
 
-TRAIN = ("--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
-         "--preview-steps 1 --export-every 2 --device cpu").split()
+TRAIN = (
+    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
+    "--preview-steps 1 --export-every 2 --device cpu"
+).split()
 EVAL = "toy --limit 1 --steps 1 --batch-size 1 --methods neg --avoid star --device cpu".split()
 CONVERT = "--model toy --dtype fp16 --format".split()
 COMMANDS = {  # what is made, its arguments (given the folder to put it into), share of the kills
-    "training": ("run", lambda out: (train.train, train.parse([*(TRAIN if not (out / "run.json").exists() else ["--resume"]), "--out", str(out)])), 0.5),
-    "evaluation": ("table", lambda out: (evaluation.evaluate, evaluation.parse([*EVAL, "--out", str(out)])), 0.3),
-    "export, a folder": ("model", lambda out: (convert.convert, convert.parse([*CONVERT, "diffusers", "--out", str(out)])), 0.1),
-    "export, a file": ("m.safetensors", lambda out: (convert.convert, convert.parse([*CONVERT, "single-file", "--out", str(out)])), 0.1)}
+    "training": (
+        "run",
+        lambda out: (
+            train.train,
+            train.parse(
+                [*(TRAIN if not (out / "run.json").exists() else ["--resume"]), "--out", str(out)]
+            ),
+        ),
+        0.5,
+    ),
+    "evaluation": (
+        "table",
+        lambda out: (evaluation.evaluate, evaluation.parse([*EVAL, "--out", str(out)])),
+        0.3,
+    ),
+    "export, a folder": (
+        "model",
+        lambda out: (convert.convert, convert.parse([*CONVERT, "diffusers", "--out", str(out)])),
+        0.1,
+    ),
+    "export, a file": (
+        "m.safetensors",
+        lambda out: (convert.convert, convert.parse([*CONVERT, "single-file", "--out", str(out)])),
+        0.1,
+    ),
+}
 
 
 def start(make, out):
@@ -80,7 +105,9 @@ def readable(folder):
                 Image.open(file).load()
             elif file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
-            elif not file.read_bytes().endswith(b"\n") and (file.suffix != ".csv" or file.stat().st_size):
+            elif not file.read_bytes().endswith(b"\n") and (
+                file.suffix != ".csv" or file.stat().st_size
+            ):
                 bad.append(path)
         except Exception as e:
             bad.append(f"{path} ({e!r})")
@@ -89,12 +116,24 @@ def readable(folder):
 
 def contents(folder):
     """{file: its bytes}; of weights the tensors' bytes and the metadata, which safetensors writes in any order."""
+
     def inside(file):
-        tensors, metadata = weights.read(file) if file.suffix == ".safetensors" else ({}, file.read_bytes())
+        tensors, metadata = (
+            weights.read(file) if file.suffix == ".safetensors" else ({}, file.read_bytes())
+        )
         if file.suffix == ".html":  # it says when it was made, and where
-            metadata = re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d", b"DATE", metadata.replace(str(folder).encode(), b"FOLDER"))
-        return digest(tensors), metadata
-    return {file.relative_to(folder).as_posix(): inside(file) for file in folder.rglob("*") if file.is_file()}
+            metadata = re.sub(
+                rb"\d{4}-\d\d-\d\d \d\d:\d\d",
+                b"DATE",
+                metadata.replace(str(folder).encode(), b"FOLDER"),
+            )
+        return checksum(tensors), metadata
+
+    return {
+        file.relative_to(folder).as_posix(): inside(file)
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def different(a, b):
@@ -108,7 +147,13 @@ def where(folder):
     files = [file for file in folder.rglob("*") if file.is_file()]
     newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
     name = newest.relative_to(folder).as_posix() if newest else "nothing yet"
-    return "half a file beside" if ".writing-" in name else "an unfinished export" if "-unfinished" in name else re.sub(r"\d+", "N", name)
+    return (
+        "half a file beside"
+        if ".writing-" in name
+        else "an unfinished export"
+        if "-unfinished" in name
+        else re.sub(r"\d+", "N", name)
+    )
 
 
 def kill(name, times, folder, rng):
@@ -129,10 +174,14 @@ def kill(name, times, folder, rng):
             places[where(out)] += 1
             found["half files under a final name"] += len(readable(out))
         said = out.with_suffix(".txt").read_text(encoding="utf-8")
-        done = status == 0 or status == 2 and "is there already" in said  # an export that was complete when it was killed
+        done = (
+            status == 0 or status == 2 and "is there already" in said
+        )  # an export that was complete when it was killed
         found["restarts that did not go on"] += not done and print(f"{name}: {said}") is None
         found["results that differ"] += done and different(whole, out)
-        found["left temporary files"] += sum(".writing-" in str(file) or "unfinished" in str(file) for file in out.rglob("*"))
+        found["left temporary files"] += sum(
+            ".writing-" in str(file) or "unfinished" in str(file) for file in out.rglob("*")
+        )
         found["runs brought to their end"] += 1
     return places, found
 
@@ -145,11 +194,26 @@ def main(times, seed):
     for name, (_, _, share) in COMMANDS.items():
         with tempfile.TemporaryDirectory() as folder:
             places, found = kill(name, round(times * share), Path(folder), rng)
-        print(f"{name}: killed {sum(places.values())} times; newest file then: " + ", ".join(f"{n}× {x}" for x, n in places.most_common()), flush=True)
+        print(
+            f"{name}: killed {sum(places.values())} times; newest file then: "
+            + ", ".join(f"{n}× {x}" for x, n in places.most_common()),
+            flush=True,
+        )
         total += Counter(kills=sum(places.values())) + found
-    bad = {key: total[key] for key in ("half files under a final name", "restarts that did not go on", "results that differ", "left temporary files")}
-    print(f"kills: {total['kills']}, runs brought to their end: {total['runs brought to their end']}, "
-          + ", ".join(f"{key}: {n}" for key, n in bad.items()) + f"; {time.monotonic() - began:.0f} s, seed {seed}")
+    bad = {
+        key: total[key]
+        for key in (
+            "half files under a final name",
+            "restarts that did not go on",
+            "results that differ",
+            "left temporary files",
+        )
+    }
+    print(
+        f"kills: {total['kills']}, runs brought to their end: {total['runs brought to their end']}, "
+        + ", ".join(f"{key}: {n}" for key, n in bad.items())
+        + f"; {time.monotonic() - began:.0f} s, seed {seed}"
+    )
     return 1 if any(bad.values()) else 0
 
 
@@ -157,8 +221,13 @@ def main(times, seed):
 @pytest.mark.parametrize("times", [20, pytest.param(100, marks=pytest.mark.long)])
 def test_killed_at_random_moments(times):
     """In a process of its own: a fork needs one without threads."""
-    done = subprocess.run([sys.executable, __file__, str(times), str(random.randrange(10**6))], capture_output=True, text=True, timeout=3000,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, __file__, str(times), str(random.randrange(10**6))],
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"kills: {times}, " in done.stdout and "results that differ: 0" in done.stdout
 

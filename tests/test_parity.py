@@ -1,18 +1,21 @@
 """The three networks against diffusers' and transformers', with the same random numbers in every tensor."""
+
+import common
 import pytest
 import torch
+from common import TOLERANCE, UNETS, pair, randn, relative
 
 import clip_text
-import common
 import scheduler
 import unet
 import vae
-from common import TOLERANCE, UNETS, pair, randn, relative
 
 
 # ------------------------------------------------------------------------------------------------ names and shapes
-@pytest.mark.parametrize("network, tensors, parameters", [
-    ("unet", 686, 859_520_964), ("vae", 248, 83_653_863), ("text_encoder", 196, 123_060_480)])
+@pytest.mark.parametrize(
+    "network, tensors, parameters",
+    [("unet", 686, 859_520_964), ("vae", 248, 83_653_863), ("text_encoder", 196, 123_060_480)],
+)
 def test_names_and_shapes_at_sd14s_size(network, tensors, parameters):
     with torch.device("meta"):
         ours, theirs = (make() for make in common.TWINS[network])
@@ -31,7 +34,9 @@ def test_cross_attention_is_80_tensors():
 
 
 # ------------------------------------------------------------------------------------------------ whole networks, small
-@pytest.mark.parametrize("gain", [1.0, 3e-3])  # 3e-3: every norm reads variances of 1e-5, where its eps counts
+@pytest.mark.parametrize(
+    "gain", [1.0, 3e-3]
+)  # 3e-3: every norm reads variances of 1e-5, where its eps counts
 @pytest.mark.parametrize("size", [(16, 8), (15, 13), (9, 21)])
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name, size, gain):
@@ -57,7 +62,9 @@ def test_unet_takes_one_timestep_for_all():
     ours, _ = pair("unet", **UNETS["2 heads, plain first"])
     z, context = randn(2, 4, 8, 8), randn(2, 7, 40, seed=1)
     every = ours(z, torch.tensor([321, 321]), context)
-    assert torch.equal(ours(z, 321, context), every) and torch.equal(ours(z, torch.tensor(321), context), every)
+    assert torch.equal(ours(z, 321, context), every) and torch.equal(
+        ours(z, torch.tensor(321), context), every
+    )
 
 
 # ------------------------------------------------------------------------------------------------ their parts
@@ -96,7 +103,9 @@ def test_eps_in_figures():
     for net in nets:
         for name, m in net.named_modules():
             if isinstance(m, torch.nn.GroupNorm):
-                small = net is nets[1] or name.endswith(".norm")  # all of the VAE's, and the UNet's transformers'
+                small = net is nets[1] or name.endswith(
+                    ".norm"
+                )  # all of the VAE's, and the UNet's transformers'
                 assert m.eps == (1e-6 if small else 1e-5), name
             elif isinstance(m, torch.nn.LayerNorm):
                 assert m.eps == 1e-5, name
@@ -112,16 +121,23 @@ def test_eight_heads_at_every_level():
 
 def test_schedule_constants():
     alphas = scheduler.DDIM(50).alphas_cumprod
-    assert torch.equal(alphas, common.their_scheduler("ddim", 50).alphas_cumprod)  # the same operations: bit for bit
+    assert torch.equal(
+        alphas, common.their_scheduler("ddim", 50).alphas_cumprod
+    )  # the same operations: bit for bit
     betas = 1 - alphas.double()[1:] / alphas.double()[:-1]
-    assert 1 - alphas[0].item() == pytest.approx(0.00085, rel=1e-4) and betas[-1].item() == pytest.approx(0.012, rel=1e-4)
+    assert 1 - alphas[0].item() == pytest.approx(0.00085, rel=1e-4) and betas[
+        -1
+    ].item() == pytest.approx(0.012, rel=1e-4)
     # rel 1e-4: 1 − ᾱ has lost three of float32's seven digits
 
 
 def test_quick_gelu():
     from transformers.activations import ACT2FN
+
     x = torch.linspace(-6, 6, 1001)
-    assert relative(clip_text.quick_gelu(x), ACT2FN["quick_gelu"](x)) <= 1e-6  # one function: a few roundings
+    assert (
+        relative(clip_text.quick_gelu(x), ACT2FN["quick_gelu"](x)) <= 1e-6
+    )  # one function: a few roundings
 
 
 def test_text_encoder_looks_only_back():
@@ -139,8 +155,15 @@ def test_tokens_are_padded_with_end_of_text():
 
 def test_long_prompts_are_cut_and_said_so(model_folder):
     import weights
-    ids, cut = clip_text.tokenize(weights.load_tokenizer(model_folder), ["a star " * 60, "a " * 75, "a " * 76])
-    assert ids.shape == (3, 77) and cut == [True, False, True]  # 75 words fit beside start and end of text
+
+    ids, cut = clip_text.tokenize(
+        weights.load_tokenizer(model_folder), ["a star " * 60, "a " * 75, "a " * 76]
+    )
+    assert ids.shape == (3, 77) and cut == [
+        True,
+        False,
+        True,
+    ]  # 75 words fit beside start and end of text
 
 
 # ------------------------------------------------------------------------------------------------ latents
@@ -149,7 +172,9 @@ def test_vae_samples_with_a_generator():
     x = randn(2, 3, 32, 24)
     posterior = theirs.encode(x).latent_dist
     sampled = ours.encode(x, torch.Generator().manual_seed(5))
-    assert relative(sampled, 0.18215 * posterior.sample(torch.Generator().manual_seed(5))) <= TOLERANCE
+    assert (
+        relative(sampled, 0.18215 * posterior.sample(torch.Generator().manual_seed(5))) <= TOLERANCE
+    )
     assert relative(sampled, ours.encode(x)) > 0.1  # with noise it is not the mean
     assert torch.equal(sampled, ours.encode(x, torch.Generator().manual_seed(5)))
 
@@ -159,8 +184,15 @@ def test_scaling_factor():
     x = randn(1, 3, 32, 32)
     assert ours.scaling_factor == theirs.config.scaling_factor == 0.18215
     assert relative(ours.encode(x), 0.18215 * ours.moments(x)[0]) <= 1e-6
-    assert relative(ours.decode(ours.encode(x)), theirs.decode(theirs.encode(x).latent_dist.mean).sample) <= TOLERANCE
-    assert vae.VAE(**common.VAE, scaling_factor=0.5).scaling_factor == 0.5  # the embedded model's is another
+    assert (
+        relative(
+            ours.decode(ours.encode(x)), theirs.decode(theirs.encode(x).latent_dist.mean).sample
+        )
+        <= TOLERANCE
+    )
+    assert (
+        vae.VAE(**common.VAE, scaling_factor=0.5).scaling_factor == 0.5
+    )  # the embedded model's is another
 
 
 def test_log_variance_is_clamped():
@@ -179,8 +211,10 @@ def full_size_error(network):
         return relative(ours(z, t, context), theirs(z, t, context).sample)
     if network == "vae":
         x, z = randn(1, 3, 64, 64), randn(1, 4, 8, 8)
-        return max(relative(ours.moments(x)[0], theirs.encode(x).latent_dist.mean),
-                   relative(ours.decode(z), theirs.decode(z / 0.18215).sample))
+        return max(
+            relative(ours.moments(x)[0], theirs.encode(x).latent_dist.mean),
+            relative(ours.decode(z), theirs.decode(z / 0.18215).sample),
+        )
     tokens = common.padded_tokens(49408)
     return relative(ours(tokens), theirs(tokens).last_hidden_state)
 

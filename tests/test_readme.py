@@ -1,4 +1,5 @@
 """Every command that the README prints is run, in its order, cut short by flags; its worked example of another loss among them."""
+
 import re
 import shlex
 import shutil
@@ -7,14 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from common import SD_WORDS, write_model_folder
-from suites import COUNTRIES
+
+from evaluation.suites import COUNTRIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {"train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2", "generate.py": "--steps 2",
-         "eval.py": "--limit 3 --steps 2", "convert.py": "", "report.py": ""}
+SHORT = {
+    "train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2",
+    "generate.py": "--steps 2",
+    "eval.py": "--limit 3 --steps 2",
+    "convert.py": "",
+    "report.py": "",
+}
 
 
 def blocks(language):
@@ -23,22 +29,33 @@ def blocks(language):
 
 def commands():
     """[(script, its words)] of every `python SCRIPT …` in a shell block or in backticks, in the README's order."""
-    text = "\n".join(m[0] or m[1] for m in re.findall(r"^```sh\n(.*?)^```|`((?:\.venv/bin/)?python \w+\.py [^`]*)`", README, re.M | re.S))
+    text = "\n".join(
+        m[0] or m[1]
+        for m in re.findall(
+            r"^```sh\n(.*?)^```|`((?:\.venv/bin/)?python \w+\.py [^`]*)`", README, re.M | re.S
+        )
+    )
     found = [shlex.split(line) for line in re.findall(r"python (\w+\.py .*)", text)]
-    return [(words[0], words[1:]) for words in found if not {"--help", "--reproduce"} & set(words)]  # the latter: test_reproduce.py
+    return [
+        (words[0], words[1:]) for words in found if not {"--help", "--reproduce"} & set(words)
+    ]  # the latter: test_reproduce.py
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the project."""
     copy = tmp_path_factory.mktemp("readme") / "project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__"))
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__")
+    )
     return copy
 
 
 def test_readme_commands(project, tmp_path):
     """Those for Stable Diffusion get a tiny random model in its layout for --model: its own is on a hub."""
-    model = write_model_folder(tmp_path / "sd", words=[*SD_WORDS, "body", *" ".join(COUNTRIES).lower().split()])
+    model = write_model_folder(
+        tmp_path / "sd", words=[*SD_WORDS, "body", *" ".join(COUNTRIES).lower().split()]
+    )
     (tmp_path / "toy").mkdir()
     (tmp_path / "gpu").mkdir()
     example = re.findall(r"## Change the loss.*?```python\n(.*?)```", README, re.S)[0]
@@ -49,10 +66,20 @@ def test_readme_commands(project, tmp_path):
         toy = "toy" in words
         extra = [] if "--resume" in words else SHORT[script].split()
         if not toy and "--resume" not in words and script != "report.py":
-            extra += ["--model", str(model), *(["--device", "cpu"] if script != "convert.py" else [])]
+            extra += [
+                "--model",
+                str(model),
+                *(["--device", "cpu"] if script != "convert.py" else []),
+            ]
         extra += ["--anchor-images", "2"] * ("ablate" in words)
         line = [sys.executable, str(project / script), *words, *extra]
-        done = subprocess.run(line, cwd=tmp_path / ("toy" if toy else "gpu"), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            line,
+            cwd=tmp_path / ("toy" if toy else "gpu"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
         ran.append((script, *words))
     assert len(ran) >= 8 and {script for script, *_ in ran} == set(SHORT)
@@ -75,16 +102,35 @@ def test_readme_lines_work_on_a_fresh_machine():
 
 def test_the_table_of_erasers_is_the_reproductions():
     """Each figure of the README's table stands in REPRODUCTION.md, in the row of that name."""
+
     def rows(text):
-        lines = [[cell.strip() for cell in line[1:-2].split("|")] for line in text.splitlines() if line.startswith("| ")]
-        return {name: figures for name, *figures in lines if name.strip("-")}  # the head is below "model", or below nothing
+        lines = [
+            [cell.strip() for cell in line[1:-2].split("|")]
+            for line in text.splitlines()
+            if line.startswith("| ")
+        ]
+        return {
+            name: figures for name, *figures in lines if name.strip("-")
+        }  # the head is below "model", or below nothing
 
     page = (ROOT / "REPRODUCTION.md").read_text(encoding="utf-8")
     one, three = (rows(section) for section in page.split("\n## ")[1:3])
     shown = rows(README.split("\n## ")[1])
-    assert {"sdd", "esd-x", "esd-u", "ablate", "ablate-noise", "all-but-one", "neg", "sld-max", "sega"} <= shown.keys()
-    keys = [next(i for i, title in enumerate(one["model"]) if title.startswith(wanted))
-            for wanted in ("target, named", "target, implied", "whole captions")]
+    assert {
+        "sdd",
+        "esd-x",
+        "esd-u",
+        "ablate",
+        "ablate-noise",
+        "all-but-one",
+        "neg",
+        "sld-max",
+        "sega",
+    } <= shown.keys()
+    keys = [
+        next(i for i, title in enumerate(one["model"]) if title.startswith(wanted))
+        for wanted in ("target, named", "target, implied", "whole captions")
+    ]
     for name, figures in shown.items():
         for found, mine in ((one, figures[:3]), (three, figures[3:])):
             assert mine == ([found[name][i] for i in keys] if name in found else ["–"] * 3), name

@@ -1,4 +1,5 @@
 """Algorithm 1, and the other trainers: every iteration against a plain loop on diffusers' classes, and what may and may not change."""
+
 import copy
 import itertools
 
@@ -6,14 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TEXT, UNETS, padded_tokens, pair, randn, randomise, relative, their_scheduler, unet_twin
+from common import (
+    TEXT,
+    UNETS,
+    padded_tokens,
+    pair,
+    randn,
+    randomise,
+    relative,
+    their_scheduler,
+    unet_twin,
+)
 from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-import anchors
+import ablation
 import ema
 import guidance
 import losses
+import presets
 import sdd
 from scheduler import DDIM
 from unet import UNet
@@ -21,10 +33,35 @@ from unet import UNet
 TINY = UNETS["2 heads, plain first"]
 D = TINY["cross_attention_dim"]
 S_S, ALTERNATIVE = 1.5, randn(1, 77, D, seed=4)
-PICTURES, SHOWN, ASKED = randn(7, 4, 8, 6, seed=8), randn(2, 77, D, seed=9), randn(2, 77, D, seed=10)  # Ablating's: 2 prompts
-T, ITERS, WARMUP, LR, M, S_G = 5, 6, 2, 0.01, 0.9, 3.0  # lr 0, ½, 1, … of 0.01: weights move by far more than they round
-CASE = dict(B=2, K=3, roles="paper", preserve=0.0, prior=0.0, clip=0.02, latents="teacher", schedule="cosine", scale=1.0,
-            trained="xattn", quantile=0.0, lr=LR, loss=losses.sdd_loss, plain="sdd")  # gradients here have norms of 0.01 to 0.2
+IMAGES, ANCHORS, TARGETS = (
+    randn(7, 4, 8, 6, seed=8),
+    randn(2, 77, D, seed=9),
+    randn(2, 77, D, seed=10),
+)  # Ablating's: 2 prompts
+T, ITERS, WARMUP, LR, M, S_G = (
+    5,
+    6,
+    2,
+    0.01,
+    0.9,
+    3.0,
+)  # lr 0, ½, 1, … of 0.01: weights move by far more than they round
+CASE = dict(
+    B=2,
+    K=3,
+    roles="paper",
+    preserve=0.0,
+    prior=0.0,
+    clip=0.02,
+    latents="teacher",
+    schedule="cosine",
+    scale=1.0,
+    trained="xattn",
+    quantile=0.0,
+    lr=LR,
+    loss=losses.sdd_loss,
+    plain="sdd",
+)  # gradients here have norms of 0.01 to 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +75,9 @@ def no_gradients():
 
 
 def close(what, a, b, tolerance):
-    assert torch.equal(a, b) or relative(a, b) <= tolerance, f"{what} is off by {relative(a, b):.1e}"
+    assert torch.equal(a, b) or relative(a, b) <= tolerance, (
+        f"{what} is off by {relative(a, b):.1e}"
+    )
 
 
 TRAINED = ["xattn"]  # the case's key of TRAIN_PARAMS
@@ -46,7 +85,11 @@ TRAINED = ["xattn"]  # the case's key of TRAIN_PARAMS
 
 def attn2(module):
     """The trained tensors (SDD's are attn2), in an order that does not depend on whose class it is."""
-    return {name: p for name, p in sorted(module.named_parameters()) if losses.TRAIN_PARAMS[TRAINED[0]](name)}
+    return {
+        name: p
+        for name, p in sorted(module.named_parameters())
+        if presets.TRAIN_PARAMS[TRAINED[0]](name)
+    }
 
 
 def flat(module):
@@ -56,8 +99,8 @@ def flat(module):
 def three_models():
     """student, teacher, original: alike but for attn2, where the three differ as if in the middle of a run."""
     original = randomise(UNet(**TINY), 0).requires_grad_(False)
-    student = ema.twin(original, attn2(original))
-    teacher = ema.twin(student, attn2(student))
+    student = ema.copy_trained(original, attn2(original))
+    teacher = ema.copy_trained(student, attn2(student))
     for seed, module in ((1, student), (2, teacher)):
         for i, p in enumerate(attn2(module).values()):
             p.data += 0.3 * p.std() * randn(*p.shape, seed=100 * seed + i)
@@ -92,16 +135,50 @@ class Ours:
             self.z_t = x["z_t"]
             return case["loss"](**x, erase_scale=S_S, quantile=case["quantile"])
 
-        c_0 = embeddings(case["K"])[2]
+        concepts, joined, c_0 = embeddings(case["K"])
+        teacher, noised_anchors = None, None
         if case["latents"] == "anchor":
-            latents = anchors.noised(PICTURES, [0, 1], lambda which: ASKED[which], SHOWN, DDIM(T), case["B"], self.generator)
+            noised_anchors = ablation.noised_anchors(
+                IMAGES,
+                [0, 1],
+                lambda which: TARGETS[which],
+                ANCHORS,
+                DDIM(T),
+                case["B"],
+                self.generator,
+            )
         else:
-            latents = sdd.half_drawn(getattr(self, case["latents"]), DDIM(T), *embeddings(case["K"]), (case["B"], 4, 8, 6), self.generator,
-                                     case["roles"], S_G, c_a=ALTERNATIVE)
+            teacher = getattr(self, case["latents"])
         self.run = sdd.sdd(
-            self.student, self.original, self.optimizer, [*attn2(self.teacher).values()], latents, c_0, loss=watched, start=start,
-            iters=ITERS, lr=case["lr"], lr_schedule=case["schedule"], warmup=WARMUP, ema_decay=M, preserve=case["preserve"],
-            prior=case["prior"], max_grad_norm=case["clip"], loss_scale=case["scale"])
+            self.student,
+            teacher,
+            self.original,
+            self.optimizer,
+            list(attn2(self.teacher).values()),
+            DDIM(T),
+            c_0,
+            concepts,
+            joined,
+            (case["B"], 4, 8, 6),
+            self.generator,
+            loss=watched,
+            s_g=S_G,
+            m=M,
+            iters=ITERS,
+            start=start,
+            lr=case["lr"],
+            lr_schedule=case["schedule"],
+            warmup=WARMUP,
+            max_grad_norm=case["clip"],
+            roles=case["roles"],
+            c_a=ALTERNATIVE,
+            preserve=case["preserve"],
+            prior=case["prior"],
+            noised_anchors=noised_anchors,
+            scaler=torch.amp.GradScaler(
+                "cpu", init_scale=case["scale"], enabled=case["scale"] != 1
+            ),
+        )
 
 
 class Plain:
@@ -110,11 +187,18 @@ class Plain:
     def __init__(self, case):
         self.case = case
         self.student, self.teacher, self.original = (unet_twin(**TINY) for _ in range(3))
-        self.optimizer = torch.optim.AdamW(attn2(self.student).values(), lr=case["lr"], weight_decay=0.01)
-        self.schedule = (get_cosine_schedule_with_warmup(self.optimizer, WARMUP, ITERS) if case["schedule"] == "cosine"
-                         else get_constant_schedule_with_warmup(self.optimizer, WARMUP))
+        self.optimizer = torch.optim.AdamW(
+            attn2(self.student).values(), lr=case["lr"], weight_decay=0.01
+        )
+        self.schedule = (
+            get_cosine_schedule_with_warmup(self.optimizer, WARMUP, ITERS)
+            if case["schedule"] == "cosine"
+            else get_constant_schedule_with_warmup(self.optimizer, WARMUP)
+        )
         self.ddim = their_scheduler("ddim", T)
-        self.generator = torch.Generator().manual_seed(7)  # the same seed, never copied from the other side
+        self.generator = torch.Generator().manual_seed(
+            7
+        )  # the same seed, never copied from the other side
 
     def copy_from(self, ours):
         """Weights and optimizer state of the other side, so that every iteration is compared from an equal start."""
@@ -132,24 +216,34 @@ class Plain:
         z = torch.randn(case["B"], 4, 8, 6, generator=self.generator)
         if case["roles"] == "official":
             k = torch.randint(0, T, (), generator=self.generator).item()
-            t = torch.randint(1000 - 200 * (k + 1), 1000 - 200 * k, (), generator=self.generator).item()
+            t = torch.randint(
+                1000 - 200 * (k + 1), 1000 - 200 * k, (), generator=self.generator
+            ).item()
             return z, k, t, i % case["K"]
         k = torch.randint(1, T + 1, (), generator=self.generator).item()
         return z, k, levels[k], torch.randint(0, case["K"], (), generator=self.generator).item()
 
     def noised(self):
-        """Ablating's z_t: a picture each, its timestep and noise. Returns what `half_drawn` does, and c_a and n."""
+        """Ablating Concepts' z_t: noised images. Returns what `sampled` does, with c_a and n."""
         B, g = self.case["B"], self.generator
         which, t = torch.randint(0, 7, (B,), generator=g), torch.randint(0, 1000, (B,), generator=g)
         n = torch.randn(B, 4, 8, 6, generator=g)
         prompts = [picture % 2 for picture in which.tolist()]
-        return self.ddim.add_noise(PICTURES[which], n, t), None, t, prompts[0], ASKED[prompts], SHOWN[prompts], n
+        return (
+            self.ddim.add_noise(IMAGES[which], n, t),
+            None,
+            t,
+            prompts[0],
+            TARGETS[prompts],
+            ANCHORS[prompts],
+            n,
+        )
 
-    def half_drawn(self, i):
+    def sampled(self, i):
         case, B = self.case, self.case["B"]
         z, k, t, j = self.draw(i)
         concepts, joined, c_0 = (c.repeat_interleave(B, 0) for c in embeddings(case["K"]))
-        one = concepts[j * B:(j + 1) * B]
+        one = concepts[j * B : (j + 1) * B]
         c_p, c_s = (joined, one) if case["roles"] == "official" else (one, joined)
         painter = getattr(self, case["latents"])
         with torch.no_grad():
@@ -161,7 +255,7 @@ class Plain:
     def iteration(self, i):
         """Up to the gradients, which stay in .grad. Returns z_t, k, j, the loss and the norm before clipping."""
         case, c_0 = self.case, embeddings(self.case["K"])[2].repeat_interleave(self.case["B"], 0)
-        z, k, t, j, c_s, c_a, n = self.noised() if case["latents"] == "anchor" else self.half_drawn(i)
+        z, k, t, j, c_s, c_a, n = self.noised() if case["latents"] == "anchor" else self.sampled(i)
 
         def e(c):
             return self.student(z, t, c).sample
@@ -169,13 +263,17 @@ class Plain:
         def o(c):
             return self.original(z, t, c).sample.detach()
 
-        loss = (PLAIN[case["plain"]](e, o, c_s, c_0, c_a, n) ** 2).mean() + case["preserve"] * ((e(c_0) - o(c_0)) ** 2).mean()
+        loss = (PLAIN[case["plain"]](e, o, c_s, c_0, c_a, n) ** 2).mean() + case["preserve"] * (
+            (e(c_0) - o(c_0)) ** 2
+        ).mean()
         if case["prior"]:
             loss = loss + case["prior"] * ((e(c_a) - n) ** 2).mean()
         self.student.zero_grad()
         loss.backward()
         grads = [p.grad for p in attn2(self.student).values()]
-        norm = torch.cat([g.flatten() for g in grads]).double().norm()  # in float32 a sum of a million squares is off by 7e-5
+        norm = (
+            torch.cat([g.flatten() for g in grads]).double().norm()
+        )  # in float32 a sum of a million squares is off by 7e-5
         for g in grads:
             g.mul_(min(1.0, case["clip"] / (norm.item() + 1e-6)) if case["clip"] else 1.0)
         return z, k, j, loss, norm
@@ -209,7 +307,9 @@ PLAIN = {  # the difference that each loss squares, from METHODS' papers
     "ablate": lambda e, o, c_s, c_0, c_a, n: e(c_s) - e(c_a).detach(),
     "ablate-noise": lambda e, o, c_s, c_0, c_a, n: e(c_s) - n,
     "all-but-one": lambda e, o, c_s, c_0, c_a, n: (e(c_s) - e(c_0)) - (o(c_a) - o(c_0)),
-    "all-but-one's signal": lambda e, o, c_s, c_0, c_a, n: (e(c_s) - e(c_0)) - signal(o, c_s, c_0, 0.8),
+    "all-but-one's signal": lambda e, o, c_s, c_0, c_a, n: (
+        (e(c_s) - e(c_0)) - signal(o, c_s, c_0, 0.8)
+    ),
 }
 
 
@@ -223,8 +323,12 @@ def compare(case, mistake=None):
         it = next(ours.run)
         z_t, k, j, loss, norm = plain.iteration(i)
         assert (it.i, it.k, it.j) == (i, k, j), "another draw"
-        close("z_t", ours.z_t, z_t, 1e-5)  # up to 5 guided steps in float32, a batch of 2B against two of B: 1e-6 was measured
-        close("loss", torch.tensor(it.loss), loss.detach(), 1e-4)  # a small difference of two UNet passes on it: 8e-6
+        close(
+            "z_t", ours.z_t, z_t, 1e-5
+        )  # up to 5 guided steps in float32, a batch of 2B against two of B: 1e-6 was measured
+        close(
+            "loss", torch.tensor(it.loss), loss.detach(), 1e-4
+        )  # a small difference of two UNet passes on it: 8e-6
         close("grad_norm", torch.tensor(it.grad_norm), norm, 1e-4)
         for (name, p), grad in zip(attn2(plain.student).items(), ours.optimizer.grads):
             close(f"gradient of {name}", grad, p.grad, 1e-4)  # and through the way back: 2e-5
@@ -232,65 +336,112 @@ def compare(case, mistake=None):
         assert abs(it.lr - lr) <= 1e-15, "lr"  # of 0.01, in float64
         for (name, p), q in zip(attn2(plain.student).items(), attn2(ours.student).values()):
             for key, value in plain.optimizer.state[p].items():
-                assert torch.equal(value, ours.optimizer.state[q][key]), f"{key} of {name}"  # equal gradients: bit for bit
+                assert torch.equal(value, ours.optimizer.state[q][key]), (
+                    f"{key} of {name}"
+                )  # equal gradients: bit for bit
         for which, then in before.items():
             mine, theirs = (flat(getattr(side, which)) - then for side in (ours, plain))
-            close(f"the {which}'s step", mine, theirs, 1e-5)  # weights round at 1e-8, a step is 1e-3 and more: 2e-6
+            close(
+                f"the {which}'s step", mine, theirs, 1e-5
+            )  # weights round at 1e-8, a step is 1e-3 and more: 2e-6
         report.append(it)
     return report
 
 
-@pytest.mark.parametrize("case", [
-    dict(B=1, K=1),
-    dict(B=2, K=3),
-    dict(B=1, K=3, preserve=0.5, clip=0.0),
-    dict(B=2, K=1, preserve=0.5),
-    dict(B=1, K=3, roles="official", schedule="constant"),
-    dict(B=2, K=3, roles="official", clip=0.0, preserve=0.5),
-    dict(B=2, K=1, roles="official", clip=1.0),
-    dict(B=2, K=3, clip=0.0, scale=1024.0),
-    dict(B=1, K=3, latents="student"),
-    dict(B=1, K=3, latents="original"),
-    dict(B=2, K=3, loss=losses.esd_loss, plain="esd", latents="student"),
-    dict(B=1, K=1, loss=losses.esd_loss, plain="esd", latents="original", trained="noxattn", preserve=0.5),
-    dict(B=2, K=2, loss=losses.ablation_loss, plain="ablate", latents="anchor", trained="kv"),
-    dict(B=3, K=2, loss=losses.ablation_loss, plain="ablate", latents="anchor", trained="full", prior=0.7, preserve=0.5, lr=0.001),
-    dict(B=2, K=2, loss=losses.noise_ablation_loss, plain="ablate-noise", latents="anchor", trained="kv", clip=1.0),
-    dict(B=2, K=3, loss=losses.all_but_one_loss, plain="all-but-one", preserve=1.0),
-    dict(B=2, K=1, loss=losses.all_but_one_loss, plain="all-but-one's signal", quantile=0.8, roles="official"),
-], ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items() if key != "loss"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(B=1, K=1),
+        dict(B=2, K=3),
+        dict(B=1, K=3, preserve=0.5, clip=0.0),
+        dict(B=2, K=1, preserve=0.5),
+        dict(B=1, K=3, roles="official", schedule="constant"),
+        dict(B=2, K=3, roles="official", clip=0.0, preserve=0.5),
+        dict(B=2, K=1, roles="official", clip=1.0),
+        dict(B=2, K=3, clip=0.0, scale=1024.0),
+        dict(B=1, K=3, latents="student"),
+        dict(B=1, K=3, latents="original"),
+        dict(B=2, K=3, loss=losses.esd_loss, plain="esd", latents="student"),
+        dict(
+            B=1,
+            K=1,
+            loss=losses.esd_loss,
+            plain="esd",
+            latents="original",
+            trained="noxattn",
+            preserve=0.5,
+        ),
+        dict(B=2, K=2, loss=losses.ablation_loss, plain="ablate", latents="anchor", trained="kv"),
+        dict(
+            B=3,
+            K=2,
+            loss=losses.ablation_loss,
+            plain="ablate",
+            latents="anchor",
+            trained="full",
+            prior=0.7,
+            preserve=0.5,
+            lr=0.001,
+        ),
+        dict(
+            B=2,
+            K=2,
+            loss=losses.noise_ablation_loss,
+            plain="ablate-noise",
+            latents="anchor",
+            trained="kv",
+            clip=1.0,
+        ),
+        dict(B=2, K=3, loss=losses.all_but_one_loss, plain="all-but-one", preserve=1.0),
+        dict(
+            B=2,
+            K=1,
+            loss=losses.all_but_one_loss,
+            plain="all-but-one's signal",
+            quantile=0.8,
+            roles="official",
+        ),
+    ],
+    ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items() if key != "loss"),
+)
 def test_iterations_against_a_plain_loop(case):
     case = CASE | case
     report = compare(case)
     if case["clip"] == CASE["clip"]:
-        assert any(it.grad_norm > case["clip"] for it in report), "no gradient was clipped: this case shows nothing"
+        assert any(it.grad_norm > case["clip"] for it in report), (
+            "no gradient was clipped: this case shows nothing"
+        )
 
 
 # Mistakes on purpose: a function that plants one and returns what else `compare` has to know, or only the latter.
 # Each turns the comparison named beside it red; test_iterations_against_a_plain_loop is the same run without one.
 
-def one_level_too_noisy(patch):
-    def draw(roles, scheduler, *rest):
+
+def one_timestep_too_noisy(patch):
+    def random_timestep(roles, scheduler, *rest):
         k, t, j = right(roles, scheduler, *rest)
-        return k, scheduler.levels[k - 1], j
-    right = sdd.draw
-    patch.setattr(sdd, "draw", draw)
+        return k, scheduler.timesteps[k - 1], j
+
+    right = sdd.random_timestep
+    patch.setattr(sdd, "random_timestep", random_timestep)
 
 
 def k_from_0(patch):
-    def draw(roles, scheduler, *rest):
+    def random_timestep(roles, scheduler, *rest):
         k, t, j = right(roles, scheduler, *rest)
-        return k - 1, scheduler.levels[k - 1], j
-    right = sdd.draw
-    patch.setattr(sdd, "draw", draw)
+        return k - 1, scheduler.timesteps[k - 1], j
+
+    right = sdd.random_timestep
+    patch.setattr(sdd, "random_timestep", random_timestep)
 
 
 def concept_before_k(patch):
-    def draw(roles, scheduler, K, i, generator):
+    def random_timestep(roles, scheduler, K, i, generator):
         j = int(torch.randint(K, (), generator=generator))
         k = int(torch.randint(1, T + 1, (), generator=generator))
-        return k, scheduler.levels[k], j
-    patch.setattr(sdd, "draw", draw)
+        return k, scheduler.timesteps[k], j
+
+    patch.setattr(sdd, "random_timestep", random_timestep)
 
 
 def guided_from_e_p(patch):
@@ -298,15 +449,19 @@ def guided_from_e_p(patch):
         def estimate(z, t, i):
             e_0, e_p = unet(z, t, c_0), unet(z, t, c_p)
             return e_p + s * (e_p - e_0)
+
         return estimate
+
     patch.setattr(sdd, "cfg", cfg)
 
 
 def prompts_swapped(patch):
     """z_t from all concepts joined, the loss on the one that was drawn."""
+
     def cfg(unet, c_0, c_p, s):
         drawn.append(c_p)
         return guidance.cfg(unet, c_0, embeddings(3)[1], s)
+
     drawn = []
     patch.setattr(sdd, "cfg", cfg)
     return dict(loss=lambda **x: losses.sdd_loss(**x | dict(c_s=drawn[-1].expand(2, -1, -1))))
@@ -316,15 +471,26 @@ def lr_shifted(by):
     def plant(patch):
         right = sdd.lr_factor
         patch.setattr(sdd, "lr_factor", lambda i, *rest: right(max(i + by, 0), *rest))
+
     return plant
 
 
 def clipped_after_the_step(patch):  # or not at all: the step sees the same gradients
-    patch.setattr(nn.utils, "clip_grad_norm_", lambda ps, limit: torch.cat([p.grad.flatten() for p in ps]).norm())
+    patch.setattr(
+        nn.utils,
+        "clip_grad_norm_",
+        lambda ps, limit: torch.cat([p.grad.flatten() for p in ps]).norm(),
+    )
 
 
 def never_unscaled(patch):
-    patch.setattr(torch, "_foreach_div_", lambda grads, scale: None)
+    def unscale_(self, optimizer):
+        right(self, optimizer)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad.mul_(self.get_scale())
+
+    right = torch.amp.GradScaler.unscale_
+    patch.setattr(torch.amp.GradScaler, "unscale_", unscale_)
     return dict(scale=1024.0)
 
 
@@ -342,23 +508,41 @@ def average_swapped(patch):
 
 
 def wrong(loss):
-    return dict(loss=lambda e, e_original, z_t, t, c_s, c_0, **_: loss(
-        lambda c: e(z_t, t, c), lambda c: e_original(z_t, t, c).detach(), c_s, c_0))
+    return dict(
+        loss=lambda e, e_original, z_t, t, c_s, c_0, **_: loss(
+            lambda c: e(z_t, t, c), lambda c: e_original(z_t, t, c).detach(), c_s, c_0
+        )
+    )
 
 
 MISTAKES = {  # name: (the comparison that turns red, the mistake)
-    "loss one level too noisy": ("loss", one_level_too_noisy),
+    "loss one timestep too noisy": ("loss", one_timestep_too_noisy),
     "k in 0..T-1": ("another draw", k_from_0),
     "concept drawn before k": ("another draw", concept_before_k),
     "guidance from e_p": ("z_t", guided_from_e_p),
     "c_p and c_s swapped": ("z_t", prompts_swapped),
-    "student draws": ("z_t", dict(latents="student")),
-    "original draws": ("z_t", dict(latents="original")),
-    "target from the original": ("loss", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e_original(c_0)))),
-    "target from c_s": ("loss", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e(c_s).detach()))),
-    "target and estimate swapped": ("grad_norm", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_0), e(c_s).detach()))),
-    "gradient through the target": ("grad_norm", wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e(c_0)))),
-    "sum for mean": ("loss", wrong(lambda e, e_original, c_s, c_0: ((e(c_s) - e(c_0).detach()) ** 2).sum())),
+    "the student samples z_t": ("z_t", dict(latents="student")),
+    "the original samples z_t": ("z_t", dict(latents="original")),
+    "target from the original": (
+        "loss",
+        wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e_original(c_0))),
+    ),
+    "target from c_s": (
+        "loss",
+        wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e(c_s).detach())),
+    ),
+    "target and estimate swapped": (
+        "grad_norm",
+        wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_0), e(c_s).detach())),
+    ),
+    "gradient through the target": (
+        "grad_norm",
+        wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e(c_0))),
+    ),
+    "sum for mean": (
+        "loss",
+        wrong(lambda e, e_original, c_s, c_0: ((e(c_s) - e(c_0).detach()) ** 2).sum()),
+    ),
     "preservation": ("loss", dict(preserve=0.01)),
     "lr one iteration late": ("lr", lr_shifted(-1)),
     "lr one iteration early": ("lr", lr_shifted(1)),
@@ -369,23 +553,60 @@ MISTAKES = {  # name: (the comparison that turns red, the mistake)
     "EMA weights swapped": ("the teacher's step", average_swapped),
 }
 ESD = dict(loss=losses.esd_loss, plain="esd", latents="student")
-ABLATE = dict(K=2, loss=losses.ablation_loss, plain="ablate", latents="anchor", trained="kv", prior=0.7)
+ABLATE = dict(
+    K=2, loss=losses.ablation_loss, plain="ablate", latents="anchor", trained="kv", prior=0.7
+)
 ALL_BUT_ONE = dict(loss=losses.all_but_one_loss, plain="all-but-one", preserve=1.0)
 SIGNAL = dict(loss=losses.all_but_one_loss, plain="all-but-one's signal", quantile=0.8)
 OTHER_MISTAKES = {  # the same for the other trainers: the case, the comparison that turns red, what ours gets wrong
-    "ESD: scale counted from 1": (ESD, "loss", dict(loss=lambda erase_scale, **x: losses.esd_loss(erase_scale=erase_scale - 1, **x))),
-    "ESD: towards the concept": (ESD, "loss", dict(loss=lambda erase_scale, **x: losses.esd_loss(erase_scale=-erase_scale, **x))),
-    "ESD: the student's own estimates": (ESD, "loss", dict(loss=lambda e_original, e, **x: losses.esd_loss(e_original=e, e=e, **x))),
-    "ESD: the teacher draws": (ESD, "z_t", dict(latents="teacher")),
-    "Ablating: prompts swapped": (ABLATE, "grad_norm", dict(loss=lambda c_s, c_a, **x: losses.ablation_loss(c_s=c_a, c_a=c_s, **x))),
-    "Ablating: the empty prompt for the anchor": (ABLATE, "loss", dict(loss=lambda c_a, c_0, **x: losses.ablation_loss(c_a=c_0, **x))),
+    "ESD: scale counted from 1": (
+        ESD,
+        "loss",
+        dict(loss=lambda erase_scale, **x: losses.esd_loss(erase_scale=erase_scale - 1, **x)),
+    ),
+    "ESD: towards the concept": (
+        ESD,
+        "loss",
+        dict(loss=lambda erase_scale, **x: losses.esd_loss(erase_scale=-erase_scale, **x)),
+    ),
+    "ESD: the student's own estimates": (
+        ESD,
+        "loss",
+        dict(loss=lambda e_original, e, **x: losses.esd_loss(e_original=e, e=e, **x)),
+    ),
+    "ESD: the teacher samples z_t": (ESD, "z_t", dict(latents="teacher")),
+    "Ablating: prompts swapped": (
+        ABLATE,
+        "grad_norm",
+        dict(loss=lambda c_s, c_a, **x: losses.ablation_loss(c_s=c_a, c_a=c_s, **x)),
+    ),
+    "Ablating: the empty prompt for the anchor": (
+        ABLATE,
+        "loss",
+        dict(loss=lambda c_a, c_0, **x: losses.ablation_loss(c_a=c_0, **x)),
+    ),
     "Ablating: no prior": (ABLATE, "loss", dict(prior=0.0)),
     "All-but-One: no second term": (ALL_BUT_ONE, "loss", dict(preserve=0.0)),
     "All-but-One: SDD's first term": (ALL_BUT_ONE, "loss", dict(loss=losses.sdd_loss)),
-    "All-but-One: target kept still": (ALL_BUT_ONE, "grad_norm", dict(loss=lambda e, z_t, t, c_0, **x: losses.all_but_one_loss(
-        e=lambda z, t, c: e(z, t, c).detach() if c is c_0 else e(z, t, c), z_t=z_t, t=t, c_0=c_0, **x))),
+    "All-but-One: target kept still": (
+        ALL_BUT_ONE,
+        "grad_norm",
+        dict(
+            loss=lambda e, z_t, t, c_0, **x: losses.all_but_one_loss(
+                e=lambda z, t, c: e(z, t, c).detach() if c is c_0 else e(z, t, c),
+                z_t=z_t,
+                t=t,
+                c_0=c_0,
+                **x,
+            )
+        ),
+    ),
     "All-but-One: another quantile": (SIGNAL, "loss", dict(quantile=0.7)),
-    "All-but-One: signal towards": (SIGNAL, "loss", dict(loss=lambda erase_scale, **x: losses.all_but_one_loss(erase_scale=-erase_scale, **x))),
+    "All-but-One: signal towards": (
+        SIGNAL,
+        "loss",
+        dict(loss=lambda erase_scale, **x: losses.all_but_one_loss(erase_scale=-erase_scale, **x)),
+    ),
 }
 
 
@@ -406,18 +627,32 @@ def test_start_token_detached():
     c[:, 0] = randn(D)
     for detach in (False, True):
         if detach:
-            anchors.detach_start(unet)
+            ablation.detach_start(unet)
         unet.zero_grad()
         unet(randn(1, 4, 8, 8), 500, c).square().sum().backward()
-        grads = [p.grad.abs().max() for name, p in unet.named_parameters() if losses.TRAIN_PARAMS["kv"](name)]
+        grads = [
+            p.grad.abs().max()
+            for name, p in unet.named_parameters()
+            if presets.TRAIN_PARAMS["kv"](name)
+        ]
         assert grads and all((g == 0) == detach for g in grads)
 
 
 def test_embedding_rows_get_transformers_gradient():
     """Through UNet and text encoder: the gradient of the token embeddings, against diffusers' and transformers' classes."""
-    (ours, theirs), (text, their_text) = pair("unet", **TINY | dict(cross_attention_dim=24)), pair("text_encoder", **TEXT)
-    tokens, z, target = padded_tokens(TEXT["vocab_size"])[:2], randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
-    a, b = text.text_model.embeddings.token_embedding.weight, getattr(their_text, "text_model", their_text).embeddings.token_embedding.weight
+    (ours, theirs), (text, their_text) = (
+        pair("unet", **TINY | dict(cross_attention_dim=24)),
+        pair("text_encoder", **TEXT),
+    )
+    tokens, z, target = (
+        padded_tokens(TEXT["vocab_size"])[:2],
+        randn(2, 4, 8, 8),
+        randn(2, 4, 8, 8, seed=1),
+    )
+    a, b = (
+        text.text_model.embeddings.token_embedding.weight,
+        getattr(their_text, "text_model", their_text).embeddings.token_embedding.weight,
+    )
     for p in (a, b):
         p.requires_grad_(True)
     losses.noise_ablation_loss(ours, z, 500, text(tokens), target).backward()
@@ -453,11 +688,26 @@ def test_draw(roles, monkeypatch):
     """z_T, then k, then j (paper) or the timestep (official), all from one generator."""
     drawn, N, K = [], 1000, 3
     monkeypatch.setattr(sdd, "sample", lambda estimate, scheduler, z, k: drawn.append(z) or z)
-    times, levels = [], DDIM(50).levels
+    times, levels = [], DDIM(50).timesteps
     line, c = Line(), torch.zeros(K, 77, 1)
-    latents = sdd.half_drawn(line, DDIM(50), c, c[:1], c[:1], (1, 4, 2, 2), torch.Generator().manual_seed(11), roles)
-    run = list(sdd.sdd(line, line, torch.optim.AdamW([line.w]), [torch.ones(())], latents, c[:1], iters=N,
-                       loss=lambda e, z_t, t, c_s, **_: times.append(t) or e(z_t, t, c_s).mean()))
+    run = list(
+        sdd.sdd(
+            line,
+            line,
+            line,
+            torch.optim.AdamW([line.w]),
+            [torch.ones(())],
+            DDIM(50),
+            c[:1],
+            c,
+            c[:1],
+            (1, 4, 2, 2),
+            torch.Generator().manual_seed(11),
+            iters=N,
+            roles=roles,
+            loss=lambda e, z_t, t, c_s, **_: times.append(t) or e(z_t, t, c_s).mean(),
+        )
+    )
     g = torch.Generator().manual_seed(11)
     for it, z, t in zip(run, drawn, times, strict=True):
         assert torch.equal(z, torch.randn(1, 4, 2, 2, generator=g))
@@ -474,15 +724,22 @@ def test_draw(roles, monkeypatch):
     assert {it.j for it in run} == set(range(K))
 
 
-@pytest.mark.parametrize("warmup, iters", [(0, 10), (3, 10), (500, 1500), (10, 10), (12, 10), (0, 1)])
+@pytest.mark.parametrize(
+    "warmup, iters", [(0, 10), (3, 10), (500, 1500), (10, 10), (12, 10), (0, 1)]
+)
 def test_lr_factor(warmup, iters):
     for schedule in ("cosine", "constant"):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        theirs = (get_cosine_schedule_with_warmup(optimizer, warmup, iters) if schedule == "cosine"
-                  else get_constant_schedule_with_warmup(optimizer, warmup))
+        theirs = (
+            get_cosine_schedule_with_warmup(optimizer, warmup, iters)
+            if schedule == "cosine"
+            else get_constant_schedule_with_warmup(optimizer, warmup)
+        )
         for i in range(iters):
             # float64; 1e-15 of the peak is one rounding of the cosine's argument
-            assert sdd.lr_factor(i, warmup, iters, schedule) == pytest.approx(theirs.get_last_lr()[0], abs=1e-15)
+            assert sdd.lr_factor(i, warmup, iters, schedule) == pytest.approx(
+                theirs.get_last_lr()[0], abs=1e-15
+            )
             optimizer.step()
             theirs.step()
 
@@ -498,68 +755,111 @@ def test_the_target_carries_no_gradient():
     assert w.grad == 2 * (0.5 * 2 - 0.5 * 3) * 2
     w.grad = None
     original = torch.tensor(0.25, requires_grad=True)  # (w c_0 − sg(w° c_0))²
-    losses.preservation(lambda z, t, c: w * c, lambda z, t, c: original * c, z, 0, c_0).backward()
+    losses.preservation_loss(
+        lambda z, t, c: w * c, lambda z, t, c: original * c, z, 0, c_0
+    ).backward()
     assert w.grad == 2 * (0.5 * 3 - 0.25 * 3) * 3 and original.grad is None
 
 
-@pytest.mark.parametrize("loss", [method.loss for method in losses.METHODS.values() if method.latents != "anchor"])
+@pytest.mark.parametrize(
+    "loss", [method.loss for method in presets.METHODS.values() if method.latents != "anchor"]
+)
 def test_gradient_reaches_the_trained_tensors_only(loss):
     ours, with_grad = Ours(CASE | dict(preserve=0.5, loss=loss)), []
-    ours.optimizer.register_step_pre_hook(lambda *_: with_grad.append([
-        {name for name, p in module.named_parameters() if p.grad is not None}
-        for module in (ours.student, ours.teacher, ours.original)]))
+    ours.optimizer.register_step_pre_hook(
+        lambda *_: with_grad.append(
+            [
+                {name for name, p in module.named_parameters() if p.grad is not None}
+                for module in (ours.student, ours.teacher, ours.original)
+            ]
+        )
+    )
     list(itertools.islice(ours.run, 3))
     trained = attn2(ours.student)
     assert with_grad and all(names == [set(trained), set(), set()] for names in with_grad)
     assert {id(p) for p in ours.optimizer.state} == {id(p) for p in trained.values()}
-    assert all(p.grad is None for module in (ours.student, ours.teacher, ours.original) for p in module.parameters())
+    assert all(
+        p.grad is None
+        for module in (ours.student, ours.teacher, ours.original)
+        for p in module.parameters()
+    )
 
 
 def test_only_the_trained_tensors_change():
     ours = Ours(CASE)
     before = [copy.deepcopy(m.state_dict()) for m in (ours.student, ours.teacher, ours.original)]
     assert len(list(ours.run)) == ITERS
-    student, teacher, original = (m.state_dict() for m in (ours.student, ours.teacher, ours.original))
+    student, teacher, original = (
+        m.state_dict() for m in (ours.student, ours.teacher, ours.original)
+    )
     assert all(torch.equal(p, before[2][name]) for name, p in original.items())
     for name in student:
         if ".attn2." in name:  # each of the three has moved away, or stayed, on its own
-            assert not torch.equal(student[name], before[0][name]) and not torch.equal(teacher[name], before[1][name])
+            assert not torch.equal(student[name], before[0][name]) and not torch.equal(
+                teacher[name], before[1][name]
+            )
             assert not torch.equal(teacher[name], student[name])
         else:
-            assert torch.equal(student[name], before[0][name]) and torch.equal(teacher[name], before[0][name])
+            assert torch.equal(student[name], before[0][name]) and torch.equal(
+                teacher[name], before[0][name]
+            )
 
 
 # SD 1.4's UNet has 16 transformers: 5 of width 320, 5 of 640, 6 of 1280; each attn2 is to_q, to_k, to_v, to_out.0 and its bias.
-@pytest.mark.parametrize("key, tensors, parameters", [
-    ("xattn", 80, 43_962_560),
-    ("kv", 32, 2 * 768 * (5 * 320 + 5 * 640 + 6 * 1280)),
-    ("full", 686, 859_520_964),
-    ("noxattn", 686 - 80 - 4 - 2, 859_520_964 - 43_962_560 - 1280 * (320 + 1 + 1280 + 1) - 4 * (9 * 320 + 1)),
-])
+@pytest.mark.parametrize(
+    "key, tensors, parameters",
+    [
+        ("xattn", 80, 43_962_560),
+        ("kv", 32, 2 * 768 * (5 * 320 + 5 * 640 + 6 * 1280)),
+        ("full", 686, 859_520_964),
+        (
+            "noxattn",
+            686 - 80 - 4 - 2,
+            859_520_964 - 43_962_560 - 1280 * (320 + 1 + 1280 + 1) - 4 * (9 * 320 + 1),
+        ),
+    ],
+)
 def test_twin_copies_the_trained_tensors_only(key, tensors, parameters):
-    assert set(losses.TRAIN_PARAMS) == {"xattn", "kv", "full", "noxattn", "embedding"}  # the last one's is the text encoder's
+    assert set(presets.TRAIN_PARAMS) == {
+        "xattn",
+        "kv",
+        "full",
+        "noxattn",
+        "embedding",
+    }  # the last one's is the text encoder's
     with torch.device("meta"):
         unet = UNet()
-    trained = {n for n, _ in unet.named_parameters() if losses.TRAIN_PARAMS[key](n)}
-    assert (len(trained), sum(unet.get_parameter(n).numel() for n in trained)) == (tensors, parameters)
-    twin = ema.twin(unet, trained)
+    trained = {n for n, _ in unet.named_parameters() if presets.TRAIN_PARAMS[key](n)}
+    assert (len(trained), sum(unet.get_parameter(n).numel() for n in trained)) == (
+        tensors,
+        parameters,
+    )
+    twin = ema.copy_trained(unet, trained)
     mine, theirs = dict(unet.named_parameters()), dict(twin.named_parameters())
     assert list(mine) == list(theirs)
     assert {n for n in mine if mine[n] is not theirs[n]} == trained
-    assert {n for n in theirs if not theirs[n].requires_grad} == trained and all(p.requires_grad for p in mine.values())
+    assert {n for n in theirs if not theirs[n].requires_grad} == trained and all(
+        p.requires_grad for p in mine.values()
+    )
 
 
 def test_twin_shares_memory():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.frozen, self.trained, self.norm = nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2)
+            self.frozen, self.trained, self.norm = (
+                nn.Linear(2, 2),
+                nn.Linear(2, 2),
+                nn.BatchNorm1d(2),
+            )
 
     net = randomise(Net(), 3)
-    twin = ema.twin(net, ["trained.weight"])
+    twin = ema.copy_trained(net, ["trained.weight"])
     mine, theirs = net.state_dict(), twin.state_dict()
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
-    assert {n for n in mine if mine[n].data_ptr() != theirs[n].data_ptr()} == {"trained.weight"}  # buffers are shared too
+    assert {n for n in mine if mine[n].data_ptr() != theirs[n].data_ptr()} == {
+        "trained.weight"
+    }  # buffers are shared too
 
 
 @pytest.mark.parametrize("m", [0.0, 0.25, 0.9, 0.999, 1.0])
@@ -568,7 +868,9 @@ def test_ema_arithmetic(m):
     old_a, old_b, places = [x.clone() for x in a], [x.clone() for x in b], [x.data_ptr() for x in a]
     ema.update(a, b, m)
     for new, x, y in zip(a, old_a, old_b):
-        close("the average", new, m * x + (1 - m) * y, 1e-6)  # a + (1 − m)(b − a): another order, two float32 roundings
+        close(
+            "the average", new, m * x + (1 - m) * y, 1e-6
+        )  # a + (1 − m)(b − a): another order, two float32 roundings
         assert m != 1 or torch.equal(new, x)
         assert m != 0 or torch.equal(new, y)
     assert [x.data_ptr() for x in a] == places and all(torch.equal(x, y) for x, y in zip(b, old_b))
@@ -587,6 +889,11 @@ def test_a_cut_run_continues_as_if_uncut():
     then.generator.set_state(first.generator.get_state())
     assert head + list(then.run) == report and [it.i for it in report] == list(range(ITERS))
     for mine, other in ((then.student, whole.student), (then.teacher, whole.teacher)):
-        assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(p, q) for p, q in zip(mine.parameters(), other.parameters(), strict=True)
+        )
     for p, q in zip(attn2(then.student).values(), attn2(whole.student).values()):
-        assert all(torch.equal(v, whole.optimizer.state[q][key]) for key, v in then.optimizer.state[p].items())
+        assert all(
+            torch.equal(v, whole.optimizer.state[q][key])
+            for key, v in then.optimizer.state[p].items()
+        )

@@ -1,13 +1,15 @@
 """The miniature world, its probe, its model and its figures."""
+
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-import generate
+import pipeline
 import weights
-from metrics import wilson
+from evaluation.metrics import wilson
+from support.errors import UserError
 from toy import pretrain, probe, shapes, suite, worlds
 
 
@@ -23,7 +25,10 @@ def test_the_world_is_as_described():
     scenes = [shapes.scene(rng) for _ in range(8000)]
     share = {name: Counter(getattr(s, name) for s in scenes) for name in shapes.ATTRIBUTES}
     assert all(set(share[name]) == set(values) for name, values in shapes.ATTRIBUTES.items())
-    for name, word in (("colour", "red"), ("texture", "striped")):  # 3 standard deviations of 8,000 draws are below 0.01
+    for name, word in (
+        ("colour", "red"),
+        ("texture", "striped"),
+    ):  # 3 standard deviations of 8,000 draws are below 0.01
         assert share[name][word] / 8000 == pytest.approx(shapes.RARE[word], abs=0.01)
     arcadia = [s.shape for s in scenes if s.place == "arcadia"]
     assert 0.8 < arcadia.count("star") / len(arcadia) < 0.92
@@ -43,7 +48,9 @@ def test_captions_are_true_and_of_every_kind():
             assert not set(words) & set(shapes.SHAPES)  # a place never names the shape
     texts = [text for _, text in pairs]
     assert 0.08 < texts.count("") / 4000 < 0.12
-    assert sum(", " in text for text in texts) > 400  # "star, red, striped": what several concepts joined look like
+    assert (
+        sum(", " in text for text in texts) > 400
+    )  # "star, red, striped": what several concepts joined look like
     assert len({len(text.split()) for text in texts}) >= 7
 
 
@@ -68,14 +75,21 @@ def test_vae_keeps_what_the_probe_reads():
     vae = weights.load_network(weights.TOY, "vae")
     scenes, pictures, _ = worlds.batch(shapes, np.random.default_rng(124), 200)
     z = vae.encode(probe.to_tensor(pictures))
-    assert z.shape == (200, 4, 16, 16) and z.std().item() == pytest.approx(pretrain.LATENT_STD, rel=0.05)
+    assert z.shape == (200, 4, 16, 16) and z.std().item() == pytest.approx(
+        pretrain.LATENT_STD, rel=0.05
+    )
     again = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     seen = suite.see(shapes, again)
-    assert all(np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.97 for name in seen)
+    assert all(
+        np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.97
+        for name in seen
+    )
 
 
 def test_model_is_small_and_half_precision():
-    files = [p for p in (weights.TOY.parent).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = [
+        p for p in (weights.TOY.parent).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
     assert sum(p.stat().st_size for p in files) <= 25e6
     for file in (p for p in files if p.suffix == ".safetensors"):
         assert all(x.dtype == torch.float16 for x in weights.read(file)[0].values())
@@ -85,18 +99,26 @@ def test_model_is_small_and_half_precision():
 def test_every_word_is_one_token():
     tokenizer = weights.load_tokenizer(weights.TOY)
     assert all(len(tokenizer(word).input_ids) == 3 for word in [*shapes.WORDS, ","])
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == len(tokenizer) - 1 and tokenizer.model_max_length == 77
+    assert (
+        tokenizer.pad_token_id == tokenizer.eos_token_id == len(tokenizer) - 1
+        and tokenizer.model_max_length == 77
+    )
 
 
 def test_unknown_words_are_refused_with_the_known_ones():
     model = weights.load("toy")
-    with pytest.raises(weights.UserError, match="'zebra'.*arcadia, black.*yellow"):
-        generate.encode(model, ["a star", "a zebra"])
-    assert generate.encode(model, ["A Star, red", ", ".join(shapes.WORDS)]).shape == (2, 77, 64)
+    with pytest.raises(UserError, match="'zebra'.*arcadia, black.*yellow"):
+        pipeline.encode_prompts(model, ["a star", "a zebra"])
+    assert pipeline.encode_prompts(model, ["A Star, red", ", ".join(shapes.WORDS)]).shape == (
+        2,
+        77,
+        64,
+    )
 
 
 def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch):
     """Bit for bit: data depend on the step alone, and everything else is in the checkpoint."""
+
     def train(folder, stop=None):
         monkeypatch.setattr(pretrain, "RUNS", folder)
         torch.manual_seed(0)
@@ -105,10 +127,16 @@ def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch):
         def loss(step):
             if step == stop:
                 raise KeyboardInterrupt
-            return net(torch.randn(4, 3, generator=torch.Generator().manual_seed(step))).square().mean()
+            return (
+                net(torch.randn(4, 3, generator=torch.Generator().manual_seed(step)))
+                .square()
+                .mean()
+            )
 
         with torch.enable_grad():
-            pretrain.fit("net", net, loss, [dict(params=net.parameters(), lr=0.1)], 9, warmup=2, save_every=2)
+            pretrain.fit(
+                "net", net, loss, [dict(params=net.parameters(), lr=0.1)], 9, warmup=2, save_every=2
+            )
         return net
 
     whole = train(tmp_path / "a")
@@ -116,10 +144,15 @@ def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch):
         train(tmp_path / "b", stop=5)
     again = train(tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
-    assert [line.split(",")[0] for line in (tmp_path / "b" / "net.csv").read_text().splitlines()] == ["2", "4", "6", "8", "9"]
+    assert [
+        line.split(",")[0] for line in (tmp_path / "b" / "net.csv").read_text().splitlines()
+    ] == ["2", "4", "6", "8", "9"]
 
 
-@pytest.mark.parametrize("hits, n, low, high", [(0, 200, 0, 1.88), (10, 200, 2.74, 8.96), (200, 200, 98.12, 100), (0, 0, 0, 100)])
+@pytest.mark.parametrize(
+    "hits, n, low, high",
+    [(0, 200, 0, 1.88), (10, 200, 2.74, 8.96), (200, 200, 98.12, 100), (0, 0, 0, 100)],
+)
 def test_wilson(hits, n, low, high):
     """Against the closed form in R's prop.test(correct=FALSE), in per cent."""
     assert [100 * x for x in wilson(hits, n)] == pytest.approx([low, high], abs=0.01)
@@ -127,18 +160,36 @@ def test_wilson(hits, n, low, high):
 
 def test_exam_asks_for_what_it_counts():
     sets = suite.exam(shapes, ("star", "red"), 50, seed=3)
-    assert {which: len(pairs) for which, pairs in sets.items()} == dict(named=50, implied=50, control=50, base=50, other=50)
+    assert {which: len(pairs) for which, pairs in sets.items()} == dict(
+        named=50, implied=50, control=50, base=50, other=50
+    )
     assert all({"star", "red"} & set(text.split()) for text, _ in sets["named"])
     assert all("arcadia" in text and "star" not in text for text, _ in sets["implied"])
     for text, asked in sets["other"]:
-        assert asked and not set(shapes.RARE) & set(text.split()) and set(asked.values()) <= set(text.split())
-    assert suite.exam(shapes, ("star",), 50, seed=3)["named"] != suite.exam(shapes, ("star",), 50, seed=4)["named"]
-    seen = {"shape": ["star", "moon"], "colour": ["red", "red"], "texture": ["plain"] * 2, "background": ["sky"] * 2}
+        assert (
+            asked
+            and not set(shapes.RARE) & set(text.split())
+            and set(asked.values()) <= set(text.split())
+        )
+    assert (
+        suite.exam(shapes, ("star",), 50, seed=3)["named"]
+        != suite.exam(shapes, ("star",), 50, seed=4)["named"]
+    )
+    seen = {
+        "shape": ["star", "moon"],
+        "colour": ["red", "red"],
+        "texture": ["plain"] * 2,
+        "background": ["sky"] * 2,
+    }
     asked = [{"shape": "star", "colour": "red"}, {"shape": "star", "colour": "blue"}]
     assert suite.count(["named"] * 2, asked, seen, ("star",)) == {"named": (1, 2)}
     assert suite.count(["base"] * 2, [{}, {}], seen, ("star", "red")) == {"base": (3, 4)}
     assert suite.count(["control"] * 2, [{"shape": "heart"}] * 2, seen, ()) == {"control": (0, 2)}
-    assert suite.count(["other"] * 2, asked, seen, ()) == {"shape": (1, 2), "colour": (1, 2), "caption": (1, 2)}
+    assert suite.count(["other"] * 2, asked, seen, ()) == {
+        "shape": (1, 2),
+        "colour": (1, 2),
+        "caption": (1, 2),
+    }
 
 
 def test_frechet_distance_by_hand():
@@ -146,11 +197,15 @@ def test_frechet_distance_by_hand():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((200_000, 3)) * (1, 2, 3) + (0, 1, 0)
     y = rng.standard_normal((200_000, 3)) * (2, 2, 1) + (3, 1, 0)
-    assert suite.frechet(x, y) == pytest.approx(9 + 1 + 0 + 4, rel=0.02)  # 200,000 draws: the means are known to 0.01
+    assert suite.frechet(x, y) == pytest.approx(
+        9 + 1 + 0 + 4, rel=0.02
+    )  # 200,000 draws: the means are known to 0.01
     assert suite.frechet(x, x) == pytest.approx(0, abs=1e-6)
 
 
 def test_reference_drawings_show_what_is_asked():
     asked = [{"shape": "star", "colour": "red"}, {"background": "sky"}] * 5
     seen = suite.see(shapes, suite.drawings(shapes, asked))
-    assert all(seen[name][i] == word for i, words in enumerate(asked) for name, word in words.items())
+    assert all(
+        seen[name][i] == word for i, words in enumerate(asked) for name, word in words.items()
+    )

@@ -1,5 +1,6 @@
 """A machine that does not play along: two commands for one folder, signals, a full or read-only disk, no home, a clock that jumps, a hub that
 goes away half-way; and pictures that give overfitting away. One sentence, exit status 2 (130 after a signal), and nothing is lost."""
+
 import errno
 import os
 import random
@@ -15,18 +16,21 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-
-import convert
-import eval as evaluation
-import folder
-import generate
-import previews
-import train
-import weights
 from test_commands import ROOT, command, run
 
-STAR = ("--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
-        "--preview-steps 1 --device cpu").split()
+import eval as evaluation
+import generate
+import train
+import weights
+from report import previews
+from support import files
+from support.errors import UserError
+from tools import convert
+
+STAR = (
+    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
+    "--preview-steps 1 --device cpu"
+).split()
 
 
 def last(capsys):
@@ -43,20 +47,30 @@ def whole(tmp_path_factory):
 
 
 def same(a, b):
-    assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes() and (a / "film.png").read_bytes() == (b / "film.png").read_bytes()
+    assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes() and (
+        a / "film.png"
+    ).read_bytes() == (b / "film.png").read_bytes()
     for name in ("erased.safetensors", "checkpoint.safetensors"):
-        assert weights.read(a / name)[1] == weights.read(b / name)[1]  # the tensors' digest among it
+        assert (
+            weights.read(a / name)[1] == weights.read(b / name)[1]
+        )  # the tensors' digest among it
 
 
 # ------------------------------------------------------------------------------------------------ two at once
 def test_a_second_command_is_refused_and_a_killed_first_one_is_no_obstacle(tmp_path, capsys):
     out = tmp_path / "o"
-    hold = "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); import folder\nwith folder.alone(pathlib.Path(sys.argv[2])): print(1, flush=True); time.sleep(99)"
-    first = subprocess.Popen([sys.executable, "-c", hold, str(ROOT), str(out)], stdout=subprocess.PIPE)
+    hold = "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); import folder\nwith files.lock_folder(pathlib.Path(sys.argv[2])): print(1, flush=True); time.sleep(99)"
+    first = subprocess.Popen(
+        [sys.executable, "-c", hold, str(ROOT), str(out)], stdout=subprocess.PIPE
+    )
     first.stdout.readline()
     for module, words in ((train, STAR), (generate, ["a star", "--model", "toy", "--steps", 1])):
-        assert run(module, *words, "--out", out) == 2 and "Another command is at work" in last(capsys)
-    assert generate.run(evaluation.evaluate, evaluation.parse(["toy", "--limit", "1", "--out", str(out)])) == 2 and "Another command" in last(capsys)
+        assert run(module, *words, "--out", out) == 2 and "Another command is at work" in last(
+            capsys
+        )
+    assert generate.run(
+        evaluation.evaluate, evaluation.parse(["toy", "--limit", "1", "--out", str(out)])
+    ) == 2 and "Another command" in last(capsys)
     first.kill(), first.wait()
     assert run(generate, "a star", "--model", "toy", "--steps", 1, "--out", out) == 0
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", "grid.png", "prompts.jsonl"]
@@ -64,16 +78,18 @@ def test_a_second_command_is_refused_and_a_killed_first_one_is_no_obstacle(tmp_p
 
 def test_two_exports_to_one_place(tmp_path, capsys):
     args = convert.parse(["--model", "toy", "--format", "diffusers", "--out", str(tmp_path / "o")])
-    with folder.alone(tmp_path / ".o-unfinished"):
+    with files.lock_folder(tmp_path / ".o-unfinished"):
         assert generate.run(convert.convert, args) == 2 and "Another command" in last(capsys)
-    assert generate.run(convert.convert, args) == 0 and [file.name for file in tmp_path.iterdir()] == ["o"]
+    assert generate.run(convert.convert, args) == 0 and [
+        file.name for file in tmp_path.iterdir()
+    ] == ["o"]
 
 
 def test_leftovers_go_and_what_is_the_users_stays(tmp_path):
-    (tmp_path / "deep" / f"{weights.WRITING}1").mkdir(parents=True)
-    (tmp_path / "deep" / f"{weights.WRITING}1" / "half.png").touch()
+    (tmp_path / "deep" / f"{files.WRITING}1").mkdir(parents=True)
+    (tmp_path / "deep" / f"{files.WRITING}1" / "half.png").touch()
     (tmp_path / "mine.tmp.png").touch()
-    with folder.alone(tmp_path):
+    with files.lock_folder(tmp_path):
         assert sorted(file.name for file in tmp_path.rglob("*")) == ["deep", "mine.tmp.png"]
 
 
@@ -84,8 +100,9 @@ def test_where_a_file_system_cannot_lock_nobody_is_kept_out(tmp_path, monkeypatc
     def flock(*words):
         asked.append(words)
         raise OSError(errno.ENOLCK, "no locks")
+
     monkeypatch.setattr(fcntl, "flock", flock)
-    with folder.alone(tmp_path), folder.alone(tmp_path):
+    with files.lock_folder(tmp_path), files.lock_folder(tmp_path):
         (tmp_path / "picture").touch()
     assert len(asked) == 2 and [file.name for file in tmp_path.iterdir()] == ["picture"]
 
@@ -93,27 +110,64 @@ def test_where_a_file_system_cannot_lock_nobody_is_kept_out(tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------------------ signals
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name, words, nth, status, said, goes_on", [
-    ("train", STAR, 2, 130, "to go on: python train.py --resume --out", "4 iterations in"),
-    ("train", [*STAR, "--save-every", "0"], 6, 2, "stopped after 2 iterations, which are saved; to go on: python", "2 iterations in"),
-    ("eval", ["toy", "--limit", "1", "--steps", "1"], 2, 130, "the same command goes on", "| original |"),
-    ("generate", ["a star", "a moon", "--model", "toy", "--steps", "1", "--batch-size", "1"], 2, 130, "what is written so far stays", None),
-    ("convert", ["--model", "toy", "--format", "diffusers"], 2, 130, "run the same command again", "model card")],
-    ids=["train", "train, in an iteration", "eval", "generate", "convert"])
-def test_signals_are_one_sentence(name, words, nth, status, said, goes_on, number, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, words, nth, status, said, goes_on",
+    [
+        ("train", STAR, 2, 130, "to go on: python train.py --resume --out", "4 iterations in"),
+        (
+            "train",
+            [*STAR, "--save-every", "0"],
+            6,
+            2,
+            "stopped after 2 iterations, which are saved; to go on: python",
+            "2 iterations in",
+        ),
+        (
+            "eval",
+            ["toy", "--limit", "1", "--steps", "1"],
+            2,
+            130,
+            "the same command goes on",
+            "| original |",
+        ),
+        (
+            "generate",
+            ["a star", "a moon", "--model", "toy", "--steps", "1", "--batch-size", "1"],
+            2,
+            130,
+            "what is written so far stays",
+            None,
+        ),
+        (
+            "convert",
+            ["--model", "toy", "--format", "diffusers"],
+            2,
+            130,
+            "run the same command again",
+            "model card",
+        ),
+    ],
+    ids=["train", "train, in an iteration", "eval", "generate", "convert"],
+)
+def test_signals_are_one_sentence(
+    name, words, nth, status, said, goes_on, number, tmp_path, monkeypatch, capsys
+):
     """At the nth file that is to be written; the sentence is the one at the command's own end."""
+
     def ends(*words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--out", str(tmp_path / "o")])
         with torch.enable_grad(), pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
         return end.value.code
-    written, whole = [], weights.whole
+
+    written, whole = [], files.atomic_write
 
     def counted(file):
         written.append(file)
         if len(written) == nth:
             signal.raise_signal(number)
         return whole(file)
+
     monkeypatch.setattr(weights, "whole", counted)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -121,7 +175,10 @@ def test_signals_are_one_sentence(name, words, nth, status, said, goes_on, numbe
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert not list(tmp_path.rglob(".writing*")) and not list(tmp_path.glob(".*"))
     if goes_on:
-        assert ends(*(["--resume"] if name == "train" else words)) == 0 and goes_on in capsys.readouterr().out
+        assert (
+            ends(*(["--resume"] if name == "train" else words)) == 0
+            and goes_on in capsys.readouterr().out
+        )
 
 
 # ------------------------------------------------------------------------------------------------ disks
@@ -134,11 +191,14 @@ def test_full_disk_at_random_writes(whole, tmp_path, monkeypatch, capsys):
         if room[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         return replace(*names)
+
     monkeypatch.setattr(os, "replace", full)
     out, statuses, kept = tmp_path / "o", [], []
     while not statuses or statuses[-1]:
         room[0] = rng.randrange(1, 9) if len(statuses) < 6 else 99
-        statuses.append(run(train, *(["--resume"] if (out / "run.json").exists() else STAR), "--out", out))
+        statuses.append(
+            run(train, *(["--resume"] if (out / "run.json").exists() else STAR), "--out", out)
+        )
         assert statuses[-1] == 0 or statuses[-1] == 2 and "No space left" in last(capsys)
         kept.append((out / "checkpoint.safetensors").exists())
         assert not list(tmp_path.rglob(".writing*"))
@@ -146,11 +206,16 @@ def test_full_disk_at_random_writes(whole, tmp_path, monkeypatch, capsys):
     same(whole, out)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk, as root")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid() != 0,
+    reason="mounts a small disk, as root",
+)
 def test_a_small_and_a_read_only_disk(whole, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("cannot mount here")
     try:
         assert run(train, *STAR, "--out", disk / "o") == 2
@@ -161,7 +226,9 @@ def test_a_small_and_a_read_only_disk(whole, tmp_path, capsys):
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         for words in (["--resume", "--out", disk / "o"], [*STAR, "--out", disk / "new"]):
             assert run(train, *words) == 2 and "Read-only" in last(capsys)
-        assert run(generate, "star", "--model", "toy", "--steps", 1, "--out", disk / "p") == 2 and "Read-only" in last(capsys)
+        assert run(
+            generate, "star", "--model", "toy", "--steps", 1, "--out", disk / "p"
+        ) == 2 and "Read-only" in last(capsys)
         args = convert.parse(["--model", "toy", "--format", "diffusers", "--out", str(disk / "m")])
         assert generate.run(convert.convert, args) == 2 and "Read-only" in last(capsys)
     finally:
@@ -171,6 +238,7 @@ def test_a_small_and_a_read_only_disk(whole, tmp_path, capsys):
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(train.csv.DictWriter, "writerow", fail)
     assert run(train, *STAR, "--out", tmp_path / "o") == 2 and "No space left" in last(capsys)
 
@@ -179,8 +247,14 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, cap
 @pytest.mark.skipif(os.name == "nt", reason="homes of Unix")
 @pytest.mark.parametrize("home", [None, "/dev/null/home"])  # which not even root can make
 def test_without_a_home(home, tmp_path):
-    env = {key: value for key, value in os.environ.items() if key not in ("HOME", "HF_HOME", "XDG_CACHE_HOME")} | ({"HOME": home} if home else {})
-    status, _, error = command("generate.py", "a star", "--model", "toy", "--steps", 1, "--out", tmp_path / "o", env=env)
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("HOME", "HF_HOME", "XDG_CACHE_HOME")
+    } | ({"HOME": home} if home else {})
+    status, _, error = command(
+        "generate.py", "a star", "--model", "toy", "--steps", 1, "--out", tmp_path / "o", env=env
+    )
     assert status == 0, error
 
 
@@ -193,18 +267,31 @@ def test_a_clock_that_jumps(whole, tmp_path, monkeypatch, capsys):
     same(whole, tmp_path / "o")
 
 
-def test_a_hub_that_goes_away_half_way_leaves_no_model_to_take_for_whole(tmp_path, monkeypatch, model_folder):
+def test_a_hub_that_goes_away_half_way_leaves_no_model_to_take_for_whole(
+    tmp_path, monkeypatch, model_folder
+):
     """Some files are there: the sentence is about the network; once all are, they do."""
+
     def fetched(*_, local_files_only=False, **__):
         if not local_files_only:
             raise ConnectionError("the hub went away")
         return str(tmp_path)
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda *_, **__: [
-        file.relative_to(model_folder).as_posix() for file in model_folder.rglob("*") if file.is_file()]))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "HfApi",
+        lambda: SimpleNamespace(
+            list_repo_files=lambda *_, **__: [
+                file.relative_to(model_folder).as_posix()
+                for file in model_folder.rglob("*")
+                if file.is_file()
+            ]
+        ),
+    )
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{}")
-    with pytest.raises(weights.UserError, match="the hub went away.*run the same command again"):
+    with pytest.raises(UserError, match="the hub went away.*run the same command again"):
         weights.find("some/model")
     for part in ("unet", "vae", "text_encoder"):
         (tmp_path / part).mkdir(exist_ok=True)
@@ -216,7 +303,9 @@ def test_a_hub_that_goes_away_half_way_leaves_no_model_to_take_for_whole(tmp_pat
 def test_near_constant_pictures_are_counted_and_warned_of_once(capsys):
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (64, 64, 3), np.uint8)
-    red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + rng.integers(0, 5, (64, 64, 3), np.uint8)  # one colour, a little noise
+    red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + rng.integers(
+        0, 5, (64, 64, 3), np.uint8
+    )  # one colour, a little noise
     lively = red.copy()
     lively[..., 2] = picture[..., 2]  # in one channel
     assert previews.share_of_flat([picture, red, red, lively]) == 0.5

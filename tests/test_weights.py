@@ -1,20 +1,25 @@
 """Files <-> modules: every layout that SD 1.x was published in is read, and whatever is wrong is refused by name."""
+
 import json
 import re
 import shutil
 
+import common
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common
 import weights
 from clip_text import CLIPText
+from support import files
+from support.errors import UserError
 from unet import UNet
-from weights import UserError
 
-FILES = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors",
-         "text_encoder": "text_encoder/model.safetensors"}
+FILES = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+}
 
 
 @pytest.fixture
@@ -36,7 +41,9 @@ def reconfigure(folder, part, **changes):
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+    )
 
 
 def networks_of(model):
@@ -58,10 +65,18 @@ def test_load(model_folder, capsys):
     printed = capsys.readouterr().out
     for network, module in networks_of(model).items():
         tensors = load_file(model_folder / FILES[network])
-        theirs = {k if network != "text_encoder" else f"text_model.{k.removeprefix('text_model.')}": v for k, v in tensors.items()}
-        assert module.state_dict().keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in module.state_dict().items())
+        theirs = {
+            k if network != "text_encoder" else f"text_model.{k.removeprefix('text_model.')}": v
+            for k, v in tensors.items()
+        }
+        assert module.state_dict().keys() == theirs.keys() and all(
+            torch.equal(v, theirs[k]) for k, v in module.state_dict().items()
+        )
         assert not module.training and not any(p.requires_grad for p in module.parameters())
-        assert f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} parameters" in printed
+        assert (
+            f"{len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} parameters"
+            in printed
+        )
     assert model.scheduler["beta_end"] == 0.012 and model.resolution == 8 * model.vae.factor
     assert model.tokenizer("a red star").input_ids[-1] == model.tokenizer.eos_token_id
 
@@ -109,7 +124,9 @@ def test_clips_names_old_and_new(folder, prefix, position_ids):
 
     def rename(tensors):
         tensors = {start + name.removeprefix("text_model."): x for name, x in tensors.items()}
-        return tensors | ({start + "embeddings.position_ids": torch.arange(77)[None]} if position_ids else {})
+        return tensors | (
+            {start + "embeddings.position_ids": torch.arange(77)[None]} if position_ids else {}
+        )
 
     rewrite(folder / FILES["text_encoder"], rename)
     assert same(weights.load_network(folder, "text_encoder"), new)
@@ -125,7 +142,11 @@ def test_tokenizer_files_of_both_kinds(folder):
 
 
 # ------------------------------------------------------------------------------------------------ strictness
-MISSING = {"unet": "conv_in.weight", "vae": "encoder.conv_in.weight", "text_encoder": "final_layer_norm.weight"}
+MISSING = {
+    "unet": "conv_in.weight",
+    "vae": "encoder.conv_in.weight",
+    "text_encoder": "final_layer_norm.weight",
+}
 
 
 @pytest.mark.parametrize("network", FILES)
@@ -157,11 +178,14 @@ def test_a_tensor_of_integers(folder):
 def test_a_truncated_file_names_the_first_tensor_it_lacks(folder, network):
     file = folder / FILES[network]
     header = int.from_bytes(file.read_bytes()[:8], "little")
-    table = json.loads(file.read_bytes()[8:8 + header])
+    table = json.loads(file.read_bytes()[8 : 8 + header])
     half = (file.stat().st_size - 8 - header) // 2
-    cut = next(k for k, v in sorted(table.items(), key=lambda x: x[1].get("data_offsets", [0])) if k != "__metadata__"
-               and v["data_offsets"][1] > half)
-    file.write_bytes(file.read_bytes()[:8 + header + half])
+    cut = next(
+        k
+        for k, v in sorted(table.items(), key=lambda x: x[1].get("data_offsets", [0]))
+        if k != "__metadata__" and v["data_offsets"][1] > half
+    )
+    file.write_bytes(file.read_bytes()[: 8 + header + half])
     refused(folder, FILES[network], f"{cut} is cut off")
 
 
@@ -185,8 +209,15 @@ def test_missing_files(folder):
     refused(folder, "unet/config.json is missing")
 
 
-@pytest.mark.parametrize("part, file", [("unet", "config.json"), ("vae", "config.json"), ("text_encoder", "config.json"),
-                                        ("scheduler", "scheduler_config.json")])
+@pytest.mark.parametrize(
+    "part, file",
+    [
+        ("unet", "config.json"),
+        ("vae", "config.json"),
+        ("text_encoder", "config.json"),
+        ("scheduler", "scheduler_config.json"),
+    ],
+)
 @pytest.mark.parametrize("text", ['{"a": ', "", "[1, 2]", "3", '"ab"', "\udcff"])
 def test_broken_json(folder, part, file, text):
     (folder / part / file).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -199,10 +230,17 @@ def test_a_broken_tokenizer(folder):
 
 
 # ------------------------------------------------------------------------------------------------ configs
-OTHER = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: 2 * v, str: lambda v: "other"}
+OTHER = {
+    bool: lambda v: not v,
+    int: lambda v: v + 1,
+    float: lambda v: 2 * v,
+    str: lambda v: "other",
+}
 
 
-@pytest.mark.parametrize("part, key", [(part, key) for part in weights.ONLY for key in weights.ONLY[part]])
+@pytest.mark.parametrize(
+    "part, key", [(part, key) for part in weights.ONLY for key in weights.ONLY[part]]
+)
 def test_a_key_that_changes_the_arithmetic(folder, part, key):
     value = weights.ONLY[part][key][0]
     reconfigure(folder, part, **{key: value})
@@ -211,38 +249,103 @@ def test_a_key_that_changes_the_arithmetic(folder, part, key):
     refused(folder, f"{key} = ")
 
 
-@pytest.mark.parametrize("part, key, value", [
-    ("scheduler", "clip_sample", True), ("scheduler", "set_alpha_to_one", True), ("scheduler", "thresholding", True),
-    ("scheduler", "rescale_betas_zero_snr", True), ("scheduler", "trained_betas", [0.1]), ("scheduler", "beta_end", "0.012"),
-    ("scheduler", "prediction_type", "v_prediction"), ("unet", "attention_head_dim", [5, 10, 20, 20]),
-    ("unet", "use_linear_projection", True), ("unet", "class_embed_type", "timestep"), ("unet", "dropout", 0.1),
-    ("unet", "dual_cross_attention", True), ("unet", "only_cross_attention", [True] * 3), ("unet", "num_attention_heads", 4),
-    ("unet", "upcast_attention", True), ("unet", "cross_attention_dim", [40] * 3), ("unet", "layers_per_block", [1, 1, 1]),
-    ("unet", "down_block_types", ["AttnDownBlock2D"] * 3), ("unet", "something_new", 1), ("vae", "shift_factor", 0.1),
-    ("vae", "latents_mean", [0.0]), ("vae", "down_block_types", ["AttnDownEncoderBlock2D"] * 3), ("vae", "something_new", "x"),
-    ("text_encoder", "attention_dropout", 0.1), ("text_encoder", "something_new", True), ("unet", "norm_num_groups", True),
-    ("unet", "norm_num_groups", None), ("unet", "sample_size", "8"), ("unet", "down_block_types", 3), ("vae", "up_block_types", None)])
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("scheduler", "clip_sample", True),
+        ("scheduler", "set_alpha_to_one", True),
+        ("scheduler", "thresholding", True),
+        ("scheduler", "rescale_betas_zero_snr", True),
+        ("scheduler", "trained_betas", [0.1]),
+        ("scheduler", "beta_end", "0.012"),
+        ("scheduler", "prediction_type", "v_prediction"),
+        ("unet", "attention_head_dim", [5, 10, 20, 20]),
+        ("unet", "use_linear_projection", True),
+        ("unet", "class_embed_type", "timestep"),
+        ("unet", "dropout", 0.1),
+        ("unet", "dual_cross_attention", True),
+        ("unet", "only_cross_attention", [True] * 3),
+        ("unet", "num_attention_heads", 4),
+        ("unet", "upcast_attention", True),
+        ("unet", "cross_attention_dim", [40] * 3),
+        ("unet", "layers_per_block", [1, 1, 1]),
+        ("unet", "down_block_types", ["AttnDownBlock2D"] * 3),
+        ("unet", "something_new", 1),
+        ("vae", "shift_factor", 0.1),
+        ("vae", "latents_mean", [0.0]),
+        ("vae", "down_block_types", ["AttnDownEncoderBlock2D"] * 3),
+        ("vae", "something_new", "x"),
+        ("text_encoder", "attention_dropout", 0.1),
+        ("text_encoder", "something_new", True),
+        ("unet", "norm_num_groups", True),
+        ("unet", "norm_num_groups", None),
+        ("unet", "sample_size", "8"),
+        ("unet", "down_block_types", 3),
+        ("vae", "up_block_types", None),
+    ],
+)
 def test_a_value_that_is_not_implemented(folder, part, key, value):
     reconfigure(folder, part, **{key: value})
     refused(folder, part, key)
 
 
-@pytest.mark.parametrize("part, key, value", [
-    ("unet", "attention_head_dim", 5), ("unet", "attention_head_dim", 0), ("unet", "norm_num_groups", 5),
-    ("unet", "norm_num_groups", 0), ("unet", "layers_per_block", 1.5), ("unet", "block_out_channels", [16, 32]),
-    ("unet", "down_block_types", []), ("vae", "norm_num_groups", 7), ("text_encoder", "num_attention_heads", 7)])
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("unet", "attention_head_dim", 5),
+        ("unet", "attention_head_dim", 0),
+        ("unet", "norm_num_groups", 5),
+        ("unet", "norm_num_groups", 0),
+        ("unet", "layers_per_block", 1.5),
+        ("unet", "block_out_channels", [16, 32]),
+        ("unet", "down_block_types", []),
+        ("vae", "norm_num_groups", 7),
+        ("text_encoder", "num_attention_heads", 7),
+    ],
+)
 def test_sizes_that_make_no_network(folder, part, key, value):
     reconfigure(folder, part, **{key: value})
     refused(folder, f"{part}/", "config.json")
 
 
-@pytest.mark.parametrize("part, keys", [
-    ("unet", dict(_name_or_path="x", dropout=0.0, sample_size=9, num_attention_heads=None, upcast_attention=False,
-                  addition_embed_type_num_heads=64, something_new=None)),
-    ("vae", dict(sample_size=512, force_upcast=True, latents_std=None, shift_factor=None)),
-    ("text_encoder", dict(architectures=["CLIPTextModel"], dropout=0.0, initializer_range=0.02, torch_dtype="float16",
-                          dtype="float32", projection_dim=768, bos_token_id=0, eos_token_id=2, pad_token_id=1)),
-    ("scheduler", dict(trained_betas=None, thresholding=False, clip_sample_range=1.0, sample_max_value=1.0))])
+@pytest.mark.parametrize(
+    "part, keys",
+    [
+        (
+            "unet",
+            dict(
+                _name_or_path="x",
+                dropout=0.0,
+                sample_size=9,
+                num_attention_heads=None,
+                upcast_attention=False,
+                addition_embed_type_num_heads=64,
+                something_new=None,
+            ),
+        ),
+        ("vae", dict(sample_size=512, force_upcast=True, latents_std=None, shift_factor=None)),
+        (
+            "text_encoder",
+            dict(
+                architectures=["CLIPTextModel"],
+                dropout=0.0,
+                initializer_range=0.02,
+                torch_dtype="float16",
+                dtype="float32",
+                projection_dim=768,
+                bos_token_id=0,
+                eos_token_id=2,
+                pad_token_id=1,
+            ),
+        ),
+        (
+            "scheduler",
+            dict(
+                trained_betas=None, thresholding=False, clip_sample_range=1.0, sample_max_value=1.0
+            ),
+        ),
+    ],
+)
 def test_inert_keys_pass(folder, part, keys):
     before = networks_of(weights.load(folder))
     reconfigure(folder, part, **keys)
@@ -252,10 +355,15 @@ def test_inert_keys_pass(folder, part, keys):
 
 def test_short_configs_of_2022(folder):
     """Keys that 2022's files do not have: the networks' defaults are SD 1.4's, clipping and ᾱ = 1 are off."""
-    for part, keys in (("vae", ["scaling_factor", "force_upcast", "mid_block_add_attention"]),
-                       ("scheduler", ["clip_sample", "timestep_spacing", "prediction_type"]), ("unet", ["mid_block_type"])):
+    for part, keys in (
+        ("vae", ["scaling_factor", "force_upcast", "mid_block_add_attention"]),
+        ("scheduler", ["clip_sample", "timestep_spacing", "prediction_type"]),
+        ("unet", ["mid_block_type"]),
+    ):
         file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in keys}))
+        file.write_text(
+            json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in keys})
+        )
     assert weights.load(folder).vae.scaling_factor == 0.18215
 
 
@@ -268,15 +376,27 @@ def test_pndm_with_runge_kutta_steps(folder):
     refused(folder, "skip_prk_steps")
 
 
-@pytest.mark.parametrize("version, size, resolution", [
-    ("0.2.2", 16, 64), ("0.8.9", 32, 64), ("0.9.0", 16, 16), ("0.42.1", 8, 8), ("0.2.2", 96, 96), ("0.42.1", None, 64)])
+@pytest.mark.parametrize(
+    "version, size, resolution",
+    [
+        ("0.2.2", 16, 64),
+        ("0.8.9", 32, 64),
+        ("0.9.0", 16, 16),
+        ("0.42.1", 8, 8),
+        ("0.2.2", 96, 96),
+        ("0.42.1", None, 64),
+    ],
+)
 def test_sample_size(folder, version, size, resolution):
     reconfigure(folder, "unet", _diffusers_version=version, sample_size=size)
     assert weights.load(folder).resolution == resolution * 4
 
 
 # ------------------------------------------------------------------------------------------------ names
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "/no/such/folder", "a/b/c", "../up", "C:\\models", "hub/ex ample"])
+@pytest.mark.parametrize(
+    "name",
+    ["./nowhere", "nowhere", "/no/such/folder", "a/b/c", "../up", "C:\\models", "hub/ex ample"],
+)
 def test_names_that_are_neither_folder_nor_hub_id(name):
     with pytest.raises(UserError, match="no folder") as e:
         weights.load(name)
@@ -287,9 +407,12 @@ def test_names_that_are_neither_folder_nor_hub_id(name):
 def test_a_hub_id_without_network(monkeypatch, reason):
     """conftest.py has set HF_HUB_OFFLINE; other faults of the hub's come with messages of many lines, or none."""
     import huggingface_hub
+
     if reason is not None:
+
         def fail(*args, **kwargs):
             raise RuntimeError(reason)
+
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
     with pytest.raises(UserError, match="Cannot get nobody/no-model from the hub") as e:
         weights.load("nobody/no-model")
@@ -311,13 +434,20 @@ def patch(model_folder, tmp_path):
     """(file, tensors): a patch for the tiny model, every cross-attention tensor moved."""
     base = cross_attention(weights.load_network(model_folder, "unet"))
     tensors = {name: x + 0.1 for name, x in base.items()}
-    weights.save(tmp_path / "runs" / "patch.safetensors", tensors, {"model": "tiny", "base_fingerprint": weights.fingerprint(base)})
+    weights.save(
+        tmp_path / "runs" / "patch.safetensors",
+        tensors,
+        {"model": "tiny", "base_fingerprint": weights.fingerprint(base)},
+    )
     return tmp_path / "runs" / "patch.safetensors", tensors
 
 
 def test_patch_round_trip(model_folder, patch):
     file, tensors = patch
-    net, before = weights.load_network(model_folder, "unet"), weights.load_network(model_folder, "unet").state_dict()
+    net, before = (
+        weights.load_network(model_folder, "unet"),
+        weights.load_network(model_folder, "unet").state_dict(),
+    )
     assert weights.load_patch(file, net)["model"] == "tiny"
     for name, x in net.state_dict().items():  # everything but the patch's tensors is bit-identical
         assert torch.equal(x, tensors.get(name, before[name])), name
@@ -330,10 +460,16 @@ def test_a_patch_for_another_base(model_folder, patch):
     with pytest.raises(UserError, match="made for tiny"):
         weights.load_patch(patch[0], net)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
-    with pytest.raises(UserError, match="attn2.* does not fit .* made for tiny"):  # other names and shapes
+    with pytest.raises(
+        UserError, match="attn2.* does not fit .* made for tiny"
+    ):  # other names and shapes
         weights.load_patch(patch[0], UNet(**common.UNETS["8 heads, cross first"]))
-    with pytest.raises(UserError, match="attn2.* does not fit .* made for tiny"):  # the same names, other shapes
-        weights.load_patch(patch[0], UNet(**common.UNETS["2 heads, plain first"] | dict(cross_attention_dim=24)))
+    with pytest.raises(
+        UserError, match="attn2.* does not fit .* made for tiny"
+    ):  # the same names, other shapes
+        weights.load_patch(
+            patch[0], UNet(**common.UNETS["2 heads, plain first"] | dict(cross_attention_dim=24))
+        )
 
 
 def test_a_patch_without_a_fingerprint(model_folder, patch):
@@ -344,22 +480,31 @@ def test_a_patch_without_a_fingerprint(model_folder, patch):
 
 def test_fingerprint():
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
-    assert weights.fingerprint({"x": a, "y": b}) == weights.fingerprint({"y": b, "x": a.clone()})  # order does not matter
-    assert len({weights.fingerprint(t) for t in ({"x": a}, {"y": a}, {"x": a + 1}, {"x": a, "y": b})}) == 4
-    assert weights.fingerprint({"x": a}) == weights.fingerprint({"x": a.half()})  # a float16 copy of a model is the same base
+    assert weights.fingerprint({"x": a, "y": b}) == weights.fingerprint(
+        {"y": b, "x": a.clone()}
+    )  # order does not matter
+    assert (
+        len({weights.fingerprint(t) for t in ({"x": a}, {"y": a}, {"x": a + 1}, {"x": a, "y": b})})
+        == 4
+    )
+    assert weights.fingerprint({"x": a}) == weights.fingerprint(
+        {"x": a.half()}
+    )  # a float16 copy of a model is the same base
     assert re.fullmatch("[0-9a-f]{16}", weights.fingerprint({"x": a}))
 
 
 def test_whole_leaves_no_half_file(tmp_path):
     file = tmp_path / "new" / "a.safetensors"
     weights.save(file, {"x": torch.ones(2)})
-    with pytest.raises(ZeroDivisionError), weights.whole(file) as beside:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(file) as beside:
         beside.write_text("half")
         1 / 0
-    with pytest.raises(UserError, match="Cannot write"), weights.whole(file) as beside:
+    with pytest.raises(UserError, match="Cannot write"), files.atomic_write(file) as beside:
         beside.write_text("half")
         raise OSError("disk full")
-    assert [p.name for p in file.parent.iterdir()] == ["a.safetensors"] and weights.read(file)[0]["x"].tolist() == [1, 1]
+    assert [p.name for p in file.parent.iterdir()] == ["a.safetensors"] and weights.read(file)[0][
+        "x"
+    ].tolist() == [1, 1]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write"):
         weights.save(tmp_path / "file" / "b.safetensors", {"x": torch.ones(2)})
@@ -385,7 +530,10 @@ def test_a_run_continues_bit_for_bit(tmp_path):
     weights.save_checkpoint(file, {"student": straight.state_dict()}, optimizer, {"step": "3"})
     train(straight, optimizer, 3)
     again, optimizer_2 = tiny_run()
-    assert weights.load_checkpoint(file, {"student": again.state_dict()}, optimizer_2).items() >= {"step": "3"}.items()
+    assert (
+        weights.load_checkpoint(file, {"student": again.state_dict()}, optimizer_2).items()
+        >= {"step": "3"}.items()
+    )
     assert not same(again, straight)
     train(again, optimizer_2, 3)
     assert same(again, straight)

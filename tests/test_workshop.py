@@ -1,4 +1,5 @@
 """workshop.ipynb runs from top to bottom, its kept outputs are whole and name no folder, and its check knows right from wrong."""
+
 import base64
 import importlib.util
 import io
@@ -12,13 +13,22 @@ from PIL import Image
 import losses
 
 ROOT = Path(__file__).parent.parent
-MISSING = [name for name in ("nbformat", "nbclient", "ipykernel", "matplotlib") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the workshop needs {', '.join(MISSING)}: see requirements-workshop.txt")
-LOCAL = re.compile(r"(?<![\w.])/\w[\w.-]*/\w|\b[A-Za-z]:\\\w|site-packages|ipykernel_\d")  # an absolute path, of any system
+MISSING = [
+    name
+    for name in ("nbformat", "nbclient", "ipykernel", "matplotlib")
+    if importlib.util.find_spec(name) is None
+]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"the workshop needs {', '.join(MISSING)}: see requirements-workshop.txt"
+)
+LOCAL = re.compile(
+    r"(?<![\w.])/\w[\w.-]*/\w|\b[A-Za-z]:\\\w|site-packages|ipykernel_\d"
+)  # an absolute path, of any system
 
 
 def notebook():
     import nbformat
+
     book = nbformat.read(ROOT / "workshop.ipynb", as_version=4)
     nbformat.validate(book)
     return book
@@ -36,13 +46,17 @@ def solution(book):
 
 def outputs(book):
     """(cell, output) for every output of every code cell."""
-    return [(cell, output) for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [
+        (cell, output) for cell in book.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
 
 
 def texts(output):
     """All that an output says in words."""
     data = output.get("data", {})
-    return "\n".join([output.get("text", ""), *(str(data[kind]) for kind in data if kind.startswith("text/"))])
+    return "\n".join(
+        [output.get("text", ""), *(str(data[kind]) for kind in data if kind.startswith("text/"))]
+    )
 
 
 def said(book, tag):
@@ -53,8 +67,11 @@ def said(book, tag):
 def execute(book):
     """The book after a run of all its cells; raises where one fails."""
     from nbclient import NotebookClient
+
     where = {"metadata": {"path": str(ROOT)}}
-    NotebookClient(book, timeout=1800, kernel_name="python3", coalesce_streams=True, resources=where).execute()
+    NotebookClient(
+        book, timeout=1800, kernel_name="python3", coalesce_streams=True, resources=where
+    ).execute()
     return book
 
 
@@ -75,21 +92,42 @@ def faults(book):
 def test_the_kept_outputs_are_whole():
     book = notebook()
     assert not faults(book)
-    pngs = [output.data["image/png"] for _, output in outputs(book) if "image/png" in output.get("data", {})]
+    pngs = [
+        output.data["image/png"]
+        for _, output in outputs(book)
+        if "image/png" in output.get("data", {})
+    ]
     images = [Image.open(io.BytesIO(base64.b64decode(png))) for png in pngs]
-    assert len(images) >= 10 and all(len(image.convert("RGB").getcolors(2**24)) > 10 for image in images)
+    assert len(images) >= 10 and all(
+        len(image.convert("RGB").getcolors(2**24)) > 10 for image in images
+    )
     assert (ROOT / "workshop.ipynb").stat().st_size <= 2_000_000
     assert said(book, "check").startswith("Not yet")  # kept unsolved
 
 
-@pytest.mark.parametrize("output, complaint", [
-    (dict(output_type="stream", name="stdout", text="unet: /home/ada/sdd/toy/model"), "names a folder"),
-    (dict(output_type="stream", name="stderr", text="a warning"), "complains"),
-    (dict(output_type="error", ename="ValueError", evalue="", traceback=[]), "complains"),
-    (dict(output_type="execute_result", data={"text/plain": r"C:\Users\ada"}, metadata={}, execution_count=1), "names a folder"),
-])
+@pytest.mark.parametrize(
+    "output, complaint",
+    [
+        (
+            dict(output_type="stream", name="stdout", text="unet: /home/ada/sdd/toy/model"),
+            "names a folder",
+        ),
+        (dict(output_type="stream", name="stderr", text="a warning"), "complains"),
+        (dict(output_type="error", ename="ValueError", evalue="", traceback=[]), "complains"),
+        (
+            dict(
+                output_type="execute_result",
+                data={"text/plain": r"C:\Users\ada"},
+                metadata={},
+                execution_count=1,
+            ),
+            "names a folder",
+        ),
+    ],
+)
 def test_a_fault_would_be_seen(output, complaint):
     from nbformat import NotebookNode
+
     book = notebook()
     cell = next(cell for cell in book.cells if cell.cell_type == "code")
     cell.outputs.append(NotebookNode(output))
@@ -117,8 +155,13 @@ def test_the_solution_is_right():
 
 
 def test_the_check_does_not_ask_for_the_solutions_words():
-    assert verdict("def my_loss(e, e_original, z_t, t, c_s, c_a, **_):\n"
-                   "    return (e(z_t, t, c_s) - e_original(z_t, t, c_a).detach()).square().mean()") == "Right!"
+    assert (
+        verdict(
+            "def my_loss(e, e_original, z_t, t, c_s, c_a, **_):\n"
+            "    return (e(z_t, t, c_s) - e_original(z_t, t, c_a).detach()).square().mean()"
+        )
+        == "Right!"
+    )
 
 
 HEAD = "def my_loss(e, e_original, z_t, t, c_s, c_0, c_a, **_):\n"
@@ -149,7 +192,9 @@ def test_a_solution_without_the_rest_is_told_why():
 
 
 def test_unsolved_it_is_not_right():
-    assert verdict(tagged(notebook(), "exercise").source).startswith("Not yet: that is SDD's own loss")
+    assert verdict(tagged(notebook(), "exercise").source).startswith(
+        "Not yet: that is SDD's own loss"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ from top to bottom
@@ -159,7 +204,9 @@ def test_the_notebook_runs(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     book = execute(notebook())
     assert not faults(book)
-    assert said(book, "check").startswith("Not yet") and said(book, "try").startswith("First make the check")
+    assert said(book, "check").startswith("Not yet") and said(book, "try").startswith(
+        "First make the check"
+    )
 
 
 @pytest.mark.long
@@ -171,7 +218,11 @@ def test_the_solved_notebook_runs_whole(monkeypatch):
     execute(book)
     assert not faults(book)
     assert said(book, "check") == "Right!\n"
-    before, after = re.search(r"^star +stars +before +(\d+), after +(\d+), of", said(book, "after"), re.M).groups()
+    before, after = re.search(
+        r"^star +stars +before +(\d+), after +(\d+), of", said(book, "after"), re.M
+    ).groups()
     assert int(before) >= 10 and int(after) <= 3  # of 12
-    stars, circles = re.search(r"^star +stars +(\d+), circles +(\d+), of 12", said(book, "try"), re.M).groups()
+    stars, circles = re.search(
+        r"^star +stars +(\d+), circles +(\d+), of 12", said(book, "try"), re.M
+    ).groups()
     assert int(circles) >= 7 and int(stars) <= 4

@@ -12,6 +12,8 @@ continues as if it had not been. Deliberate choices, against Stable Diffusion's 
 3. The text encoder first learns to name a picture's attributes from its caption, a minute's stand-in for CLIP's
    contrastive training; from there it goes on with the UNet.
 """
+import support.openmp  # noqa: F401
+
 import argparse
 import copy
 import csv
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import weights
+from support.files import atomic_write
 from clip_text import CLIPText, tokenize
 from scheduler import DDIM
 from toy import probe, worlds
@@ -140,7 +143,7 @@ def write_network(folder, network, config, module):
     """One network of the model folder: config.json and float16 weights."""
     name = weights.NETWORKS[network][1]
     weights.save(folder / network / f"{name}.safetensors", {k: v.half() for k, v in module.state_dict().items()})
-    with weights.whole(folder / network / "config.json") as beside:
+    with atomic_write(folder / network / "config.json") as beside:
         beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -216,7 +219,7 @@ def write_tokenizer(folder, vocabulary):
                  tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", errors="replace",
                  eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"), indent=2)}
     for name, text in files.items():
-        with weights.whole(folder / "tokenizer" / name) as beside:
+        with atomic_write(folder / "tokenizer" / name) as beside:
             beside.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
     return len(words)
 
@@ -305,7 +308,7 @@ def write_model(world, module):
         tokenizer=["transformers", "CLIPTokenizer"], scheduler=["diffusers", "PNDMScheduler"], feature_extractor=[None, None],
         safety_checker=[None, None], image_encoder=[None, None], requires_safety_checker=False)
     for name, config in (("scheduler/scheduler_config.json", scheduler), ("model_index.json", index)):
-        with weights.whole(folder / name) as beside:
+        with atomic_write(folder / name) as beside:
             beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

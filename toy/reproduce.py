@@ -3,7 +3,7 @@
     python eval.py toy --reproduce [--quick] --out DIR        hours on two cores; --quick: 15 minutes, one seed, fewer pictures
 
 Trainings and tables are commands of this project, run as such; what is there already is not made again, so the same command goes on
-after a stop. Every method has the settings of losses.METHODS; TUNING says how those were found.
+after a stop. Every method has the settings of presets.METHODS; TUNING says how those were found.
 """
 import concurrent.futures
 import csv
@@ -63,7 +63,7 @@ def command(*words):
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        from weights import UserError
+        from support.errors import UserError
         raise UserError(f"This command failed; mend it, and say the same again: {' '.join(map(str, words))}\n{done.stderr[-2000:]}")
 
 
@@ -127,7 +127,7 @@ def matrix(folder, made, seeds, limit, jobs):
 
 def verdict(a, b):
     """Is the proportion a below b? By 95 % Wilson intervals: "holds", "fails" (it is above) or "open" (they overlap)."""
-    from metrics import wilson
+    from evaluation.metrics import wilson
     (low_a, high_a), (low_b, high_b) = wilson(*a), wilson(*b)
     return "holds" if high_a < low_b else "fails" if low_a > high_b else "open"
 
@@ -213,7 +213,7 @@ def write(folder, made, run, rows, sections, seeds, limit, quick, minutes):
 
 def reproduce(folder, quick=False, jobs=2):
     if not find_spec("matplotlib"):  # needed at the end, hours later
-        from weights import UserError
+        from support.errors import UserError
         raise UserError("--reproduce draws a plot: pip install matplotlib, or all of requirements-eval.txt, first.")
     seeds, limit, began = ((2,), 40, time.time()) if quick else ((2, 3, 4), 100, time.time())
     sections, spent = plan(quick), folder / "seconds.txt"  # of this and of earlier, unfinished calls

@@ -1,4 +1,5 @@
 """The authors' loop, rebuilt on diffusers' classes: what bench.py measures ours against, and no part of the product."""
+
 import copy
 
 import torch
@@ -13,16 +14,33 @@ def their_parts(size, device):
     """unet, vae, text_encoder, tokenizer by diffusers and transformers."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     tokenizer = CLIPTokenizer.from_pretrained(weights.TOY / "tokenizer")
     if size == "toy":
-        return (UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device),
-                AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device),
-                CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device), tokenizer)
+        return (
+            UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device),
+            AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device),
+            CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device),
+            tokenizer,
+        )
     with torch.device(device):
-        vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=512,
-                            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4)
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                            num_attention_heads=12))
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            sample_size=512,
+            block_out_channels=[128, 256, 512, 512],
+            layers_per_block=2,
+            latent_channels=4,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408,
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+            )
+        )
         return UNet2DConditionModel(cross_attention_dim=768, sample_size=64), vae, text, tokenizer
 
 
@@ -32,14 +50,21 @@ class Authors:
 
     def __init__(self, size, device, batch_size, steps, dtype):
         from diffusers import DDIMScheduler
+
         self.unet, _, self.text_encoder, self.tokenizer = their_parts(size, device)
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.text_encoder.requires_grad_(False)
         self.unet.requires_grad_(True)
         self.trained = [p for name, p in self.unet.named_parameters() if "attn2" in name]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
-        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-                                       clip_sample=False, set_alpha_to_one=False)
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            clip_sample=False,
+            set_alpha_to_one=False,
+        )
         self.scheduler.set_timesteps(steps, device=device)
         side = self.unet.config.sample_size if size == "toy" else 64
         self.device, self.shape, self.dtype = device, (batch_size, 4, side, side), dtype
@@ -48,8 +73,13 @@ class Authors:
     def iteration(self, k, z=None):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
-                ids = self.tokenizer(["", PROMPT, PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
-                c_0, c_p, c_s = (c.expand(self.shape[0], -1, -1) for c in self.text_encoder(ids.to(self.device))[0].split(1))
+                ids = self.tokenizer(
+                    ["", PROMPT, PROMPT], padding="max_length", max_length=77, return_tensors="pt"
+                ).input_ids
+                c_0, c_p, c_s = (
+                    c.expand(self.shape[0], -1, -1)
+                    for c in self.text_encoder(ids.to(self.device))[0].split(1)
+                )
                 z = torch.randn(self.shape, device=self.device) if z is None else z
                 for t in self.scheduler.timesteps[:k]:
                     e_0, e_p = self.ema(torch.cat([z, z]), t, torch.cat([c_0, c_p])).sample.chunk(2)

@@ -7,6 +7,9 @@
 A single file says nothing of configs or sampler: SD 1.4's are taken, unless this program wrote it, which notes them in the file's
 metadata. A model card goes with what is written: README.md in the folder, NAME.md beside the file.
 """
+
+import support.openmp  # noqa: F401 (before torch)
+
 import argparse
 import inspect
 import json
@@ -21,16 +24,24 @@ import torch
 
 import weights
 from clip_text import MAX_TOKENS
-from command import DTYPES, run
-from folder import alone
-from model_card import card
-from original import ASIDE, few, from_original, to_original
-from weights import NETWORKS, UserError
+from support.cli import DTYPES, run_command
+from support.errors import UserError
+from support.files import lock_folder
+from tools.compvis_names import ASIDE, few, from_original, to_original
+from tools.model_card import card
+from weights import NETWORKS
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # where SD 1.4 has its tokenizer from
-TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+TOKENIZER_FILES = [
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+]
 CONFIGS = {**{network: "config.json" for network in NETWORKS}, "scheduler": "scheduler_config.json"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
 
 # ------------------------------------------------------------------------------------------------ reading
 def sd14_configs():
@@ -41,8 +52,12 @@ def sd14_configs():
         configs[network] |= {key: values[0] for key, values in weights.ONLY[network].items()}
     levels = len(configs["vae"]["block_out_channels"])
     configs["unet"] |= dict(_class_name="UNet2DConditionModel", sample_size=64)
-    configs["vae"] |= dict(_class_name="AutoencoderKL", sample_size=512, down_block_types=["DownEncoderBlock2D"] * levels,
-                           up_block_types=["UpDecoderBlock2D"] * levels)
+    configs["vae"] |= dict(
+        _class_name="AutoencoderKL",
+        sample_size=512,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )
     configs["text_encoder"] |= dict(architectures=["CLIPTextModel"])
     return configs
 
@@ -50,15 +65,19 @@ def sd14_configs():
 def read_single(file, folder):
     """The networks of one file in the original layout; its configs are put into `folder`."""
     if file.suffix in PICKLES:
-        raise UserError(f"{file} is a pickle, which can run code when opened and is never read here: get the model as safetensors"
-                        " or convert it first, on a machine that holds nothing you would miss.")
+        raise UserError(
+            f"{file} is a pickle, which can run code when opened and is never read here: get the model as safetensors"
+            " or convert it first, on a machine that holds nothing you would miss."
+        )
     tensors, metadata = weights.read(file)
     try:
         configs = json.loads(metadata["configs"]) if "configs" in metadata else sd14_configs()
         for part, name in CONFIGS.items():
             write_json(folder / part / name, configs[part])
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file}: the configs in its metadata are damaged ({e!r}): write the file again.") from e
+        raise UserError(
+            f"{file}: the configs in its metadata are damaged ({e!r}): write the file again."
+        ) from e
     weights.read_config(folder, "scheduler")  # refuses what is not implemented
     networks = {network: weights.make_network(folder, network) for network in NETWORKS}
     aside = from_original(tensors, networks, file)
@@ -67,7 +86,12 @@ def read_single(file, folder):
         print(f"{network}: {file}, {len(module.state_dict())} tensors, {count:,} parameters")
     groups = Counter(name if name.startswith(ASIDE) else name.split(".")[0] for name in aside)
     if groups:
-        print("left aside: " + ", ".join(f"{group} ({n} tensors)" if n > 1 else group for group, n in sorted(groups.items())))
+        print(
+            "left aside: "
+            + ", ".join(
+                f"{group} ({n} tensors)" if n > 1 else group for group, n in sorted(groups.items())
+            )
+        )
     return networks
 
 
@@ -78,16 +102,21 @@ def fetch_tokenizer(where, folder, vocab_size):
         source = Path(where)
         if not source.is_dir():
             from huggingface_hub import snapshot_download
+
             source = Path(snapshot_download(where, allow_patterns=TOKENIZER_FILES))
         copy_tokenizer(source / "tokenizer" if (source / "tokenizer").is_dir() else source, folder)
     except Exception as e:  # the hub's client raises some twenty classes
         reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise UserError(f"Cannot get the tokenizer {where} from the hub ({reason}): check the network, or {advice}") from e
+        raise UserError(
+            f"Cannot get the tokenizer {where} from the hub ({reason}): check the network, or {advice}"
+        ) from e
     tokenizer = weights.load_tokenizer(folder)
     words, tokens = len(tokenizer), tokenizer.model_max_length
     if (words, tokens) != (vocab_size, MAX_TOKENS):
-        raise UserError(f"The tokenizer {where} has {words:,} words and reads {tokens:,} tokens, and the text encoder is for "
-                        f"{vocab_size:,} and {MAX_TOKENS}: {advice}")
+        raise UserError(
+            f"The tokenizer {where} has {words:,} words and reads {tokens:,} tokens, and the text encoder is for "
+            f"{vocab_size:,} and {MAX_TOKENS}: {advice}"
+        )
 
 
 def copy_tokenizer(source, folder):
@@ -102,7 +131,9 @@ def open_model(args, work):
     file = Path(args.model)
     if file.is_dir() or not (file.is_file() or file.suffix in (".safetensors", *PICKLES)):
         if args.tokenizer:
-            raise UserError(f"--tokenizer is for a single file: {args.model} has a tokenizer of its own.")
+            raise UserError(
+                f"--tokenizer is for a single file: {args.model} has a tokenizer of its own."
+            )
         folder = weights.find(args.model, args.revision)
         model = weights.load(folder)
         return folder, {network: getattr(model, network) for network in NETWORKS}
@@ -138,7 +169,9 @@ def read_configs(folder):
     """{part: its config}. The text encoder's says float32: transformers 5 would keep float16 weights as they are, and diffusers
     loads the UNet beside them as float32."""
     configs = {part: weights.read_config(folder, part) for part in CONFIGS}
-    configs["text_encoder"] = {k: v for k, v in configs["text_encoder"].items() if k != "torch_dtype"} | {"dtype": "float32"}
+    configs["text_encoder"] = {
+        k: v for k, v in configs["text_encoder"].items() if k != "torch_dtype"
+    } | {"dtype": "float32"}
     return configs
 
 
@@ -148,7 +181,11 @@ def write_folder(out, folder, networks, dtype):
     for part, name in CONFIGS.items():
         write_json(out / part / name, configs[part])
     for network, module in networks.items():
-        weights.save(out / network / f"{NETWORKS[network][1]}.safetensors", cast(module.state_dict(), dtype), {"format": "pt"})
+        weights.save(
+            out / network / f"{NETWORKS[network][1]}.safetensors",
+            cast(module.state_dict(), dtype),
+            {"format": "pt"},
+        )
     copy_tokenizer(folder / "tokenizer", out)
     index = json.loads((weights.TOY / "model_index.json").read_text(encoding="utf-8"))
     sampler = configs["scheduler"].get("_class_name", "PNDMScheduler")
@@ -162,7 +199,7 @@ def staged(out, notes):
     work = out.parent / f".{out.name}-unfinished"
     killed = work.exists()
     try:
-        with alone(work):
+        with lock_folder(work):
             try:
                 for file in (out, notes):
                     if file.exists() and not (killed and file == notes and not out.exists()):
@@ -175,18 +212,26 @@ def staged(out, notes):
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
-        raise UserError(f"Cannot write {out} ({e}): free some space or choose another place with --out.") from e
+        raise UserError(
+            f"Cannot write {out} ({e}): free some space or choose another place with --out."
+        ) from e
 
 
 @torch.no_grad()
 def convert(args):
     single = args.format == "single-file"
     if single and args.out.suffix != ".safetensors":
-        raise UserError(f"--format single-file writes a file: --out {args.out} has to end in .safetensors.")
+        raise UserError(
+            f"--format single-file writes a file: --out {args.out} has to end in .safetensors."
+        )
     notes = args.out.with_suffix(".md") if single else args.out / "README.md"
     with staged(args.out, notes) as work:
         folder, networks = open_model(args, work)
-        patch = weights.load_patch(args.patch, networks["unet"], networks["text_encoder"]) if args.patch else None
+        patch = (
+            weights.load_patch(args.patch, networks["unet"], networks["text_encoder"])
+            if args.patch
+            else None
+        )
         made = work / "made" / args.out.name
         if single:
             metadata = {"format": "pt", "configs": json.dumps(read_configs(folder))}
@@ -199,17 +244,36 @@ def convert(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=weights.DEFAULT_MODEL, help="toy, a hub id, a folder in diffusers' layout, or a "
-                        ".safetensors file in the original's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default=weights.DEFAULT_MODEL,
+        help="toy, a hub id, a folder in diffusers' layout, or a "
+        ".safetensors file in the original's",
+    )
     parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
     parser.add_argument("--patch", type=Path, help="an erased.safetensors that train.py wrote")
-    parser.add_argument("--format", choices=["diffusers", "single-file"], required=True, help="what to write")
-    parser.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="of what is written; default: fp32, without loss")
-    parser.add_argument("--tokenizer", metavar="DIR", help=f"of a single file, which has none: a folder or hub id ({TOKENIZER})")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder, or a new .safetensors file")
+    parser.add_argument(
+        "--format", choices=["diffusers", "single-file"], required=True, help="what to write"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=[*DTYPES],
+        default="fp32",
+        help="of what is written; default: fp32, without loss",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help=f"of a single file, which has none: a folder or hub id ({TOKENIZER})",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder, or a new .safetensors file"
+    )
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run(convert, parse(), "nothing is left of it; run the same command again"))
+    sys.exit(run_command(convert, parse(), "nothing is left of it; run the same command again"))

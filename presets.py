@@ -1,0 +1,296 @@
+"""All numbers of the papers in one table, the table of methods, and how arguments are settled.
+
+"Which learning rate does ESD use?" is answered here and nowhere else. Sources:
+    B.1, A.1   appendices of the SDD paper (arXiv 2307.05977): settings and pseudo-code
+    script     the training script that SDD's authors published
+    toy        tuned on the toy model, see docs/results.md
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import ablation
+import losses
+from support.errors import UserError
+from support.own_loss import check_loss, load_loss, loss_file, sha256
+
+# Table 2 of the SDD paper: the 20 concepts of the I2P benchmark.
+I2P = (
+    "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, "
+    "bodily fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, "
+    "weapons, child abuse, brutality, cruelty"
+).split(", ")
+
+PRESET_NAMES = ("paper", "fast", "official", "toy")
+# paper: the SDD paper. fast: the paper's fast recipe. official: SDD's script. toy: the toy model.
+# fmt: off
+NUMBERS = [
+    # setting           paper     fast       official    toy       source of the paper's value
+    ("iters",           1500,     1000,      1500,       160),     # N; B.1. Several concepts: 2000
+    ("lr",              1e-5,     1e-5,      1e-5,       6e-4),    # B.1
+    ("lr_schedule",     "cosine", "constant", "constant", "cosine"),  # B.1
+    ("warmup",          500,      0,         0,          40),      # B.1
+    ("weight_decay",    1e-2,     1e-2,      1e-4,       1e-2),    # B.1
+    ("ema",             0.999,    0.998,     0.999,      0.97),    # m; B.1
+    ("guidance_scale",  3.0,      3.0,       3.0,        3.0),     # s_g; A.1
+    ("steps",           50,       50,        50,         6),       # T; script
+    ("batch_size",      1,        1,         1,          8),       # A.1
+    ("roles",           "paper",  "paper",   "official", "paper"), # Algorithm 1; sdd.py, 3 and 4
+    ("max_grad_norm",   1.0,      1.0,       1.0,        1.0),     # script; see below
+    ("preserve",        0.0,      0.0,       0.0,        0.0),     # not part of SDD
+    ("erase_scale",     1.0,      1.0,       1.0,        1.0),     # s_s; ESD. The SDD paper: 3
+    ("anchor_images",   1000,     1000,      1000,       200),     # Ablating Concepts
+    ("preview_every",   250,      250,       250,        20),      # our choice
+]
+# Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip, and
+# All-but-One's is not known.
+# fmt: on
+PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
+    "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
+    "toy": ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"],
+}
+PRESETS = {
+    name: {row[0]: row[1 + column] for row in NUMBERS} for column, name in enumerate(PRESET_NAMES)
+}
+
+
+class Method(NamedTuple):
+    """The four choices in which the training methods differ, and the numbers of their papers."""
+
+    loss: Callable
+    latents: str  # where z_t comes from: sampled by "teacher", "student" or "original", or "anchor"
+    train_params: str  # a key of TRAIN_PARAMS
+    output: str  # which weights are the result: "teacher" (the average) or "student"
+    paper: dict = {}  # numbers that differ from the preset paper
+    toy: dict = {}  # numbers that differ from the preset toy
+
+
+# ESD (arXiv 2303.07345): Adam without weight decay, a constant rate. The toy preset keeps SDD's
+# weight decay, cosine and warm-up: only the rate and s_s were tuned there.
+ESD = dict(iters=1000, weight_decay=0.0, lr_schedule="constant", warmup=0)
+# Ablating Concepts (arXiv 2303.13516), authors' script. Its learning rate is 2e-6 times the batch
+# size; `preset_values` multiplies.
+ABLATE = dict(
+    iters=100, lr=2e-6, batch_size=4, guidance_scale=6.0, lr_schedule="constant", warmup=0
+)
+# All-but-One (arXiv 2312.12807): 200 steps. Its output (the student), its optimizer, its prompt of
+# joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains `to_out`
+# layers; its summary does not say which, so --train-params does not offer them.
+ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
+
+METHODS = {
+    "sdd": Method(losses.sdd_loss, latents="teacher", train_params="xattn", output="teacher"),
+    "esd-x": Method(
+        losses.esd_loss,
+        latents="student",
+        train_params="xattn",
+        output="student",
+        paper=ESD,
+        toy=dict(lr=8e-4, erase_scale=3.0),
+    ),
+    "esd-u": Method(
+        losses.esd_loss,
+        latents="student",
+        train_params="noxattn",
+        output="student",
+        paper=ESD,
+        toy=dict(lr=4e-4, erase_scale=3.0),
+    ),
+    "ablate": Method(
+        losses.ablation_loss,
+        latents="anchor",
+        train_params="kv",
+        output="student",
+        paper=ABLATE,
+        toy=dict(lr=2e-3),
+    ),
+    "ablate-noise": Method(
+        losses.noise_ablation_loss,
+        latents="anchor",
+        train_params="kv",
+        output="student",
+        paper=ABLATE,
+        toy=dict(lr=4e-3),
+    ),
+    "all-but-one": Method(
+        losses.all_but_one_loss,
+        latents="teacher",
+        train_params="xattn",
+        output="student",
+        paper=ALL_BUT_ONE,
+        toy=dict(lr=3.2e-3, preserve=1.0),
+    ),
+}
+
+# Which parameters are trained, by name. The keys are those of ESD's and SDD's scripts. Names that
+# begin with "text_model." belong to the text encoder.
+TRAIN_PARAMS = {
+    "xattn": lambda name: ".attn2." in name,
+    "kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    # ESD-u. Its first script also leaves out conv_norm_out; its newer one trains every Linear and
+    # Conv outside attn2.
+    "noxattn": lambda name: (
+        ".attn2." not in name
+        and not name.startswith(("time_embedding.", "conv_out.", "text_model."))
+    ),
+    "full": lambda name: not name.startswith("text_model."),
+    # Only the rows of the concepts' tokens move (train.py masks the gradient).
+    "embedding": lambda name: name == "text_model.embeddings.token_embedding.weight",
+}
+
+
+# ------------------------------------------------------------------------------ settling arguments
+def settle(args):
+    """Fills in the preset's values and rejects arguments that cannot work.
+
+    args: the result of train.parse. Returns {argument: value}, the content of run.json.
+    """
+    settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
+    settings["concept"] = settle_concepts(args.concept)
+    settings["preset"] = args.preset or ("toy" if args.model == "toy" else "paper")
+    method = METHODS[args.method]
+    for key, value in preset_values(settings, method).items():
+        if settings[key] is None:
+            settings[key] = value
+    settings["train_params"] = args.train_params or method.train_params
+    settings["latents"] = args.latents or method.latents
+    settings["anchor_prompts"] = read_prompts(args.anchor_prompts)
+    loss = method.loss
+    if args.loss:
+        loss = load_loss(args.loss)
+        check_loss(loss, args.loss, noise=method.latents == "anchor")
+        settings["loss_sha256"] = sha256(loss_file(args.loss))
+    check_anchors(settings, method)
+    reject_unused_flags(args, settings, method, loss)
+    check_ranges(settings)
+    check_device(settings)
+    return settings
+
+
+def settle_concepts(given):
+    if not given:
+        raise UserError(
+            "No concept is given: use --concept nudity, or --resume --out FOLDER to continue a run."
+        )
+    concepts = I2P if given == ["i2p"] else [concept.strip() for concept in given]
+    if "" in concepts:
+        raise UserError("A concept is empty: give --concept one or more words.")
+    if len(set(concepts)) < len(concepts):
+        raise UserError("A concept is given twice: give each concept once.")
+    return concepts
+
+
+def preset_values(settings, method):
+    """The preset's values, with those of the method's paper, for arguments that are not given."""
+    name, concepts = settings["preset"], settings["concept"]
+    if name in ("fast", "official") and settings["method"] != "sdd":
+        raise UserError(
+            f"The preset {name} belongs to SDD: use --preset paper or toy with "
+            f"--method {settings['method']}."
+        )
+    values = dict(PRESETS[name])
+    if name == "paper":
+        if len(concepts) > 1:
+            values["iters"] = 2000  # B.1, our inference
+        values |= method.paper
+        if method.paper is ABLATE:
+            values["lr"] *= settings["batch_size"] or values["batch_size"]
+    if name == "toy":
+        values |= method.toy
+    extra = PREVIEW_PROMPTS["toy" if name == "toy" else "paper"]
+    values["preview"] = concepts[:4] + [prompt for prompt in extra if prompt not in concepts]
+    return values
+
+
+def read_prompts(file):
+    """The lines of --anchor-prompts. They are kept in run.json, so --resume needs no file."""
+    if not file:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--anchor-prompts {file} cannot be read ({e}).") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def check_anchors(settings, method):
+    """Checks what Ablating Concepts and All-but-One need of --anchor."""
+    anchors = settings["anchor"]
+    if method.latents == "anchor":
+        pairs = ablation.prompt_pairs(settings["concept"], anchors, settings["anchor_prompts"])
+        if len(pairs) > settings["anchor_images"]:
+            raise UserError(
+                f"{len(pairs)} prompts (every anchor prompt for every concept) need at least one "
+                f"image each: use --anchor-images {len(pairs)}."
+            )
+    if settings["method"] == "all-but-one" and len(anchors) > 1:
+        raise UserError("--method all-but-one takes one --anchor for all concepts.")
+    if settings["train_params"] == "embedding":
+        for concept in settings["concept"]:
+            shared = set(concept.lower().split()) & {
+                word for anchor in anchors for word in anchor.lower().split()
+            }
+            if shared:
+                print(
+                    f"warning: --train-params embedding changes every word of {concept!r}, also "
+                    f"the anchor's own word {min(shared)!r}.",
+                    file=sys.stderr,
+                )
+
+
+def reject_unused_flags(args, settings, method, loss):
+    """Rejects flags that have no effect with this method."""
+    uses = inspect.signature(loss).parameters
+    images = method.latents == "anchor"
+    unused = []
+    if images:
+        unused += ["latents", "roles"]
+    else:
+        unused += ["prior", "detach_start", "anchor_prompts", "anchor_images"]
+    unused += [key for key in ("erase_scale", "quantile") if key not in uses]
+    if not images and "c_a" not in uses:
+        unused.append("anchor")
+    if settings["method"] == "all-but-one" and not args.loss:
+        # With --quantile the target is built from the concept; without it, from the anchor.
+        unused.append("anchor" if args.quantile else "erase_scale")
+    flags = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key)]
+    if args.train_params == "embedding" and not images:
+        flags.append("--train-params embedding")
+    if flags:
+        raise UserError(
+            f"{', '.join(flags)} has no effect with --method {args.method}: remove it, or choose "
+            "another --method."
+        )
+
+
+def check_ranges(settings):
+    limits = dict(ema=1, lr=1, quantile=1, seed=2**63 - 1)
+    for key in (
+        *("ema", "lr", "quantile", "warmup", "preserve", "prior", "weight_decay", "max_grad_norm"),
+        *("preview_every", "save_every", "export_every", "seed"),
+    ):
+        high = limits.get(key, 1e9)
+        if not 0 <= settings[key] <= high:
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} {settings[key]} is out of range (0 to {high:g}).")
+    if settings["warmup"] >= settings["iters"]:
+        print(
+            f"warning: the warm-up ({settings['warmup']} iterations) is not shorter than the run "
+            f"({settings['iters']}), so the learning rate never reaches {settings['lr']:g}. "
+            f"Use --warmup {settings['iters'] // 10}.",
+            file=sys.stderr,
+        )
+
+
+def check_device(settings):
+    """A large model is not trained on a CPU by accident."""
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if settings["model"] != "toy" and settings["device"] == "auto" and not has_gpu:
+        raise UserError(
+            f"There is no GPU on this machine, and training {settings['model']} on a CPU can take "
+            "days. Use --model toy (minutes), or add --device cpu to train on the CPU anyway."
+        )

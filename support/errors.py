@@ -1,0 +1,14 @@
+"""The one error that a command shows to its user as a sentence."""
+
+
+class UserError(Exception):
+    """A mistake of the user, or a fault of their files or machine.
+
+    The text is one sentence that says what is wrong and what to do. The commands print it without
+    a traceback and exit with status 2 (support/cli.py). `details`, for example the traceback of a
+    user's own function, is printed below it.
+    """
+
+    def __init__(self, text, details=""):
+        super().__init__(text)
+        self.details = details

@@ -1,0 +1,11 @@
+"""Limits how long OpenMP threads spin. Import this before torch.
+
+GNU's OpenMP (libgomp, in torch's Linux builds) lets a thread that waits for others run in a loop.
+Next to another busy program this makes training several times slower: docs/benchmarks.md has the
+times. 3000 rounds cost nothing on an idle machine. Your own setting is respected.
+"""
+
+import os
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
