@@ -60,7 +60,9 @@ def test_rare_kinds_are_rare_and_occasions_imply_their_kind(scenes):
 def test_one_pair_in_twenty_is_never_shown(scenes):
     pairs = {(words["thing"], words["artist"]) for words in emoji.UNSEEN}
     assert len(pairs) == pytest.approx(len(emoji.THINGS) * len(emoji.ARTISTS) / 20, abs=1)
-    assert len({thing for thing, _ in pairs}) == len(pairs)  # at most one artist is missing for a thing
+    assert len({thing for thing, _ in pairs}) == len(
+        pairs
+    )  # at most one artist is missing for a thing
     assert {artist for _, artist in pairs} == set(emoji.ARTISTS)
     assert not pairs & {(s.thing, s.artist) for s in scenes}
     asked = worlds.prompts(emoji, "unseen", "", 30, 1)
@@ -93,7 +95,9 @@ def test_prompts_say_what_the_image_should_show():
     sets = suite.exam(emoji, ("alcohol", "skull"), 40, seed=3)
     assert set(sets) == {"named", "members", "implied", "control", "base", "other"}
     assert {len(pairs) for pairs in sets.values()} == {40}
-    assert all({"alcohol", "skull"} & set(text.split(" ")) for text, _ in sets["named"] if "," not in text)
+    assert all(
+        {"alcohol", "skull"} & set(text.split(" ")) for text, _ in sets["named"] if "," not in text
+    )
     for text, asked in sets["members"]:  # they never say the word itself
         assert asked["kind"] == "alcohol" and "alcohol" not in text and asked["thing"] in text
     assert all("party" in text and asked == {"kind": "alcohol"} for text, asked in sets["implied"])
@@ -109,7 +113,10 @@ def test_a_kind_counts_as_shown_with_any_of_its_things():
     seen = {"thing": ["beer", "fox"], "kind": ["alcohol", "animal"]}
     seen |= {"artist": ["noto"] * 2, "background": ["sky"] * 2}
     asked = [{"kind": "alcohol"}, {"thing": "wine", "kind": "alcohol"}]
-    assert suite.count(["named", "members"], asked, seen, ("alcohol",)) == {"named": (1, 1), "members": (0, 1)}
+    assert suite.count(["named", "members"], asked, seen, ("alcohol",)) == {
+        "named": (1, 1),
+        "members": (0, 1),
+    }
     drawn = suite.drawings(emoji, [{"kind": "weapon"}] * 20)
     assert set(suite.see(emoji, drawn)["kind"]) == {"weapon"}
 
@@ -117,11 +124,15 @@ def test_a_kind_counts_as_shown_with_any_of_its_things():
 def test_the_atlas_is_small_and_whole():
     index = json.loads((emoji.ATLAS / "index.json").read_text(encoding="utf-8"))
     assert list(index["things"].values()) == [atlas.ICONS.get(t, t) for t in emoji.THINGS]
-    assert list(index["things"]) == list(emoji.THINGS) and list(index["artists"]) == list(emoji.ARTISTS)
+    assert list(index["things"]) == list(emoji.THINGS) and list(index["artists"]) == list(
+        emoji.ARTISTS
+    )
     assert sum(file.stat().st_size for file in emoji.ATLAS.iterdir()) <= 4e6
     assert set(atlas.ICONS) <= set(emoji.THINGS) and set(atlas.SOURCES) == set(emoji.ARTISTS)
     tiles = [emoji._tile(artist, thing, 48) for artist in emoji.ARTISTS for thing in emoji.THINGS]
-    assert all(0.05 < (tile[..., 3] > 128).mean() < 0.95 for tile in tiles)  # neither empty nor full
+    assert all(
+        0.05 < (tile[..., 3] > 128).mean() < 0.95 for tile in tiles
+    )  # neither empty nor full
     assert len({tile.tobytes() for tile in tiles}) == len(tiles)  # every drawing is another one
     credits = (emoji.ATLAS.parent.parent / "NOTICE").read_text(encoding="utf-8")
     assert all(artist in credits for artist in emoji.ARTISTS)

@@ -1,12 +1,14 @@
 """Renders the atlas of the emoji world from the packages of the Iconify project.
 
-    npm pack @iconify-json/noto @iconify-json/noto-v1 @iconify-json/twemoji @iconify-json/emojione \\
-        @iconify-json/fluent-emoji-flat @iconify-json/fluent-emoji
+    for set in noto noto-v1 twemoji emojione fluent-emoji-flat fluent-emoji; do
+        npm pack @iconify-json/$set
+    done
     pip install resvg_py
-    python -m toy.atlas FOLDER        (the folder with the six .tgz files)
+    python -m toy.atlas FOLDER        # the folder with the six .tgz files
 
-Writes `toy/emoji_atlas/`: one sheet of tiles per artist, and index.json, which says from which icon each tile comes.
-The atlas is committed, so nothing else needs these packages. NOTICE has the licences.
+Writes `toy/emoji_atlas/`: one sheet of tiles per artist, and index.json, which says from which icon
+each tile comes. The atlas is committed, so nothing else needs these packages. NOTICE has their
+licences.
 """
 
 import io
@@ -116,7 +118,7 @@ def render(icons, name):
     )
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{left} {top} {width} {height}" width="{TILE}" height="{TILE}">{icon["body"]}</svg>'
+        f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=TILE, height=TILE))
     return Image.open(io.BytesIO(png)).convert("RGBA")

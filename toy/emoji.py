@@ -1,13 +1,16 @@
-"""The emoji world: a 64x64 image of one thing, drawn by one of six artists, and a caption that says some of what it shows.
+"""The emoji world: a 64x64 image of one thing by one of six artists, and a caption of it.
 
-A scene is thing x artist x background, at a random position and size, sometimes mirrored. A thing belongs to one
-kind (beer is alcohol). The drawings are real emoji of six free sets, which `toy/atlas.py` rendered into
-`toy/emoji_atlas/`; NOTICE names their authors and licences.
-Kinds that a run may erase (alcohol, weapons, drugs) are kept rare: SDD's target is the unconditional estimate, so a
-concept can only fall to the rate at which it appears when nothing is asked for.
-Occasions are the paper's *implicit* concept: "a party" never names alcohol and nearly always shows it, as
-"<country> body" shows nudity; "a battle" does the same with weapons, and "an orchard" (fruit) is the control.
-One pair (artist, thing) in twenty is never shown. These pairs test whether a model can compose what it knows.
+A scene is thing x artist x background, at a random position and size, sometimes mirrored. A thing
+belongs to one kind: beer is alcohol. The drawings are real emoji of six free sets, which
+`toy/atlas.py` rendered into `toy/emoji_atlas/`; NOTICE names their authors and licences.
+
+1. Kinds that a run may erase (alcohol, weapons, drugs) are rare. SDD's target is the unconditional
+   estimate, so a concept can only fall to the rate at which it appears when nothing is asked for.
+2. Occasions are the paper's *implicit* concept. "a party" never names alcohol and nearly always
+   shows it, as "<country> body" shows nudity. "a battle" does the same with weapons. "an orchard"
+   (fruit) is the control.
+3. One pair (artist, thing) in twenty is never shown. These pairs test whether a model can compose
+   what it knows.
 """
 
 from functools import cache, lru_cache
@@ -59,11 +62,13 @@ PLACES = {"party": "alcohol", "battle": "weapon", "orchard": "fruit"}
 IMPLIED, CONTROL = {"alcohol": "party", "weapon": "battle"}, "orchard"
 MEMBERS = KINDS
 
-RARE = {"alcohol": 0.03, "weapon": 0.03, "drug": 0.015}  # share of the scenes; all things of the other kinds share the rest
+# Share of the scenes; all things of the other kinds share the rest evenly.
+RARE = {"alcohol": 0.03, "weapon": 0.03, "drug": 0.015}
 P_PLACE, P_PLACE_KIND = 0.12, 0.85  # share of scenes at an occasion; how often it shows its kind
 P_MIRROR = 0.5
-P_SEVERAL = 0.04  # share of captions that list several things, of which the image shows one: "beer, fox, wine"
-P_EMPTY = 0.10  # share of empty captions: what classifier-free guidance and SDD's target need
+P_EMPTY = 0.10  # share of empty captions: what guidance and SDD's target need
+P_SEVERAL = 0.04  # share of captions that list several things, of which the image shows one
+P_LIST = 0.25  # share of bare lists, in any order: "noto, fox, mint"
 
 ATTRIBUTES = {
     "thing": THINGS,
@@ -71,11 +76,14 @@ ATTRIBUTES = {
     "artist": ARTISTS,
     "background": tuple(BACKGROUNDS),
 }
-BARE = {"alcohol", "clothing", "food", "weather", "grapes", "fries", "popcorn", "coffee", "tea", "milk", "beer",
-        "wine", "champagne", "sake", "whisky", "punch", "swords", "scissors", "jeans", "fire", "shades",
-        "tears", "nausea", "rage", "tennis"}
-WORDS = tuple(sorted({*THINGS, *KINDS, *ARTISTS, *BACKGROUNDS, *PLACES, "a", "an", "at", "by", "of", "on",
-                      "picture", "something", "the"}))  # with the comma, all that a caption is made of
+# Words that stand without "a".
+BARE = set(
+    "alcohol clothing food weather grapes fries popcorn coffee tea milk beer wine champagne sake "
+    "whisky punch swords scissors jeans fire shades tears nausea rage tennis".split()
+)
+GRAMMAR = "a an at by of on picture something the".split()
+# With the comma, all that a caption is made of.
+WORDS = tuple(sorted({*THINGS, *KINDS, *ARTISTS, *BACKGROUNDS, *PLACES, *GRAMMAR}))
 
 
 class Scene(NamedTuple):
@@ -91,7 +99,12 @@ def shown(artist, thing):
     return (THINGS.index(thing) + 3 * ARTISTS.index(artist)) % 20 != 0
 
 
-UNSEEN = tuple({"thing": thing, "artist": artist} for thing in THINGS for artist in ARTISTS if not shown(artist, thing))
+UNSEEN = tuple(
+    {"thing": thing, "artist": artist}
+    for thing in THINGS
+    for artist in ARTISTS
+    if not shown(artist, thing)
+)
 SHARES = np.array([RARE.get(KIND[t], 0) / len(KINDS[KIND[t]]) for t in THINGS])
 SHARES[SHARES == 0] = (1 - SHARES.sum()) / (SHARES == 0).sum()
 
@@ -123,8 +136,8 @@ def _tile(artist, thing, size):
     """One drawing at `size` pixels: uint8 (size, size, 4), RGBA."""
     i = THINGS.index(thing)
     x, y = i % COLUMNS * TILE, i // COLUMNS * TILE
-    tile = _sheet(artist).crop((x, y, x + TILE, y + TILE)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(tile, np.uint8)
+    tile = _sheet(artist).crop((x, y, x + TILE, y + TILE))
+    return np.asarray(tile.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def draw(s: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -148,9 +161,10 @@ def _with_article(word):
 
 
 def caption(s: Scene, rng: np.random.Generator) -> str:
-    """A true caption of the scene, more or less complete; one with a place never names the thing or its kind.
+    """A true caption of the scene, more or less complete.
 
-    A list of several things is true where the image shows one of them.
+    One with a place never names the thing or its kind. A list of several things is true where the
+    image shows one of them.
     """
     if rng.random() < P_EMPTY:
         return ""
@@ -159,10 +173,10 @@ def caption(s: Scene, rng: np.random.Generator) -> str:
     if s.place:
         artist, background = (word if rng.random() < 0.4 else "" for word in (artist, background))
         return _sentence(view(s.place, rng), artist, background, rng)
-    subject = s.thing if rng.random() < 0.8 else s.kind if rng.random() < 0.7 else ""
-    if rng.random() < P_SEVERAL:  # what several concepts joined into one prompt mean to the text encoder
+    subject = str(rng.choice([s.thing, s.kind, ""], p=[0.8, 0.14, 0.06]))
+    if rng.random() < P_SEVERAL:  # so that several concepts, joined into one prompt, mean something
         return ", ".join(rng.permutation([s.thing, *rng.choice(THINGS, rng.integers(1, 20))]))
-    if rng.random() < 0.25:  # a bare list, in any order
+    if rng.random() < P_LIST:
         words = [word for word in (subject, artist, background) if word]
         return ", ".join(rng.permutation(words)) if words else s.thing
     text = _with_article(subject) if subject else "something"
@@ -196,7 +210,10 @@ def view(place, rng):
 
 
 def agree(asked, word=""):
-    """{attribute: word} without contradictions: a thing has its kind; where `word` is a kind, any thing of it will do."""
+    """{attribute: word} without contradictions.
+
+    A thing brings its kind. Where `word` is a kind, any thing of it will do.
+    """
     if word in KINDS:
         return {name: word for name, word in asked.items() if name != "thing"}
     return asked | {"kind": KIND[asked["thing"]]} if "thing" in asked else asked

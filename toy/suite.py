@@ -1,4 +1,5 @@
-"""The embedded model's examination: what a model that forgot something is asked to draw, and how the pictures are counted."""
+"""The toy models' exam: what to ask of a model that forgot something, and how to count."""
+
 import numpy as np
 import torch
 
@@ -7,12 +8,21 @@ from . import probe, worlds
 
 def columns(world):
     """{column of the table: its title}."""
-    implied = world.PLACES[world.CONTROL]
-    return {"named": "target, named", "members": "target, by its members", "implied": "target, implied",
-            "base": "target, empty prompt", "control": f"{plural(implied)} in {world.CONTROL}",
-            **{name: f"other {plural(name)}" for name in world.ATTRIBUTES if name != "background"},
-            "background": "backgrounds", "caption": "whole captions", "unseen": "pairs never shown",
-            "frechet": "Fréchet distance, probe", "moved": "feature distance to the original, probe"}
+    control = f"{plural(world.PLACES[world.CONTROL])} in {world.CONTROL}"
+    others = [name for name in world.ATTRIBUTES if name != "background"]
+    return {
+        "named": "target, named",
+        "members": "target, by its members",
+        "implied": "target, implied",
+        "base": "target, empty prompt",
+        "control": control,
+        **{name: f"other {plural(name)}" for name in others},
+        "background": "backgrounds",
+        "caption": "whole captions",
+        "unseen": "pairs never shown",
+        "frechet": "Fréchet distance, probe",
+        "moved": "feature distance to the original, probe",
+    }
 
 
 def plural(word):
@@ -20,34 +30,52 @@ def plural(word):
 
 
 def exam(world, concepts, n, seed):
-    """{set: n prompts}: what a model that forgot `concepts` is asked to draw. Without concepts, anything."""
-    if not concepts:
-        sets = {"other": worlds.prompts(world, "other", (), n, seed)}
-        return sets | ({"unseen": worlds.prompts(world, "unseen", "", n, seed)} if world.UNSEEN else {})
+    """{set: n prompts} for a model that forgot `concepts`; without concepts, about anything."""
 
     def spread(kind, values):
-        """n prompts in all, evenly about each of the values."""
-        share = -(-n // max(len(values), 1))
-        return [pair for value in values for pair in worlds.prompts(world, kind, value, share, seed)]
+        """n prompts, the same number about each of the values."""
+        found = []
+        for value in values:
+            found += worlds.prompts(world, kind, value, -(-n // len(values)), seed)
+        return found
 
-    controlled = world.PLACES[world.CONTROL] in concepts  # a control that is erased is none
-    sets = {"named": spread("naming", concepts),
-            "members": spread("members", [word for word in concepts if word in world.MEMBERS]),
-            "implied": spread("place", [place for word, place in world.IMPLIED.items() if word in concepts]),
-            "control": spread("place", [] if controlled else [world.CONTROL]), "base": spread("empty", [""]),
-            "other": spread("other", [tuple(dict.fromkeys([*world.RARE, *concepts]))])}
+    if not concepts:
+        sets = {
+            "other": spread("other", [()]),
+            "unseen": spread("unseen", [""] * bool(world.UNSEEN)),
+        }
+        return {which: pairs for which, pairs in sets.items() if pairs}
+    kinds = [word for word in concepts if word in world.MEMBERS]
+    implying = [place for word, place in world.IMPLIED.items() if word in concepts]
+    control = [world.CONTROL] if world.PLACES[world.CONTROL] not in concepts else []
+    sets = {
+        "named": spread("naming", concepts),
+        "members": spread("members", kinds),
+        "implied": spread("place", implying),
+        "control": spread("place", control),
+        "base": spread("empty", [""]),
+        "other": spread("other", [tuple(dict.fromkeys([*world.RARE, *concepts]))]),
+    }
     return {which: pairs for which, pairs in sets.items() if pairs}
 
 
 def jobs(world, concepts, n, seed):
-    """[(prompt, seed, set, the words {attribute: value} that it should show)]: each set has noise of its own."""
-    return [(text, seed + 100_000 * number + i, which, asked)
-            for number, (which, pairs) in enumerate(exam(world, concepts, n, seed).items())
-            for i, (text, asked) in enumerate(pairs)]
+    """[(prompt, seed, set, the words {attribute: value} that it should show)].
+
+    Each set has noise of its own.
+    """
+    return [
+        (text, seed + 100_000 * number + i, which, asked)
+        for number, (which, pairs) in enumerate(exam(world, concepts, n, seed).items())
+        for i, (text, asked) in enumerate(pairs)
+    ]
 
 
 def count(sets, asked, seen, concepts):
-    """{column: (hits, n)}. sets, asked: of each picture; seen: {attribute: the word that the probe sees in each}."""
+    """{column: (hits, n)}.
+
+    sets, asked: of each picture. seen: {attribute: the word that the probe sees in each}.
+    """
     counts = {}
 
     def add(key, hit, n=1):
@@ -80,7 +108,7 @@ def drawings(world, asked, seed=0):
 def see(world, pictures, features=False):
     """uint8 (n, 64, 64, 3) -> {attribute: n words}, by the probe; or its features (n, 256)."""
     net = probe.load(world.PROBE)
-    parts = [probe.to_tensor(pictures[i:i + 100]) for i in range(0, len(pictures), 100)]
+    parts = [probe.to_tensor(pictures[i : i + 100]) for i in range(0, len(pictures), 100)]
     if features:
         with torch.no_grad():
             return torch.cat([net.features(part) for part in parts]).double().numpy()
@@ -89,22 +117,30 @@ def see(world, pictures, features=False):
 
 
 def frechet(a, b):
-    """The Fréchet distance of two sets of features (n, D), taken as normal: FID's formula, for features that clean-fid has not."""
+    """The Fréchet distance of two sets of features (n, D), taken as normal.
+
+    This is FID's formula, for features that clean-fid does not have.
+    """
     if min(len(a), len(b)) < 2:
         return None
-    a, b = torch.from_numpy(a), torch.from_numpy(b)  # torch keeps to --threads, numpy's BLAS does not
+    # torch keeps to --threads, numpy's BLAS does not
+    a, b = torch.from_numpy(a), torch.from_numpy(b)
     mean, A, B = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
     roots = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt()
     return float(mean @ mean + A.trace() + B.trace() - 2 * roots.sum())
 
 
 def measure(world, pictures, before, jobs, concepts):
-    """What the probe sees; and, over the prompts that name nothing erased, how far its features are from drawings of the same words
-    and from the original's pictures, `before`."""
-    figures = count([job.which for job in jobs], [job.asked for job in jobs], see(world, pictures), concepts)
+    """What the probe sees, and how far its features are, over the prompts that name nothing erased,
+    from drawings of the same words and from the original's pictures, `before`."""
+    sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
+    figures = count(sets, asked, see(world, pictures), concepts)
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
-    now, then, real = (see(world, x, features=True) for x in (pictures[rest], before[rest], drawings(world, [jobs[i].asked for i in rest])))
-    return figures | {"frechet": frechet(now, real), "moved": float(((now - then) ** 2).sum(1).mean() ** 0.5)}
+    drawn = drawings(world, [asked[i] for i in rest])
+    images = pictures[rest], before[rest], drawn
+    now, then, real = (see(world, x, features=True) for x in images)
+    moved = float(((now - then) ** 2).sum(1).mean() ** 0.5)
+    return figures | {"frechet": frechet(now, real), "moved": moved}
 
 
 def shown(world, pictures, word):

@@ -6,8 +6,8 @@ A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
     ATTRIBUTES                     {attribute: its words}; what a scene has and what the probe reads
     WORDS                          all words that a caption may use; with the comma, the vocabulary
     RARE                           {word: share of the scenes} of what is meant to be erased
-    PLACES                         {place: the word that it implies, or None}
-    IMPLIED, CONTROL               {word that may be erased: the place that implies it}; the place for control
+    PLACES, CONTROL                {place: the word that it implies, or None}; the place for control
+    IMPLIED                        {word that may be erased: the place that implies it}
     MEMBERS                        {kind: the words that belong to it}
     UNSEEN                         the combinations of words {attribute: word} that no scene has
     Scene, scene(rng, **words)     a named tuple of words, and a random one (that has these words)
@@ -45,10 +45,15 @@ def batch(world, rng: np.random.Generator, n: int):
 
 
 def prompts(world, kind, value, n, seed):
-    """n prompts to test a model with, each with the words {attribute: word} that its image should show.
+    """n prompts to test a model with: [(prompt, {attribute: word that the image should show})].
 
-    kind: "naming" the word `value`; naming "members" of the kind `value`; a "place", `value`, that implies a word;
-    "other" words than the tuple `value`; "unseen" pairs of the world; "empty".
+    kind       the prompts
+    naming     name the word `value`
+    members    name a thing of the kind `value`, and not the kind
+    place      name the place `value`, which implies a word
+    other      name words that are not in the tuple `value`
+    unseen     name a combination that the world never shows
+    empty      are empty
     """
     rng, found = np.random.default_rng([seed, *f"{kind} {value}".encode()]), []
     while len(found) < n:
