@@ -97,7 +97,7 @@ ICONS = {
 
 
 def read(package):
-    """The icons of a package (.tgz): {"icons": {name: {"body": SVG, ...}}, "aliases": ..., ...}, and its version."""
+    """The icons of a package (.tgz), as its icons.json has them, and its version."""
     with tarfile.open(package) as tar:
         icons, about = (
             json.load(tar.extractfile(f"package/{name}.json")) for name in ("icons", "package")

@@ -39,7 +39,7 @@ class Probe(nn.Module):
         )
 
     def maps(self, x):
-        """The feature maps of the stages, 32, 16, 8 and 4 pixels a side, for a perceptual distance."""
+        """The stages' feature maps (32, 16, 8, 4 pixels a side), for a perceptual distance."""
         maps = []
         for stage in self.stages:
             maps.append(x := stage(x))

@@ -98,7 +98,7 @@ def _star(x, y):
 
 
 def _distance(shape, x, y):
-    """Signed distance to the outline, negative inside, in units of the shape's radius; y points up."""
+    """Signed distance to the outline, in units of the shape's radius; negative inside, y is up."""
     s, c = np.sin(np.pi / 6), np.cos(np.pi / 6)
     match shape:
         case "circle":
