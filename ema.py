@@ -1,4 +1,4 @@
-"""The EMA teacher: a copy of the student whose trained tensors are a moving average of the student's."""
+"""The EMA teacher: a copy of the student with moving averages of its trained tensors."""
 
 import copy
 

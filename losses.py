@@ -67,7 +67,8 @@ def noise_ablation_loss(e, z_t, t, c_s, n, **_):
 def all_but_one_loss(e, e_original, z_t, t, c_s, c_0, c_a, erase_scale, quantile, **_):
     """All-but-One (arXiv 2312.12807): the student's *guidance* follows the frozen model's.
 
-    The guidance of a prompt is Δ(c) = ε(z_t, t, c) − ε(z_t, t, c_0). The loss is ‖Δ_θ(c_s) − Δ°(c_a)‖².
+    The guidance of a prompt is Δ(c) = ε(z_t, t, c) − ε(z_t, t, c_0).
+    The loss is ‖Δ_θ(c_s) − Δ°(c_a)‖².
     With an empty anchor the target is 0. With a quantile the target is −g Δ°(c_s) where |Δ°(c_s)|
     is above that quantile, and 0 elsewhere.
 

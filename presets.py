@@ -6,13 +6,9 @@
     toy        tuned on the toy model, see docs/results.md
 """
 
-import hashlib
-import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +16,7 @@ import torch
 import ablation
 import losses
 from support.errors import UserError
+from support.own_loss import check_loss, load_loss, loss_file, sha256
 
 # Table 2 of the SDD paper: the 20 concepts of the I2P benchmark.
 I2P = (
@@ -33,23 +30,24 @@ PRESET_NAMES = ("paper", "fast", "official", "toy")
 # fmt: off
 NUMBERS = [
     # setting           paper     fast       official    toy       source of the paper's value
-    ("iters",           1500,     1000,      1500,       160),     # N; B.1; several concepts: 2000 (inferred)
+    ("iters",           1500,     1000,      1500,       160),     # N; B.1. Several concepts: 2000
     ("lr",              1e-5,     1e-5,      1e-5,       6e-4),    # B.1
-    ("lr_schedule",     "cosine", "constant","constant", "cosine"),# B.1
+    ("lr_schedule",     "cosine", "constant", "constant", "cosine"),  # B.1
     ("warmup",          500,      0,         0,          40),      # B.1
-    ("weight_decay",    1e-2,     1e-2,      1e-4,       1e-2),    # B.1; torch's default
+    ("weight_decay",    1e-2,     1e-2,      1e-4,       1e-2),    # B.1
     ("ema",             0.999,    0.998,     0.999,      0.97),    # m; B.1
     ("guidance_scale",  3.0,      3.0,       3.0,        3.0),     # s_g; A.1
     ("steps",           50,       50,        50,         6),       # T; script
     ("batch_size",      1,        1,         1,          8),       # A.1
-    ("roles",           "paper",  "paper",   "official", "paper"), # Algorithm 1; see sdd.py, points 3 and 4
-    ("max_grad_norm",   1.0,      1.0,       1.0,        1.0),     # script. For every method: ESD's recipe does
-                                                                   # not clip, All-but-One's is not known
+    ("roles",           "paper",  "paper",   "official", "paper"), # Algorithm 1; sdd.py, 3 and 4
+    ("max_grad_norm",   1.0,      1.0,       1.0,        1.0),     # script; see below
     ("preserve",        0.0,      0.0,       0.0,        0.0),     # not part of SDD
-    ("erase_scale",     1.0,      1.0,       1.0,        1.0),     # s_s; ESD's default. The SDD paper: 3
-    ("anchor_images",   1000,     1000,      1000,       200),     # Ablating Concepts, section 4
+    ("erase_scale",     1.0,      1.0,       1.0,        1.0),     # s_s; ESD. The SDD paper: 3
+    ("anchor_images",   1000,     1000,      1000,       200),     # Ablating Concepts
     ("preview_every",   250,      250,       250,        20),      # our choice
 ]
+# Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip, and
+# All-but-One's is not known.
 # fmt: on
 PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
     "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
@@ -74,8 +72,8 @@ class Method(NamedTuple):
 # ESD (arXiv 2303.07345): Adam without weight decay, a constant rate. The toy preset keeps SDD's
 # weight decay, cosine and warm-up: only the rate and s_s were tuned there.
 ESD = dict(iters=1000, weight_decay=0.0, lr_schedule="constant", warmup=0)
-# Ablating Concepts (arXiv 2303.13516), authors' script. Its lr is 2e-6 times the batch size, which
-# `settle` multiplies.
+# Ablating Concepts (arXiv 2303.13516), authors' script. Its learning rate is 2e-6 times the batch
+# size; `preset_values` multiplies.
 ABLATE = dict(
     iters=100, lr=2e-6, batch_size=4, guidance_scale=6.0, lr_schedule="constant", warmup=0
 )
@@ -164,7 +162,7 @@ def settle(args):
     loss = method.loss
     if args.loss:
         loss = load_loss(args.loss)
-        check_loss(loss, args)
+        check_loss(loss, args.loss, noise=method.latents == "anchor")
         settings["loss_sha256"] = sha256(loss_file(args.loss))
     check_anchors(settings, method)
     reject_unused_flags(args, settings, method, loss)
@@ -296,90 +294,3 @@ def check_device(settings):
             f"There is no GPU on this machine, and training {settings['model']} on a CPU can take "
             "days. Use --model toy (minutes), or add --device cpu to train on the CPU anyway."
         )
-
-
-# ------------------------------------------------------------------------------ a loss of your own
-def loss_file(text):
-    return Path(text.rpartition(":")[0] or text)
-
-
-def sha256(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def load_loss(text, file=None):
-    """The function that --loss FILE:FUNCTION names; `file`: a copy of FILE to load instead."""
-    name = text.rpartition(":")[2]
-    file = Path(file or loss_file(text))
-    if not file.is_file():
-        raise UserError(f"--loss {text}: there is no file {file}. Write --loss FILE.py:FUNCTION.")
-    try:
-        spec = importlib.util.spec_from_file_location("own_loss", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as e:  # the user's own file can fail in any way
-        raise UserError(
-            f"--loss {text}: {file} cannot be imported ({type(e).__name__}: {e}).",
-            details=traceback.format_exc(),
-        ) from e
-    functions = [key for key, x in vars(module).items() if inspect.isfunction(x)]
-    if ":" not in text or name not in functions:
-        names = " or ".join(f"--loss {file}:{key}" for key in functions) or "a file with a function"
-        raise UserError(f"--loss {text} does not name a function of the file: use {names}.")
-    return vars(module)[name]
-
-
-def check_loss(function, args):
-    """Calls a user's loss once on small random tensors, before the run creates its folder."""
-    name = args.loss.rpartition(":")[2]
-    arguments = inspect.signature(function).parameters.values()
-    if not any(p.kind == p.VAR_KEYWORD for p in arguments):
-        raise UserError(
-            f"--loss {args.loss}: the arguments of {name} must end with **_, which takes what the "
-            "function does not need."
-        )
-    given = ("e", "e_original", "z_t", "t", "c_s", "c_0", "c_a", "erase_scale", "quantile")
-    given += ("n",) if METHODS[args.method].latents == "anchor" else ()
-    for p in arguments:
-        required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        if required and p.name not in given:
-            raise UserError(
-                f"--loss {args.loss}: {name} asks for {p.name!r}, which is not an argument of a "
-                f"loss. There are: {', '.join(given)}."
-            )
-    theta = torch.ones((), requires_grad=True)
-
-    def e(z, t, c):
-        return theta * z + c.mean()
-
-    z_t, n = torch.randn(2, 2, 4, 8, 8)
-    c_s, c_0, c_a = torch.randn(3, 1, 77, 8)
-    values = dict(e=e, e_original=lambda z, t, c: e(z, t, c).detach(), z_t=z_t, t=501, n=n)
-    values |= dict(c_s=c_s, c_0=c_0, c_a=c_a, erase_scale=1.0, quantile=0.0)
-    with torch.enable_grad():
-        loss = call_loss(function, args.loss, **{key: values[key] for key in given})
-    if not isinstance(loss, torch.Tensor) or loss.dim() > 0:
-        what = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        kind = "a tensor of shape " if isinstance(loss, torch.Tensor) else "a "
-        raise UserError(
-            f"--loss {args.loss}: {name} returns {kind}{what}; it must return a scalar tensor, for "
-            "example with .mean()."
-        )
-    if not loss.requires_grad:
-        raise UserError(
-            f"--loss {args.loss}: the result of {name} has no gradient, so nothing can be learned. "
-            "Compute at least e(z_t, t, c_s) outside torch.no_grad(), without .detach()."
-        )
-
-
-def call_loss(function, text, **values):
-    """function(**values). An exception of the user's own code becomes a sentence."""
-    try:
-        return function(**values)
-    except (torch.OutOfMemoryError, UserError):
-        raise
-    except Exception as e:
-        raise UserError(
-            f"--loss {text} failed with {type(e).__name__}: {e}. Correct it and run the command again.",
-            details=traceback.format_exc(),
-        ) from e

@@ -1,6 +1,6 @@
 """Safe self-distillation (SDD), Algorithm 1 of arXiv 2307.05977.
 
-    θ* ← θ                                                      the EMA teacher starts as the student
+    θ* ← θ                                                     the EMA teacher starts as the student
     c_s ← all concepts, joined with ", "
     repeat N times:
         z_T ~ N(0, I),  t ~ U{0..T−1},  c_p ~ U{concepts}
@@ -40,6 +40,7 @@ import ema
 import losses
 from guidance import cfg, sample
 
+ROLES = ("paper", "official")  # see points 3 and 4
 MAX_LOSS = 1e5  # estimates have variance 1, so the mean squared error of a working model is near 1
 
 
@@ -132,7 +133,7 @@ def sdd(
 
 
 def random_timestep(roles, scheduler, K, i, generator):
-    """k, the loss's timestep t, and the concept's index j. Random numbers are drawn in this order."""
+    """k, the timestep t of the loss, and the concept's index j. They are drawn in this order."""
     T = len(scheduler.timesteps) - 1  # the DDIM sampler's; PNDM visits one timestep twice
     if roles == "official":
         k = int(torch.randint(0, T, (), generator=generator))

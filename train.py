@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -34,10 +35,10 @@ import ema
 import weights
 from clip_text import tokenize
 from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
-from presets import METHODS, PRESETS, TRAIN_PARAMS, call_loss, load_loss, loss_file, settle, sha256
+from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
 from report.page import Reporter, require_tensorboard
 from report.previews import Previews, preview_seeds
-from sdd import sdd
+from sdd import ROLES, sdd
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -52,6 +53,7 @@ from support.cli import (
 )
 from support.errors import UserError
 from support.files import atomic_write, checksum, lock_folder
+from support.own_loss import OwnLossError, call_loss, load_loss, loss_file, sha256
 from unet import ResnetBlock, Transformer
 
 VERSIONS = {
@@ -74,210 +76,90 @@ def parse(argv=None):
         return f"default: {paper}" if paper == toy else f"default: {paper}; toy model: {toy}"
 
     parser = Parser(description=__doc__)
-    group = parser.add_argument_group("concept and model")
-    group.add_argument(
-        "--concept",
-        nargs="+",
-        metavar="CONCEPT",
-        help="what to forget; i2p means the paper's 20 harmful concepts",
-    )
-    group.add_argument(
-        "--model",
-        default=weights.DEFAULT_MODEL,
-        help="toy, a hub id, or a folder in diffusers' layout (default: %(default)s)",
-    )
-    group.add_argument("--seed", type=natural, default=0, help="default: %(default)s")
+    # fmt: off
+    add = parser.add_argument_group("concept and model").add_argument
+    add("--concept", nargs="+", metavar="CONCEPT",
+        help="what to forget; i2p means the paper's 20 harmful concepts")
+    add("--model", default=weights.DEFAULT_MODEL,
+        help="toy, a hub id, or a folder in diffusers' layout (default: %(default)s)")
+    add("--seed", type=natural, default=0, help="default: %(default)s")
 
-    group = parser.add_argument_group("method")
-    group.add_argument(
-        "--method", **one_of(METHODS), default="sdd", help="training method (default: %(default)s)"
-    )
-    group.add_argument(
-        "--preset",
-        **one_of(PRESETS),
-        help="defaults of the flags below (default: paper; toy for the toy model)",
-    )
-    group.add_argument(
-        "--loss", metavar="FILE:FUNCTION", help="your own loss instead of the method's (losses.py)"
-    )
-    group.add_argument(
-        "--train-params",
-        **one_of(TRAIN_PARAMS),
-        help="which tensors are trained (default: the method's; sdd: xattn)",
-    )
-    group.add_argument(
-        "--latents",
-        **one_of(["teacher", "student", "original"]),
-        help="which model samples z_t (default: the method's; sdd: teacher)",
-    )
-    group.add_argument(
-        "--roles",
-        **one_of(["paper", "official"]),
-        help="several concepts. paper: one samples z_t, all joined are unlearned; official: the "
-        f"reverse ({default('roles')})",
-    )
-    group.add_argument(
-        "--preserve",
-        type=finite,
-        metavar="λ",
-        help=f"add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD ({default('preserve')})",
-    )
-    group.add_argument(
-        "--erase-scale",
-        type=finite,
-        metavar="S",
+    add = parser.add_argument_group("method").add_argument
+    add("--method", **one_of(METHODS), default="sdd", help="default: %(default)s")
+    add("--preset", **one_of(PRESETS),
+        help="defaults of the flags below (default: paper; toy for the toy model)")
+    add("--loss", metavar="FILE:FUNCTION",
+        help="your own loss instead of the method's (see losses.py)")
+    add("--train-params", **one_of(TRAIN_PARAMS),
+        help="which tensors are trained (default: the method's; sdd: xattn)")
+    add("--latents", **one_of(["teacher", "student", "original"]),
+        help="which model samples z_t (default: the method's; sdd: teacher)")
+    add("--roles", **one_of(ROLES),
+        help="several concepts: which one samples z_t, and which one is unlearned. paper: one "
+             f"samples, all joined are unlearned; official: the reverse ({default('roles')})")
+    add("--preserve", type=finite, metavar="λ",
+        help=f"add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD ({default('preserve')})")
+    add("--erase-scale", type=finite, metavar="S",
         help="esd: s_s, how far the target moves away from the concept; all-but-one: g of the "
-        f"signal of --quantile ({default('erase_scale')})",
-    )
-    group.add_argument(
-        "--quantile",
-        type=finite,
-        default=0.0,
-        metavar="Q",
-        help="all-but-one: use the erasing signal above this quantile instead of the anchor; for "
-        "example 0.9 (default: off)",
-    )
-    group.add_argument(
-        "--anchor",
-        nargs="+",
-        default=[],
-        metavar="WORD",
-        help="what to show instead; ablate: one word for all concepts, or one per concept; "
-        "all-but-one: one word",
-    )
-    group.add_argument(
-        "--anchor-prompts",
-        type=Path,
-        metavar="FILE",
+             f"signal of --quantile ({default('erase_scale')})")
+    add("--quantile", type=finite, default=0.0, metavar="Q",
+        help="all-but-one: use the erasing signal above this quantile, for example 0.9, instead "
+             "of the anchor (default: off)")
+    add("--anchor", nargs="+", default=[], metavar="WORD",
+        help="what to show instead. ablate: one word for all concepts, or one per concept; "
+             "all-but-one: one word")
+    add("--anchor-prompts", type=Path, metavar="FILE",
         help="ablate: one prompt per line; without --anchor the concept is a style (the toy model "
-        "has no words for this)",
-    )
-    group.add_argument(
-        "--anchor-images",
-        type=positive,
-        metavar="N",
-        help=f"ablate: number of images of the anchor ({default('anchor_images')})",
-    )
-    group.add_argument(
-        "--prior",
-        type=finite,
-        default=0.0,
-        metavar="λ",
-        help="ablate: add λ·|e(anchor) − n|² (authors' script: 1; default: 0)",
-    )
-    group.add_argument(
-        "--detach-start",
-        action="store_true",
-        help="ablate: no gradient through the keys and values of the start token",
-    )
+             "has no words for this)")
+    add("--anchor-images", type=positive, metavar="N",
+        help=f"ablate: number of images of the anchor ({default('anchor_images')})")
+    add("--prior", type=finite, default=0.0, metavar="λ",
+        help="ablate: add λ·|e(anchor) − n|² to the loss (authors' script: 1; default: 0)")
+    add("--detach-start", action="store_true",
+        help="ablate: no gradient through the keys and values of the start token")
 
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--iters",
-        type=positive,
-        metavar="N",
-        help=f"iterations ({default('iters')}; several concepts: 2000)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="B",
-        help=f"latents per iteration ({default('batch_size')})",
-    )
-    group.add_argument("--lr", type=finite, help=f"AdamW's learning rate ({default('lr')})")
-    group.add_argument(
-        "--lr-schedule", **one_of(["cosine", "constant"]), help=default("lr_schedule")
-    )
-    group.add_argument(
-        "--warmup",
-        type=natural,
-        metavar="N",
-        help=f"iterations of linear warm-up ({default('warmup')})",
-    )
-    group.add_argument("--weight-decay", type=finite, metavar="W", help=default("weight_decay"))
-    group.add_argument(
-        "--ema", type=finite, metavar="M", help=f"m of the teacher's average ({default('ema')})"
-    )
-    group.add_argument(
-        "--max-grad-norm",
-        type=finite,
-        metavar="NORM",
-        help=f"clip gradients at this norm; 0: do not clip ({default('max_grad_norm')})",
-    )
-    group.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="less memory, more time: compute each block again in the backward pass",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="CUDA: the same bits in every run, with slower kernels (a CPU always gives them)",
-    )
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--iters", type=positive, metavar="N",
+        help=f"iterations ({default('iters')}; several concepts: 2000)")
+    add("--batch-size", type=positive, metavar="B",
+        help=f"latents per iteration ({default('batch_size')})")
+    add("--lr", type=finite, help=f"AdamW's learning rate ({default('lr')})")
+    add("--lr-schedule", **one_of(["cosine", "constant"]), help=default("lr_schedule"))
+    add("--warmup", type=natural, metavar="N",
+        help=f"iterations of linear warm-up ({default('warmup')})")
+    add("--weight-decay", type=finite, metavar="W", help=default("weight_decay"))
+    add("--ema", type=finite, metavar="M", help=f"m of the teacher's average ({default('ema')})")
+    add("--max-grad-norm", type=finite, metavar="NORM",
+        help=f"clip gradients at this norm; 0: do not clip ({default('max_grad_norm')})")
+    add("--gradient-checkpointing", action="store_true",
+        help="less memory, more time: compute each block again in the backward pass")
+    add("--deterministic", action="store_true",
+        help="CUDA: the same bits in every run, by slower kernels (a CPU always gives them)")
 
-    group = parser.add_argument_group("sampling of z_t")
-    group.add_argument(
-        "--steps",
-        type=positive,
-        metavar="T",
-        help=f"DDIM steps of a whole image ({default('steps')})",
-    )
-    group.add_argument(
-        "--guidance-scale",
-        type=finite,
-        metavar="S",
-        help="s_g while z_t is sampled; 1 uses the concept's estimate alone, below 1 guides away "
-        f"from it ({default('guidance_scale')})",
-    )
+    add = parser.add_argument_group("sampling of z_t").add_argument
+    add("--steps", type=positive, metavar="T",
+        help=f"DDIM steps of a whole image ({default('steps')})")
+    add("--guidance-scale", type=finite, metavar="S",
+        help="s_g while z_t is sampled; at 1 the concept's estimate alone, below 1 also less of "
+             f"it ({default('guidance_scale')})")
 
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="output folder (default: a new one in runs/)"
-    )
-    group.add_argument(
-        "--resume", action="store_true", help="continue the run in --out, with its own arguments"
-    )
-    group.add_argument(
-        "--save-every",
-        type=natural,
-        default=100,
-        metavar="N",
-        help="iterations between checkpoints; 0: only at the end (default: %(default)s)",
-    )
-    group.add_argument(
-        "--export-every",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="iterations between patches of student and teacher in exports/ (default: none)",
-    )
-    group.add_argument(
-        "--preview",
-        nargs="+",
-        metavar="PROMPT",
-        help="preview prompts (default: the concepts and a few others)",
-    )
-    group.add_argument(
-        "--preview-every",
-        type=natural,
-        metavar="N",
-        help=f"iterations between previews; 0: none ({default('preview_every')})",
-    )
-    group.add_argument(
-        "--preview-steps", type=positive, default=25, metavar="N", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--preview-guidance-scale",
-        type=finite,
-        default=7.5,
-        metavar="S",
-        help="default: %(default)s",
-    )
-    group.add_argument(
-        "--report-to",
-        **one_of(["tensorboard"]),
-        help="also write TensorBoard events into the folder tensorboard/ of the output",
-    )
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR", help="output folder (default: a new one in runs/)")
+    add("--resume", action="store_true", help="continue the run in --out, with its own arguments")
+    add("--save-every", type=natural, default=100, metavar="N",
+        help="iterations between checkpoints; 0: only at the end (default: %(default)s)")
+    add("--export-every", type=natural, default=0, metavar="N",
+        help="iterations between patches of student and teacher in exports/ (default: none)")
+    add("--preview", nargs="+", metavar="PROMPT",
+        help="preview prompts (default: the concepts and a few others)")
+    add("--preview-every", type=natural, metavar="N",
+        help=f"iterations between previews; 0: none ({default('preview_every')})")
+    add("--preview-steps", type=positive, default=25, metavar="N", help="default: %(default)s")
+    add("--preview-guidance-scale", type=finite, default=7.5, metavar="S",
+        help="default: %(default)s")
+    add("--report-to", **one_of(["tensorboard"]),
+        help="also write TensorBoard events into the folder tensorboard/ of the output")
+    # fmt: on
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
@@ -379,10 +261,10 @@ class Run:
             scaler=self.scaler,
         )
         for iteration in iterations:
-            if sampling_unet is not None:
-                sampling_unet.sync()
             self.done, self.generator_state = iteration.i + 1, self.generator.get_state()
             yield iteration
+            if sampling_unet is not None:
+                sampling_unet.sync()
 
     def loss(self):
         """The method's loss, or the run's copy of the user's own."""
@@ -493,7 +375,7 @@ def skip_unknown_previews(model, prompts):
             known.append(prompt)
         except UserError:
             print(
-                f"warning: the model does not know the preview prompt {prompt!r}: skipped.",
+                f"warning: the model does not know the preview prompt {prompt!r}, so it is skipped.",
                 file=sys.stderr,
             )
     return known
@@ -662,7 +544,20 @@ def train(args):
     with lock_folder(out):
         if not args.resume:
             refuse_used(out, "; or use --resume to continue the run in it")
-        train_in(out, settings, args)
+        try:
+            train_in(out, settings, args)
+        except OwnLossError:
+            if not (out / "checkpoint.safetensors").exists():
+                empty_folder(out)  # nothing is lost, and the corrected command finds a free folder
+            raise
+
+
+def empty_folder(folder):
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def open_run(args):
@@ -706,9 +601,7 @@ def resumed_run(args):
         changed = [key for key in sorted(given - free) if getattr(args, key) != defaults[key]]
         if changed:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
-            raise UserError(
-                f"A resumed run keeps its arguments, so {flags} has no effect. {advice}"
-            )
+            raise UserError(f"A resumed run keeps its arguments: {flags} has no effect. {advice}")
     if settings["loss"] and sha256(args.out / OWN_LOSS) != settings["loss_sha256"]:
         raise UserError(
             f"{args.out / OWN_LOSS} has changed since the run began. Start a new run with "
@@ -781,5 +674,5 @@ def write_run_json(out, settings):
 
 
 if __name__ == "__main__":
-    advice = "to continue: python train.py --resume --out {out} (or the same command, if there is no run in it yet)"
+    advice = "to continue: python train.py --resume --out {out}"
     sys.exit(run_command(train, parse(), advice))

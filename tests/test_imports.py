@@ -19,7 +19,10 @@ LAYERS = [
     ["tools"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-DIFFUSERS_ALLOWED = ("tools/bench.py", "tools/baseline.py")  # they measure it, and need it only then
+DIFFUSERS_ALLOWED = (
+    "tools/bench.py",
+    "tools/baseline.py",
+)  # they measure it, and need it only then
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in (".", "support", "report", "evaluation", "tools", "toy")

@@ -33,7 +33,7 @@ from unet import UNet
 TINY = UNETS["2 heads, plain first"]
 D = TINY["cross_attention_dim"]
 S_S, ALTERNATIVE = 1.5, randn(1, 77, D, seed=4)
-PICTURES, SHOWN, ASKED = (
+IMAGES, ANCHORS, TARGETS = (
     randn(7, 4, 8, 6, seed=8),
     randn(2, 77, D, seed=9),
     randn(2, 77, D, seed=10),
@@ -135,46 +135,49 @@ class Ours:
             self.z_t = x["z_t"]
             return case["loss"](**x, erase_scale=S_S, quantile=case["quantile"])
 
-        c_0 = embeddings(case["K"])[2]
+        concepts, joined, c_0 = embeddings(case["K"])
+        teacher, noised_anchors = None, None
         if case["latents"] == "anchor":
-            latents = ablation.noised(
-                PICTURES,
+            noised_anchors = ablation.noised_anchors(
+                IMAGES,
                 [0, 1],
-                lambda which: ASKED[which],
-                SHOWN,
+                lambda which: TARGETS[which],
+                ANCHORS,
                 DDIM(T),
                 case["B"],
                 self.generator,
             )
         else:
-            latents = sdd.half_drawn(
-                getattr(self, case["latents"]),
-                DDIM(T),
-                *embeddings(case["K"]),
-                (case["B"], 4, 8, 6),
-                self.generator,
-                case["roles"],
-                S_G,
-                c_a=ALTERNATIVE,
-            )
+            teacher = getattr(self, case["latents"])
         self.run = sdd.sdd(
             self.student,
+            teacher,
             self.original,
             self.optimizer,
-            [*attn2(self.teacher).values()],
-            latents,
+            list(attn2(self.teacher).values()),
+            DDIM(T),
             c_0,
+            concepts,
+            joined,
+            (case["B"], 4, 8, 6),
+            self.generator,
             loss=watched,
-            start=start,
+            s_g=S_G,
+            m=M,
             iters=ITERS,
+            start=start,
             lr=case["lr"],
             lr_schedule=case["schedule"],
             warmup=WARMUP,
-            ema_decay=M,
+            max_grad_norm=case["clip"],
+            roles=case["roles"],
+            c_a=ALTERNATIVE,
             preserve=case["preserve"],
             prior=case["prior"],
-            max_grad_norm=case["clip"],
-            loss_scale=case["scale"],
+            noised_anchors=noised_anchors,
+            scaler=torch.amp.GradScaler(
+                "cpu", init_scale=case["scale"], enabled=case["scale"] != 1
+            ),
         )
 
 
@@ -221,22 +224,22 @@ class Plain:
         return z, k, levels[k], torch.randint(0, case["K"], (), generator=self.generator).item()
 
     def noised(self):
-        """Ablating's z_t: a picture each, its timestep and noise. Returns what `half_drawn` does, and c_a and n."""
+        """Ablating Concepts' z_t: noised images. Returns what `sampled` does, with c_a and n."""
         B, g = self.case["B"], self.generator
         which, t = torch.randint(0, 7, (B,), generator=g), torch.randint(0, 1000, (B,), generator=g)
         n = torch.randn(B, 4, 8, 6, generator=g)
         prompts = [picture % 2 for picture in which.tolist()]
         return (
-            self.ddim.add_noise(PICTURES[which], n, t),
+            self.ddim.add_noise(IMAGES[which], n, t),
             None,
             t,
             prompts[0],
-            ASKED[prompts],
-            SHOWN[prompts],
+            TARGETS[prompts],
+            ANCHORS[prompts],
             n,
         )
 
-    def half_drawn(self, i):
+    def sampled(self, i):
         case, B = self.case, self.case["B"]
         z, k, t, j = self.draw(i)
         concepts, joined, c_0 = (c.repeat_interleave(B, 0) for c in embeddings(case["K"]))
@@ -252,9 +255,7 @@ class Plain:
     def iteration(self, i):
         """Up to the gradients, which stay in .grad. Returns z_t, k, j, the loss and the norm before clipping."""
         case, c_0 = self.case, embeddings(self.case["K"])[2].repeat_interleave(self.case["B"], 0)
-        z, k, t, j, c_s, c_a, n = (
-            self.noised() if case["latents"] == "anchor" else self.half_drawn(i)
-        )
+        z, k, t, j, c_s, c_a, n = self.noised() if case["latents"] == "anchor" else self.sampled(i)
 
         def e(c):
             return self.student(z, t, c).sample
@@ -416,31 +417,31 @@ def test_iterations_against_a_plain_loop(case):
 # Each turns the comparison named beside it red; test_iterations_against_a_plain_loop is the same run without one.
 
 
-def one_level_too_noisy(patch):
-    def draw(roles, scheduler, *rest):
+def one_timestep_too_noisy(patch):
+    def random_timestep(roles, scheduler, *rest):
         k, t, j = right(roles, scheduler, *rest)
         return k, scheduler.timesteps[k - 1], j
 
-    right = sdd.draw
-    patch.setattr(sdd, "draw", draw)
+    right = sdd.random_timestep
+    patch.setattr(sdd, "random_timestep", random_timestep)
 
 
 def k_from_0(patch):
-    def draw(roles, scheduler, *rest):
+    def random_timestep(roles, scheduler, *rest):
         k, t, j = right(roles, scheduler, *rest)
         return k - 1, scheduler.timesteps[k - 1], j
 
-    right = sdd.draw
-    patch.setattr(sdd, "draw", draw)
+    right = sdd.random_timestep
+    patch.setattr(sdd, "random_timestep", random_timestep)
 
 
 def concept_before_k(patch):
-    def draw(roles, scheduler, K, i, generator):
+    def random_timestep(roles, scheduler, K, i, generator):
         j = int(torch.randint(K, (), generator=generator))
         k = int(torch.randint(1, T + 1, (), generator=generator))
         return k, scheduler.timesteps[k], j
 
-    patch.setattr(sdd, "draw", draw)
+    patch.setattr(sdd, "random_timestep", random_timestep)
 
 
 def guided_from_e_p(patch):
@@ -483,7 +484,13 @@ def clipped_after_the_step(patch):  # or not at all: the step sees the same grad
 
 
 def never_unscaled(patch):
-    patch.setattr(torch, "_foreach_div_", lambda grads, scale: None)
+    def unscale_(self, optimizer):
+        right(self, optimizer)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad.mul_(self.get_scale())
+
+    right = torch.amp.GradScaler.unscale_
+    patch.setattr(torch.amp.GradScaler, "unscale_", unscale_)
     return dict(scale=1024.0)
 
 
@@ -509,13 +516,13 @@ def wrong(loss):
 
 
 MISTAKES = {  # name: (the comparison that turns red, the mistake)
-    "loss one level too noisy": ("loss", one_level_too_noisy),
+    "loss one timestep too noisy": ("loss", one_timestep_too_noisy),
     "k in 0..T-1": ("another draw", k_from_0),
     "concept drawn before k": ("another draw", concept_before_k),
     "guidance from e_p": ("z_t", guided_from_e_p),
     "c_p and c_s swapped": ("z_t", prompts_swapped),
-    "student draws": ("z_t", dict(latents="student")),
-    "original draws": ("z_t", dict(latents="original")),
+    "the student samples z_t": ("z_t", dict(latents="student")),
+    "the original samples z_t": ("z_t", dict(latents="original")),
     "target from the original": (
         "loss",
         wrong(lambda e, e_original, c_s, c_0: F.mse_loss(e(c_s), e_original(c_0))),
@@ -567,7 +574,7 @@ OTHER_MISTAKES = {  # the same for the other trainers: the case, the comparison 
         "loss",
         dict(loss=lambda e_original, e, **x: losses.esd_loss(e_original=e, e=e, **x)),
     ),
-    "ESD: the teacher draws": (ESD, "z_t", dict(latents="teacher")),
+    "ESD: the teacher samples z_t": (ESD, "z_t", dict(latents="teacher")),
     "Ablating: prompts swapped": (
         ABLATE,
         "grad_norm",
@@ -683,18 +690,21 @@ def test_draw(roles, monkeypatch):
     monkeypatch.setattr(sdd, "sample", lambda estimate, scheduler, z, k: drawn.append(z) or z)
     times, levels = [], DDIM(50).timesteps
     line, c = Line(), torch.zeros(K, 77, 1)
-    latents = sdd.half_drawn(
-        line, DDIM(50), c, c[:1], c[:1], (1, 4, 2, 2), torch.Generator().manual_seed(11), roles
-    )
     run = list(
         sdd.sdd(
             line,
             line,
+            line,
             torch.optim.AdamW([line.w]),
             [torch.ones(())],
-            latents,
+            DDIM(50),
             c[:1],
+            c,
+            c[:1],
+            (1, 4, 2, 2),
+            torch.Generator().manual_seed(11),
             iters=N,
+            roles=roles,
             loss=lambda e, z_t, t, c_s, **_: times.append(t) or e(z_t, t, c_s).mean(),
         )
     )
@@ -745,7 +755,9 @@ def test_the_target_carries_no_gradient():
     assert w.grad == 2 * (0.5 * 2 - 0.5 * 3) * 2
     w.grad = None
     original = torch.tensor(0.25, requires_grad=True)  # (w c_0 − sg(w° c_0))²
-    losses.preservation(lambda z, t, c: w * c, lambda z, t, c: original * c, z, 0, c_0).backward()
+    losses.preservation_loss(
+        lambda z, t, c: w * c, lambda z, t, c: original * c, z, 0, c_0
+    ).backward()
     assert w.grad == 2 * (0.5 * 3 - 0.25 * 3) * 3 and original.grad is None
 
 

@@ -1,0 +1,114 @@
+"""A loss of the user's own, `--loss FILE:FUNCTION`: loading, checking and calling it.
+
+Every mistake in it becomes one sentence that names the function.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import traceback
+from pathlib import Path
+
+import torch
+
+from support.errors import UserError
+
+
+class OwnLossError(UserError):
+    """The user's loss raised an exception."""
+
+
+def loss_file(text):
+    return Path(text.rpartition(":")[0] or text)
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def load_loss(text, file=None):
+    """The function that --loss FILE:FUNCTION names; `file`: a copy of FILE to load instead."""
+    name = text.rpartition(":")[2]
+    file = Path(file or loss_file(text))
+    if not file.is_file():
+        raise UserError(f"--loss {text}: there is no file {file}. Write --loss FILE.py:FUNCTION.")
+    try:
+        spec = importlib.util.spec_from_file_location("own_loss", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as e:  # the user's own file can fail in any way
+        raise UserError(
+            f"--loss {text}: {file} cannot be imported ({type(e).__name__}: {e}).",
+            details=traceback.format_exc(),
+        ) from e
+    functions = [key for key, x in vars(module).items() if inspect.isfunction(x)]
+    if ":" not in text or name not in functions:
+        names = " or ".join(f"--loss {file}:{key}" for key in functions) or "a file with a function"
+        raise UserError(f"--loss {text} does not name a function of the file: use {names}.")
+    return vars(module)[name]
+
+
+def check_loss(function, text, noise):
+    """Calls a user's loss once on small random tensors, before the run creates its folder.
+
+    noise: does this method know the noise n in z_t? UserError names the mistake.
+    """
+    name = text.rpartition(":")[2]
+    arguments = inspect.signature(function).parameters.values()
+    if not any(p.kind == p.VAR_KEYWORD for p in arguments):
+        raise UserError(
+            f"--loss {text}: the arguments of {name} must end with **_, which takes what the "
+            "function does not need."
+        )
+    given = ("e", "e_original", "z_t", "t", "c_s", "c_0", "c_a", "erase_scale", "quantile")
+    if noise:
+        given += ("n",)
+    for p in arguments:
+        required = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if required and p.name not in given:
+            raise UserError(
+                f"--loss {text}: {name} asks for {p.name!r}, which is not an argument of a "
+                f"loss. There are: {', '.join(given)}."
+            )
+    theta = torch.ones((), requires_grad=True)
+
+    def e(z, t, c):
+        return theta * z + c.mean()
+
+    generator = torch.Generator().manual_seed(0)
+    z_t, n = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    c_s, c_0, c_a = torch.randn(3, 1, 77, 8, generator=generator)
+    values = dict(e=e, e_original=lambda z, t, c: e(z, t, c).detach(), z_t=z_t, t=501, n=n)
+    values |= dict(c_s=c_s, c_0=c_0, c_a=c_a, erase_scale=1.0, quantile=0.0)
+    with torch.enable_grad():
+        loss = call_loss(function, text, **{key: values[key] for key in given})
+    if not isinstance(loss, torch.Tensor):
+        result = f"a {type(loss).__name__}"
+    elif loss.dim() > 0:
+        result = f"a tensor of shape {tuple(loss.shape)}"
+    else:
+        result = None
+    if result:
+        raise UserError(
+            f"--loss {text}: {name} returns {result}; it must return a scalar tensor, for example "
+            "with .mean()."
+        )
+    if not loss.requires_grad:
+        raise UserError(
+            f"--loss {text}: the result of {name} has no gradient, so nothing can be learned. "
+            "Compute at least e(z_t, t, c_s) outside torch.no_grad(), without .detach()."
+        )
+
+
+def call_loss(function, text, **values):
+    """function(**values). An exception of the user's own code becomes a sentence."""
+    try:
+        return function(**values)
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as e:
+        raise OwnLossError(
+            f"--loss {text} failed with {type(e).__name__}: {e}. Correct it and run the command "
+            "again.",
+            details=traceback.format_exc(),
+        ) from e
