@@ -207,7 +207,7 @@ def test_the_results_are_those_of_the_results_page():
     section = TEXTS["docs/results.md"].split("\n## One concept")[1].split("\n## ")[0]
     full = table_rows(section)
     columns = []
-    for wanted in ("target, named", "target, implied", "whole captions"):
+    for wanted in ("concept named", "concept implied", "other captions right"):
         columns += [i for i, title in enumerate(full["model"]) if title.startswith(wanted)]
     shown = table_rows(README.split("\n## Results")[1].split("\n## ")[0])
     assert len(columns) == 3 and len(shown) == 5  # the head and four rows
