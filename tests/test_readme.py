@@ -83,9 +83,9 @@ def shortened(script, words, model):
     if "--help" in words or "--resume" in words or script == "-m report.page":
         return words
     words += SHORT[script].split()
-    if "toy" not in words and "--model" not in words:
+    if not {"toy", "--model", "--patch"} & set(words):  # a patch names its model
         words += ["--model", str(model)]
-    if "toy" not in words and script != "-m tools.convert" and "--device" not in words:
+    if script != "-m tools.convert" and "--device" not in words:
         words += ["--device", "cpu"]
     if "forgetful.safetensors" in words and "--patch" not in words:
         words += ["--tokenizer", str(model / "tokenizer")]  # the default is on the hub
@@ -127,7 +127,9 @@ def test_every_command_runs(results, folder):
     for script in ("train.py", "generate.py", "eval.py"):
         assert sum(split(line)[0] == script for line in results if line in README) >= 2
     assert (folder / "runs/0001-star/index.html").exists()
-    assert (folder / "runs/l1/own_loss.py").exists() and (folder / "tables/l1/table.md").exists()
+    assert (folder / "runs/l1/own_loss.py").exists()
+    tables = [file.read_text() for file in folder.glob("tables/*/table.md")]
+    assert any("| l1 |" in table for table in tables)
 
 
 def test_commands_that_are_only_parsed():
