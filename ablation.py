@@ -106,8 +106,8 @@ def generate_anchors(file, model, unet, c_0, c_a, scheduler, n, guidance_scale, 
 def noised_anchors(z_0, concept_of, embed_targets, c_a, scheduler, batch_size, generator):
     """A function that returns (batch, k, j) as `sdd.sdd` needs it, with k = None.
 
-    It picks images, their timesteps and the noise, in this order. concept_of: the concept's index of
-    each prompt. embed_targets: indices of prompts -> embeddings (B, 77, D), which may carry
+    It picks images, their timesteps and the noise, in this order. concept_of: the index of each
+    prompt's concept. embed_targets: indices of prompts -> embeddings (B, 77, D), which may carry
     gradients. c_a (P, 77, D): the anchor's prompts.
     """
 

@@ -46,8 +46,8 @@ NUMBERS = [
     ("anchor_images",   1000,     1000,      1000,       200),     # Ablating Concepts
     ("preview_every",   250,      250,       250,        20),      # our choice
 ]
-# Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip, and
-# All-but-One's is not known.
+# Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip,
+# and All-but-One's is not known.
 # fmt: on
 PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
     "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
@@ -78,8 +78,8 @@ ABLATE = dict(
     iters=100, lr=2e-6, batch_size=4, guidance_scale=6.0, lr_schedule="constant", warmup=0
 )
 # All-but-One (arXiv 2312.12807): 200 steps. Its output (the student), its optimizer, its prompt of
-# joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains `to_out`
-# layers; its summary does not say which, so --train-params does not offer them.
+# joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains
+# `to_out` layers; its summary does not say which, so --train-params does not offer them.
 ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
 
 METHODS = {

@@ -29,6 +29,8 @@ Where this file differs from the paper, or where the paper's sources differ from
 7. T = 50 comes from the authors' script. The paper does not give T.
 8. A batch (--batch-size) shares one k and one concept. The paper's batch size is 1.
 9. B.1 says "1500 or 2000" iterations. That 2000 is for several concepts is our inference.
+10. `roles="each"` is our own: one random concept both samples z_t and is unlearned (c_p = c_s), a
+    new one in each iteration. Neither the paper nor the script does this.
 """
 
 import math
@@ -40,7 +42,7 @@ import ema
 import losses
 from guidance import cfg, sample
 
-ROLES = ("paper", "official")  # see points 3 and 4
+ROLES = ("paper", "official", "each")  # see points 3, 4 and 10
 MAX_LOSS = 1e5  # estimates have variance 1, so the mean squared error of a working model is near 1
 
 
@@ -146,8 +148,12 @@ def random_timestep(roles, scheduler, K, i, generator):
 
 
 def choose_prompts(roles, concept, joined):
-    """(c_p, c_s): which prompt samples z_t, and which one is unlearned. See points 3 and 4."""
-    return (joined, concept) if roles == "official" else (concept, joined)
+    """(c_p, c_s): which prompt samples z_t, and which one is unlearned. Points 3, 4 and 10."""
+    if roles == "official":
+        return joined, concept
+    if roles == "each":
+        return concept, concept
+    return concept, joined
 
 
 def lr_factor(i, warmup, iters, schedule):

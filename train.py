@@ -95,8 +95,9 @@ def parse(argv=None):
     add("--latents", **one_of(["teacher", "student", "original"]),
         help="which model samples z_t (default: the method's; sdd: teacher)")
     add("--roles", **one_of(ROLES),
-        help="several concepts: which one samples z_t, and which one is unlearned. paper: one "
-             f"samples, all joined are unlearned; official: the reverse ({default('roles')})")
+        help="several concepts: which samples z_t, and which is unlearned. paper: one samples, all "
+             "joined are unlearned; official: the reverse; each: one concept does both (not in the "
+             f"paper) ({default('roles')})")
     add("--preserve", type=finite, metavar="λ",
         help=f"add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD ({default('preserve')})")
     add("--erase-scale", type=finite, metavar="S",
@@ -375,7 +376,7 @@ def skip_unknown_previews(model, prompts):
             known.append(prompt)
         except UserError:
             print(
-                f"warning: the model does not know the preview prompt {prompt!r}, so it is skipped.",
+                f"warning: the preview prompt {prompt!r} is skipped: the model does not know it.",
                 file=sys.stderr,
             )
     return known
@@ -554,6 +555,8 @@ def train(args):
 
 def empty_folder(folder):
     for path in folder.iterdir():
+        if path.name.startswith("."):  # the lock
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -585,8 +588,8 @@ def resumed_run(args):
             raise KeyError(min(missing))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
-            f"{args.out / 'run.json'} is damaged or from another version ({e!r}), so the run cannot "
-            "continue."
+            f"{args.out / 'run.json'} is damaged or from another version ({e!r}), so the run "
+            "cannot continue."
         ) from None
     advice = f"Use --resume --out {args.out} alone, or choose a new folder."
     if args.concept:
@@ -638,16 +641,16 @@ def train_in(out, settings, args):
             iterate(run, previews, reporter)
         except FloatingPointError as e:
             raise UserError(
-                f"{e}. The checkpoint before it is kept in {out}. Start again in another folder with "
-                "a smaller --lr, or with --dtype fp32."
+                f"{e}. The checkpoint before it is kept in {out}. Start again in another folder "
+                "with a smaller --lr, or with --dtype fp32."
             ) from None
         except torch.OutOfMemoryError:
             run.optimizer.zero_grad()  # drop the unfinished iteration
             run.save()
             raise UserError(
-                f"The GPU's memory is full; {run.done} iterations are saved. To continue with less: "
-                f"python train.py --resume --out {out} --gradient-checkpointing. Or start again with "
-                "a smaller --batch-size, --dtype bf16 or --preview-every 0."
+                f"The GPU's memory is full; {run.done} iterations are saved. To continue with "
+                f"less: python train.py --resume --out {out} --gradient-checkpointing. Or start "
+                "again with a smaller --batch-size, --dtype bf16 or --preview-every 0."
             ) from None
         seconds = time.monotonic() - began
         run.export("erased.safetensors", output)

@@ -244,7 +244,9 @@ class Plain:
         z, k, t, j = self.draw(i)
         concepts, joined, c_0 = (c.repeat_interleave(B, 0) for c in embeddings(case["K"]))
         one = concepts[j * B : (j + 1) * B]
-        c_p, c_s = (joined, one) if case["roles"] == "official" else (one, joined)
+        c_p, c_s = {"paper": (one, joined), "official": (joined, one), "each": (one, one)}[
+            case["roles"]
+        ]
         painter = getattr(self, case["latents"])
         with torch.no_grad():
             for level in self.ddim.timesteps[:k]:
@@ -358,6 +360,7 @@ def compare(case, mistake=None):
         dict(B=1, K=3, roles="official", schedule="constant"),
         dict(B=2, K=3, roles="official", clip=0.0, preserve=0.5),
         dict(B=2, K=1, roles="official", clip=1.0),
+        dict(B=1, K=3, roles="each"),
         dict(B=2, K=3, clip=0.0, scale=1024.0),
         dict(B=1, K=3, latents="student"),
         dict(B=1, K=3, latents="original"),
@@ -544,6 +547,7 @@ MISTAKES = {  # name: (the comparison that turns red, the mistake)
         wrong(lambda e, e_original, c_s, c_0: ((e(c_s) - e(c_0).detach()) ** 2).sum()),
     ),
     "preservation": ("loss", dict(preserve=0.01)),
+    "roles of another choice": ("loss", dict(roles="each")),
     "lr one iteration late": ("lr", lr_shifted(-1)),
     "lr one iteration early": ("lr", lr_shifted(1)),
     "clipped after the step": ("gradient of", clipped_after_the_step),
