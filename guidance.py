@@ -1,8 +1,11 @@
-"""The denoising loop, and how noise estimates are combined in it.
+"""The denoising loop, and how it combines noise estimates.
 
-An estimate is a function (z, t, i) -> e: latents (B, 4, H, W) at timestep t, the i-th evaluation of the loop, i = 0, 1, …
-(PNDM visits one level twice, and both count). Notation as in the papers: e_0 for the empty prompt, e_p for the prompt,
-e_S for what is to be avoided. All of a step's estimates are made in one batch.
+An estimate is a function (z, t, i) -> e. z: latents (B, 4, H, W); t: their timestep; i: the number
+of the evaluation, 0, 1, .. (PNDM visits one timestep twice: these are two evaluations).
+e: the noise in z, (B, 4, H, W).
+
+Notation, as in the papers: e_0 for the empty prompt, e_p for the prompt, e_S for the prompt to
+avoid. All estimates of one evaluation are computed in one batch.
 """
 
 from functools import partial
@@ -11,25 +14,35 @@ import torch
 
 
 def sample(estimate, scheduler, z, k=None):
-    """Takes z from levels[0] to levels[k] of the scheduler, in k evaluations; all the way where k is not given."""
+    """Denoises latents z from scheduler.timesteps[0] to timesteps[k], in k evaluations.
+
+    Without k, denoises z to the end.
+    """
     for i, t in enumerate(scheduler.timesteps[:-1][:k]):
-        z = scheduler.step(z, estimate(z, t, i), i)
+        e = estimate(z, t, i)
+        z = scheduler.step(z, e, i)
     return z
 
 
 def evaluate(unet, z, t, *prompts):
-    """The estimates for several prompts, each (B, 77, D) or (1, 77, D), in one batch."""
-    context = torch.cat(
-        torch.broadcast_tensors(*prompts)
-    )  # one row for each prompt, if each is the same for all of z
-    return unet(torch.cat([z] * len(prompts)), t, context).chunk(len(prompts))
+    """The noise estimates for several prompts, in one batch: one tensor (B, 4, H, W) per prompt.
+
+    prompts: embeddings, (1, 77, D) for one that all latents share, or (B, 77, D).
+    """
+    n, B = len(prompts), len(z)
+    context = torch.cat([c.expand(B, -1, -1) for c in prompts])  # (n·B, 77, D)
+    e = unet(torch.cat([z] * n), t, context)  # (n·B, 4, H, W)
+    return e.chunk(n)
 
 
 def cfg(unet, c_0, c_p, s):
-    """Classifier-free guidance (Ho & Salimans 2022): e_0 + s (e_p − e_0).
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): e_0 + s (e_p − e_0).
 
-    c_0, c_p: (B, 77, D) or (1, 77, D). With the embedding of a negative prompt in the place of c_0 this is NEG. A scale of 1
-    asks for e_p alone.
+    c_0, c_p: embeddings of the empty prompt and of the prompt, (1, 77, D) or (B, 77, D).
+    s > 1 goes beyond e_p: the image follows the prompt more closely.
+    s = 1 is e_p alone, so only e_p is computed.
+    0 < s < 1 lies between the two: the image follows the prompt less than without guidance.
+    s = 0 ignores the prompt. s < 0 steers away from it.
     """
 
     def estimate(z, t, i=0):
@@ -41,77 +54,137 @@ def cfg(unet, c_0, c_p, s):
     return estimate
 
 
-# Safe latent diffusion (Schramowski et al. 2022, arXiv 2211.05105, table 1): δ, s_S, λ, s_m, β_m. diffusers ships weak with 20
-# for 200. The SDD paper's eq. 8 prints max(1, |D|) and scales D before it meets λ: then the scale would be 1 or more everywhere
-# and the threshold next to nothing; this is the method's own paper's.
+# Safe Latent Diffusion (SLD; Schramowski et al. 2022, arXiv 2211.05105), table 1.
+# delta (δ): evaluations before it acts. s_S: scale. threshold (λ). s_m, beta_m (β_m): momentum.
+# diffusers has s_S = 20 for "weak". The paper, which we follow, has 200.
+# fmt: off
 SLD = {
-    "weak": (15, 200, 0.0, 0.0, 0.0),
-    "medium": (10, 1000, 0.01, 0.3, 0.4),
-    "strong": (7, 2000, 0.025, 0.5, 0.7),
-    "max": (0, 5000, 1.0, 0.5, 0.7),
+    "weak":   dict(delta=15, s_S=200,  threshold=0.0,   s_m=0.0, beta_m=0.0),
+    "medium": dict(delta=10, s_S=1000, threshold=0.01,  s_m=0.3, beta_m=0.4),
+    "strong": dict(delta=7,  s_S=2000, threshold=0.025, s_m=0.5, beta_m=0.7),
+    "max":    dict(delta=0,  s_S=5000, threshold=1.0,   s_m=0.5, beta_m=0.7),
 }
+# fmt: on
 
 
-def sld_step(e_0, e_p, e_S, s, i, nu, strength, warmup=None):
-    """One step of SLD: the estimate, and the momentum ν that goes into the next (at first 0). `warmup` takes the place of δ."""
-    delta, s_S, threshold, s_m, beta_m = SLD[strength]
-    delta = delta if warmup is None else warmup
+def sld_step(e_0, e_p, e_S, s, i, nu, *, delta, s_S, threshold, s_m, beta_m):
+    """One evaluation of SLD. Returns the estimate and the momentum ν for the next evaluation.
+
+    μ is 0 where e_p is above e_S by at least the threshold: there, nothing is avoided.
+
+    Eq. 8 of the SDD paper describes SLD differently: it prints max(1, |D|), and it scales D before
+    it compares D with the threshold. Then the scale would be at least 1 everywhere, and the
+    threshold would have almost no effect. We follow SLD's own paper.
+    """
     D = e_p - e_S
     mu = torch.where(D >= threshold, 0.0, (s_S * D.abs()).clamp(max=1))
     gamma = mu * (e_S - e_0) + s_m * nu
-    nu = beta_m * nu + (1 - beta_m) * gamma  # during the warm-up too
-    return e_0 + s * (e_p - e_0 - (gamma if i >= delta else 0)), nu
+    nu = beta_m * nu + (1 - beta_m) * gamma  # also during the warm-up
+    if i < delta:
+        gamma = 0
+    return e_0 + s * (e_p - e_0 - gamma), nu
 
 
-def sld(unet, c_0, c_p, c_S, s, warmup, strength):
-    nu = 0.0
+class SLDGuidance:
+    """The estimate of SLD, which keeps the momentum of one trajectory."""
 
-    def estimate(z, t, i):
-        nonlocal nu
-        e, nu = sld_step(*evaluate(unet, z, t, c_0, c_p, c_S), s, i, nu, strength, warmup)
+    def __init__(self, unet, c_0, c_p, c_S, s, **constants):
+        self.unet = unet
+        self.prompts = (c_0, c_p, c_S)
+        self.s = s
+        self.constants = constants
+        self.nu = 0.0
+
+    def __call__(self, z, t, i):
+        e_0, e_p, e_S = evaluate(self.unet, z, t, *self.prompts)
+        e, self.nu = sld_step(e_0, e_p, e_S, self.s, i, self.nu, **self.constants)
         return e
 
-    return estimate
 
+def sega_step(
+    e_0, e_p, e_edits, s, i, nu, warmups=(10,), s_e=5.0, quantile=0.9, s_m=0.1, beta_m=0.4
+):
+    """One evaluation of SEGA (Brack et al. 2023, arXiv 2301.12247), away from each concept.
 
-def sega_step(e_0, e_p, edits, s, i, nu, warmup=(10,), s_e=5.0, quantile=0.9, s_m=0.1, beta=0.4):
-    """One step of SEGA (Brack et al. 2023, arXiv 2301.12247) away from each of the `edits`, (K, B, 4, H, W): the estimate, and
-    the momentum ν. Only the strongest tenth of a concept's direction counts, channel by channel. `warmup`: one for each
-    concept or one for all; as long as some wait, the others act without momentum, weighted to a mean."""
-    g = -s_e * (edits - e_0)
-    g = torch.where(
-        g.abs() >= g.abs().float().flatten(3).quantile(quantile, dim=3)[..., None, None], g, 0.0
-    )
-    gamma = g.sum(0) + s_m * nu
-    nu = beta * nu + (1 - beta) * gamma  # of all concepts, from the first step on
-    warm = torch.tensor([i >= w for w in warmup]).expand(
-        len(g)
-    )  # on the CPU: a GPU would be waited for
-    if not warm.all():
-        gamma = g[warm].mean(0) if warm.any() else 0.0
+    e_edits (K, B, 4, H, W): the estimates of K concepts. warmups: the evaluations before a concept
+    acts, one number per concept or one for all. Returns the estimate and the momentum ν.
+
+    Only the strongest tenth of a concept's direction counts, per image and channel (quantile 0.9).
+    While some concepts are still in their warm-up, the mean of the others acts, without momentum.
+    diffusers does the same.
+    """
+    K = len(e_edits)
+    g = -s_e * (e_edits - e_0)  # (K, B, 4, H, W): away from each concept
+    limit = g.abs().float().flatten(3).quantile(quantile, dim=3)[..., None, None]
+    g = torch.where(g.abs() >= limit, g, 0.0)
+    gamma = g.sum(0) + s_m * nu  # (B, 4, H, W)
+    nu = beta_m * nu + (1 - beta_m) * gamma  # of all concepts, also during their warm-up
+
+    if len(warmups) == 1:
+        warmups = warmups * K
+    acting = [direction for direction, warmup in zip(g, warmups, strict=True) if i >= warmup]
+    if not acting:
+        gamma = 0.0
+    elif len(acting) < K:
+        gamma = torch.stack(acting).mean(0)
     return e_0 + s * (e_p - e_0) + gamma, nu
 
 
-def sega(unet, c_0, c_p, concepts, s, warmup):
-    """concepts: (K, 77, D), each of them avoided on its own."""
-    nu = 0.0
+class SEGAGuidance:
+    """The estimate of SEGA, which keeps the momentum of one trajectory."""
 
-    def estimate(z, t, i):
-        nonlocal nu
-        e_0, e_p, *edits = evaluate(unet, z, t, c_0, c_p, *concepts.split(1))
-        e, nu = sega_step(
-            e_0, e_p, torch.stack(edits), s, i, nu, (10 if warmup is None else warmup,)
-        )
+    def __init__(self, unet, c_0, c_p, concepts, s, warmup):
+        self.unet = unet
+        self.prompts = (c_0, c_p, *concepts.split(1))
+        self.s = s
+        self.warmup = warmup
+        self.nu = 0.0
+
+    def __call__(self, z, t, i):
+        e_0, e_p, *e_edits = evaluate(self.unet, z, t, *self.prompts)
+        e_edits = torch.stack(e_edits)
+        e, self.nu = sega_step(e_0, e_p, e_edits, self.s, i, self.nu, warmups=(self.warmup,))
         return e
 
-    return estimate
+
+# The methods of `generate.py --method`, as functions with the same arguments:
+#     unet
+#     c_0 (1, 77, D)    the empty prompt (or the negative prompt)
+#     c_p (B, 77, D)    the prompts
+#     c_S (1, 77, D)    what to avoid; (K, 77, D) for SEGA, which avoids K concepts one by one
+#     s                 the guidance scale
+#     warmup            evaluations before SLD and SEGA act, or None for the method's own number,
+#                       which is meant for 50 steps
+# Each returns the estimate for one trajectory of one batch.
 
 
-# name: (unet, c_0, c_p, c_S, s, warmup) -> the estimate of one batch. c_S (1, 77, D), SEGA's (K, 77, D), is avoided, from the
-# warmup-th evaluation on (None: the method's own, which is meant for 50 steps).
+def sd(unet, c_0, c_p, c_S, s, warmup):
+    """Stable Diffusion as it is: classifier-free guidance. Ignores c_S and warmup."""
+    return cfg(unet, c_0, c_p, s)
+
+
+def neg(unet, c_0, c_p, c_S, s, warmup):
+    """Negative prompt: e_S + s (e_p − e_S). c_S replaces the empty prompt. Ignores warmup."""
+    return cfg(unet, c_S, c_p, s)
+
+
+def sld(unet, c_0, c_p, c_S, s, warmup, strength):
+    constants = dict(SLD[strength])
+    if warmup is not None:
+        constants["delta"] = warmup
+    return SLDGuidance(unet, c_0, c_p, c_S, s, **constants)
+
+
+def sega(unet, c_0, c_p, c_S, s, warmup):
+    return SEGAGuidance(unet, c_0, c_p, c_S, s, 10 if warmup is None else warmup)
+
+
 GUIDANCE = {
-    "sd": lambda unet, c_0, c_p, c_S, s, warmup: cfg(unet, c_0, c_p, s),
-    "neg": lambda unet, c_0, c_p, c_S, s, warmup: cfg(unet, c_S, c_p, s),
-    **{f"sld-{strength}": partial(sld, strength=strength) for strength in SLD},
+    "sd": sd,
+    "neg": neg,
+    "sld-weak": partial(sld, strength="weak"),
+    "sld-medium": partial(sld, strength="medium"),
+    "sld-strong": partial(sld, strength="strong"),
+    "sld-max": partial(sld, strength="max"),
     "sega": sega,
 }

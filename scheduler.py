@@ -1,79 +1,98 @@
-"""The noise schedule of Stable Diffusion 1.x and its two samplers: DDIM, and PNDM as SD 1.4's own default.
+"""Stable Diffusion 1.x's noise schedule and its two samplers: DDIM, and PNDM (SD 1.4's default).
 
-z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) n for t in 0..999. A sampler visits `levels`, from noisy to clean: `step(z, e, i)` takes z at
-levels[i], with the noise estimate e made there, on to levels[i + 1]. SD 1.4's constants are the defaults
-(`scheduler/scheduler_config.json`); ᾱ are kept in float32 as there, so that a trajectory agrees to rounding.
+The schedule defines z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) n, with noise n ~ N(0, I) and t in 0 .. 999.
+
+A sampler visits `timesteps`, from noisy to clean. `step(z, e, i)` takes latents z at timesteps[i],
+with the estimate e of their noise, and returns latents at timesteps[i + 1].
+
+The defaults are SD 1.4's (`scheduler/scheduler_config.json`). ᾱ is kept in float32, as in
+diffusers, so that both compute the same trajectory.
 """
 
 import torch
 
 
 class DDIM:
-    """Song et al. 2021 (arXiv 2010.02502), eq. 12 with σ = 0. `steps` is T in SDD; levels[T] is the end, 0."""
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12 with σ = 0.
+
+    steps: the number of denoising steps, T in SDD. `timesteps` has steps + 1 entries. The last one
+    is 0, the end. ValueError if the schedule is too short for that many steps.
+    """
 
     def __init__(
         self, steps, num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, steps_offset=1
     ):
-        self.stride = num_train_timesteps // steps if steps >= 1 else 0  # "leading" spacing
-        if not self.stride or (steps - 1) * self.stride + steps_offset >= num_train_timesteps:
+        # "Leading" spacing: multiples of the stride, plus an offset. For 50 steps: 981, 961, .. 1.
+        self.stride = num_train_timesteps // steps if steps >= 1 else 0
+        first = (steps - 1) * self.stride + steps_offset
+        if self.stride == 0 or first >= num_train_timesteps:
             raise ValueError(
                 f"{steps} sampling steps do not fit a schedule of {num_train_timesteps}: "
                 f"ask for 1 to {num_train_timesteps - steps_offset}."
             )
-        betas = (
-            torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32)
-            ** 2
+        self.timesteps = [i * self.stride + steps_offset for i in reversed(range(steps))] + [0]
+        sqrt_betas = torch.linspace(
+            beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32
         )
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # ᾱ (num_train_timesteps,)
-        self.timesteps = [*(i * self.stride + steps_offset for i in reversed(range(steps))), 0]
+        self.alphas_cumprod = torch.cumprod(1 - sqrt_betas**2, dim=0)  # ᾱ (num_train_timesteps,)
 
-    def _alpha(self, t):
-        return self.alphas_cumprod[
-            max(t, 0)
-        ]  # set_alpha_to_one false: past the last level it is still ᾱ_0
+    def alpha(self, t):
+        """ᾱ_t. Below timestep 0 it stays ᾱ_0 (in the config: set_alpha_to_one false)."""
+        return self.alphas_cumprod[max(t, 0)]
 
     def add_noise(self, z_0, noise, t):
-        """z_t for z_0 and noise (B, 4, H, W) at timesteps (B,)."""
+        """z_t for latents z_0 and noise, both (B, 4, H, W), at timesteps t (B,)."""
         alpha = self.alphas_cumprod.to(z_0.device)[t].view(-1, 1, 1, 1)
         return alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
 
     def step(self, z, e, i):
-        """z (B, 4, H, W) at levels[i] and the estimate e of its noise -> z at levels[i + 1]."""
+        """Latents z (B, 4, H, W) at timesteps[i] and their noise e -> latents at timesteps[i + 1].
+
+        The next timestep is t − stride. In the last step it is below 0, where ᾱ is ᾱ_0.
+        """
         t = self.timesteps[i]
-        alpha, alpha_next = self._alpha(t), self._alpha(t - self.stride)
+        alpha = self.alpha(t)
+        alpha_next = self.alpha(t - self.stride)
         z_0 = (z - (1 - alpha).sqrt() * e) / alpha.sqrt()
         return alpha_next.sqrt() * z_0 + (1 - alpha_next).sqrt() * e
 
 
 class PNDM(DDIM):
-    """Liu et al. 2022 (arXiv 2202.09778) without its Runge-Kutta start ("PLMS"): N steps, N + 1 evaluations.
+    """Liu et al. 2022 (arXiv 2202.09778) without its Runge-Kutta start ("PLMS").
 
-    The second level is visited twice, first as a guess and then to correct the first step. The estimates of the last
-    four levels are mixed (Adams-Bashforth), so a sampler serves one trajectory at a time; `step` with i = 0 starts anew.
+    N steps need N + 1 evaluations, because the second timestep is visited twice. The first visit
+    is a prediction. The second visit repeats the first step with a better estimate. Each later
+    step mixes the estimates of the last four timesteps (Adams-Bashforth).
+
+    A sampler keeps these estimates, so it can run one trajectory at a time. i = 0 starts a new one.
     """
 
     def __init__(self, steps, **schedule):
         super().__init__(steps, **schedule)
-        self.timesteps[1:1] = self.timesteps[1:2] if steps > 1 else []  # 981, 961, 961, 941, …
+        if steps > 1:
+            self.timesteps.insert(1, self.timesteps[1])  # 981, 961, 961, 941, ..
 
     def step(self, z, e, i):
-        t, t_next = self.timesteps[i], self.timesteps[i] - self.stride
+        t = self.timesteps[i]
+        t_next = t - self.stride
         if i == 0:
-            self.start, self.past = z, []
-        if (
-            i == 1
-        ):  # the corrector: from the start again, with the mean of the estimates at both ends
-            z, e, t, t_next = self.start, (e + self.past[0]) / 2, t + self.stride, t
+            self.z_first = z
+            self.estimates = []
+        if i == 1:
+            # e was made at the predicted z. Repeat the first step with the mean of its two ends.
+            z, e = self.z_first, (e + self.estimates[0]) / 2
+            t, t_next = t + self.stride, t
         else:
-            self.past = [*self.past[-3:], e]
-            e = self._mix()
-        alpha, alpha_next = self._alpha(t), self._alpha(t_next)
+            self.estimates = [*self.estimates[-3:], e]
+            e = self.mix()
+        alpha = self.alpha(t)
+        alpha_next = self.alpha(t_next)
         scale = alpha * (1 - alpha_next).sqrt() + (alpha * (1 - alpha) * alpha_next).sqrt()
         return (alpha_next / alpha).sqrt() * z - (alpha_next - alpha) * e / scale  # eq. 11
 
-    def _mix(self):
-        """Adams-Bashforth of order 1 to 4; written as diffusers writes it, so that a trajectory agrees bit for bit."""
-        match self.past[::-1]:
+    def mix(self):
+        """Adams-Bashforth of order 1 to 4. diffusers uses the same operations, in this order."""
+        match self.estimates[::-1]:  # the newest first
             case [e]:
                 return e
             case [e, e1]:

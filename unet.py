@@ -1,22 +1,17 @@
-"""Stable Diffusion's noise predictor ε(z, t, c) (UNet2DConditionModel), from scratch.
+"""Stable Diffusion's noise predictor ε(z, t, c): the UNet (`UNet2DConditionModel`), from scratch.
 
-The U, as SD 1.4's `unet/config.json` has it (channels, places a side for 64x64 latents, heads 8 everywhere):
+The rows in `UNet.__init__` are the network: one row per block, from the latents down to 8 x 8
+positions and back up. `unet/config.json` only changes their widths and kinds.
 
-    conv_in         4 -> 320   64
-    down_blocks.0        320   64 -> 32   2 x (ResNet, transformer), downsample
-    down_blocks.1        640   32 -> 16   2 x (ResNet, transformer), downsample
-    down_blocks.2       1280   16 ->  8   2 x (ResNet, transformer), downsample
-    down_blocks.3       1280    8         2 x  ResNet
-    mid_block           1280    8         ResNet, transformer, ResNet
-    up_blocks.0         1280    8 -> 16   3 x  ResNet, upsample
-    up_blocks.1         1280   16 -> 32   3 x (ResNet, transformer), upsample
-    up_blocks.2          640   32 -> 64   3 x (ResNet, transformer), upsample
-    up_blocks.3          320   64         3 x (ResNet, transformer)
-    conv_out      320 -> 4     64
+Attribute names are the checkpoint's names (diffusers' layout). So loading is
+`load_state_dict(strict=True)`, without a table of names.
 
-The embedded model is the same table, narrower. Every output of the way down is put on a stack and taken off it on the
-way up: the U. Attribute names are the checkpoint's (diffusers layout), so that loading is a strict `load_state_dict`.
-Letters in shape comments: B batch, P prompts, C channels, N = H·W places, L = 77 tokens, D context width, h heads, d = C / h.
+Letters in the shape comments, which stand where the shape changes:
+    B      batch
+    C      channels
+    H, W   height and width of the feature map; N = H·W positions
+    L, D   tokens of the prompt (77) and the width of their embeddings (768)
+    h, d   attention heads (8), and channels per head: d = C / h
 """
 
 import math
@@ -29,22 +24,26 @@ from torch import nn
 
 
 def timestep_embedding(t, width):
-    """Sinusoids of the timesteps (B,) -> (B, width): cosines first, frequencies 10000^(-i / half) (config: flip_sin_to_cos
-    true, freq_shift 0)."""
+    """Sinusoids of the timesteps (B,) -> (B, width).
+
+    Cosines come first, and the frequencies are 10000^(-i / half) for i = 0 .. half − 1 (in the
+    config: flip_sin_to_cos true, freq_shift 0).
+    """
     half = width // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * i / half)
+    angles = t.float()[:, None] * frequencies  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, width)
 
 
 def named(**modules):
-    """One after the other, each with its checkpoint's name."""
+    """nn.Sequential with the checkpoint's names."""
     return nn.Sequential(OrderedDict(modules))
 
 
 class ResnetBlock(nn.Module):
+    """Two convolutions and a shortcut. The timestep enters between them, as a bias per channel."""
+
     def __init__(self, c_in, c_out, c_emb, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, 1e-5)
@@ -55,14 +54,14 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
         h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 
 class Attention(nn.Module):
-    """Attention of x (B, N, C) to `context` (P, L, D), each of its P prompts for B / P of x in a row; to itself where there is none."""
+    """Multi-head attention of x (B, N, C) to a context (B, L, D), or to x itself without one."""
 
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -70,46 +69,44 @@ class Attention(nn.Module):
             raise ValueError(f"{heads} heads do not divide {c} channels")
         self.heads = heads
         self.to_q = nn.Linear(c, c, bias=False)
-        self.to_k, self.to_v = (
-            nn.Linear(c_context, c, bias=False),
-            nn.Linear(c_context, c, bias=False),
-        )
+        self.to_k = nn.Linear(c_context, c, bias=False)
+        self.to_v = nn.Linear(c_context, c, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list only for the name `to_out.0`
 
     def forward(self, x, context=None):
-        context = x if context is None else context
-        # all places that read the same prompt ask together: a batch of 8 latents computes its keys and values once, 1 to 4 % faster
-        q = rearrange(self.to_q(x), "(p b) n (h d) -> p h (b n) d", h=self.heads, p=len(context))
-        k, v = (
-            rearrange(y, "p l (h d) -> p h l d", h=self.heads)
-            for y in (self.to_k(context), self.to_v(context))
-        )
-        y = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √d) v
-        return self.to_out[0](rearrange(y, "p h (b n) d -> (p b) n (h d)", n=x.shape[1]))
+        if context is None:
+            context = x
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)  # (B, h, N, d)
+        k = rearrange(self.to_k(context), "b l (h d) -> b h l d", h=self.heads)  # (B, h, L, d)
+        v = rearrange(self.to_v(context), "b l (h d) -> b h l d", h=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √d) v: (B, h, N, d)
+        return self.to_out[0](rearrange(y, "b h n d -> b n (h d)"))  # (B, N, C)
 
 
 class GEGLU(nn.Module):
+    """A linear layer whose second half of outputs, through a GELU, multiplies the first half."""
+
     def __init__(self, c, c_hidden):
         super().__init__()
         self.proj = nn.Linear(c, 2 * c_hidden)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        x, gate = self.proj(x).chunk(2, dim=-1)  # 2 x (B, N, c_hidden)
         return x * F.gelu(gate)
 
 
 class TransformerBlock(nn.Module):
+    """Positions attend to each other (attn1), then to the prompt (attn2). SDD trains attn2."""
+
     def __init__(self, c, c_context, heads):
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(c), Attention(c, c, heads)
-        self.norm2, self.attn2 = (
-            nn.LayerNorm(c),
-            Attention(c, c_context, heads),
-        )  # attn2 is what SDD trains
+        self.norm1 = nn.LayerNorm(c)
+        self.attn1 = Attention(c, c, heads)
+        self.norm2 = nn.LayerNorm(c)
+        self.attn2 = Attention(c, c_context, heads)
         self.norm3 = nn.LayerNorm(c)
-        self.ff = named(
-            net=nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
-        )  # net.1 was a dropout of 0
+        # net.1 holds the place of a dropout, so that the second linear layer is `net.2`.
+        self.ff = named(net=nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)))
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
@@ -118,22 +115,21 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Places attend to each other and to the prompt; x (B, C, H, W), context (P, L, D)."""
+    """A TransformerBlock on the positions of a feature map x, with a context (B, L, D)."""
 
     def __init__(self, c, c_context, heads, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(
-            groups, c, 1e-6
-        )  # 1e-6 here, 1e-5 in the ResNets: so was SD trained
+        self.norm = nn.GroupNorm(groups, c, 1e-6)  # 1e-6 here, 1e-5 in the ResNets
         self.proj_in = nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, c_context, heads)])
         self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x, context):
-        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        for block in self.transformer_blocks:
-            h = block(h, context)
-        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
+        h = self.proj_in(self.norm(x))  # (B, C, H, W)
+        h = rearrange(h, "b c h w -> b (h w) c")  # (B, N, C)
+        h = self.transformer_blocks[0](h, context)
+        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])  # (B, C, H, W)
+        return x + self.proj_out(h)
 
 
 class Upsample(nn.Module):
@@ -142,76 +138,87 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x, size):
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
+
+
+def transformers(kind, n, c, c_context, heads, groups):
+    """n transformers for a block with cross-attention, none for a plain one."""
+    if kind in ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"):
+        return nn.ModuleList(Transformer(c, c_context, heads, groups) for _ in range(n))
+    return nn.ModuleList()
 
 
 class DownBlock(nn.Module):
-    """One level on the way down; puts each of its outputs on the stack `skips`."""
+    """A row of the way down. It puts each of its outputs on the stack `skips`.
 
-    def __init__(self, c_in, c_out, n, c_emb, groups, transformer, last):
+    inputs: the input channels of its ResNets, one number per ResNet; c: their output channels.
+    """
+
+    def __init__(self, kind, inputs, c, downsample, *, c_emb, c_context, heads, groups):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, c_emb, groups) for i in range(n)
-        )
-        self.attentions = nn.ModuleList(transformer(c_out) for _ in range(n if transformer else 0))
-        self.downsamplers = nn.ModuleList(
-            [] if last else [named(conv=nn.Conv2d(c_out, c_out, 3, stride=2, padding=1))]
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
+        self.attentions = transformers(kind, len(inputs), c, c_context, heads, groups)
+        self.downsamplers = nn.ModuleList()
+        if downsample:
+            self.downsamplers.append(named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
 
     def forward(self, x, emb, context, skips):
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+            x = resnet(x, emb)  # (B, c, H, W)
             if self.attentions:
                 x = self.attentions[i](x, context)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = downsample(x)  # (B, c, H/2, W/2)
             skips.append(x)
         return x
 
 
 class MidBlock(nn.Module):
-    def __init__(self, c, c_emb, groups, transformer):
+    """The bottom of the U."""
+
+    def __init__(self, c, *, c_emb, c_context, heads, groups):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(c, c, c_emb, groups), ResnetBlock(c, c, c_emb, groups)]
-        )
-        self.attentions = nn.ModuleList([transformer(c)])
+        self.resnets = nn.ModuleList(ResnetBlock(c, c, c_emb, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer(c, c_context, heads, groups)])
 
     def forward(self, x, emb, context):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, emb), context), emb)
+        x = self.resnets[0](x, emb)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, emb)
 
 
 class UpBlock(nn.Module):
-    """One level on the way up; each ResNet also reads what the way down left on top of the stack."""
+    """A row of the way up. Each ResNet takes one output of the way down off the stack `skips`.
 
-    def __init__(self, c_in, c_out, c_skips, c_emb, groups, transformer, last):
+    inputs: the input channels of its ResNets, x plus skip; c: their output channels.
+    """
+
+    def __init__(self, kind, inputs, c, upsample, *, c_emb, c_context, heads, groups):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock((c_in if i == 0 else c_out) + c_skip, c_out, c_emb, groups)
-            for i, c_skip in enumerate(c_skips)
-        )
-        self.attentions = nn.ModuleList(
-            transformer(c_out) for _ in (c_skips if transformer else ())
-        )
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
+        self.attentions = transformers(kind, len(inputs), c, c_context, heads, groups)
+        self.upsamplers = nn.ModuleList()
+        if upsample:
+            self.upsamplers.append(Upsample(c))
 
     def forward(self, x, emb, context, skips):
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            x = torch.cat([x, skips.pop()], dim=1)  # (B, inputs[i], H, W)
+            x = resnet(x, emb)  # (B, c, H, W)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
-            x = upsample(
-                x, skips[-1].shape[-2:]
-            )  # not 2H x 2W: on odd sizes the skip has one place less
+            size = skips[-1].shape[-2:]  # not 2H x 2W: from an odd size, the skip is smaller
+            x = upsample(x, size)  # (B, c, *size)
         return x
 
 
 class UNet(nn.Module):
-    """ε(z, t, c). Arguments are the keys of `unet/config.json`; the defaults are SD 1.4's.
+    """ε(z, t, c). Its arguments are keys of `unet/config.json`; their defaults are SD 1.4's.
 
-    `attention_head_dim` is the *number* of heads, at every level: the config's name for it is a historical mistake.
+    `attention_head_dim` is the *number* of heads, in every block: the key's name is a historical
+    mistake. ValueError if the config describes another U than that of Stable Diffusion 1.x.
     """
 
     def __init__(
@@ -223,56 +230,79 @@ class UNet(nn.Module):
         attention_head_dim=8,
         cross_attention_dim=768,
         norm_num_groups=32,
-        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        down_block_types=(
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        up_block_types=(
+            "UpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+        ),
     ):
         super().__init__()
-        widths, n, groups = list(block_out_channels), layers_per_block, norm_num_groups
-        c_emb, top = 4 * widths[0], len(widths) - 1
-
-        def transformer(c):
-            return Transformer(c, cross_attention_dim, attention_head_dim, groups)
-
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.time_embedding = named(
-            linear_1=nn.Linear(widths[0], c_emb), silu=nn.SiLU(), linear_2=nn.Linear(c_emb, c_emb)
+        down, up = down_block_types, up_block_types
+        if (len(block_out_channels), len(down), len(up), layers_per_block) != (4, 4, 4, 2):
+            raise ValueError("the UNet has 4 blocks each way, with layers_per_block 2")
+        c1, c2, c3, c4 = block_out_channels
+        c_emb = 4 * c1
+        same = dict(
+            c_emb=c_emb,
+            c_context=cross_attention_dim,
+            heads=attention_head_dim,
+            groups=norm_num_groups,
         )
-        self.down_blocks = nn.ModuleList()
-        c, c_skips = widths[0], [widths[0]]
-        for level, kind in enumerate(down_block_types):
-            cross = transformer if kind == "CrossAttnDownBlock2D" else None
-            self.down_blocks.append(
-                DownBlock(c, widths[level], n, c_emb, groups, cross, last=level == top)
-            )
-            c = widths[level]
-            c_skips += [c] * (n if level == top else n + 1)
-        self.mid_block = MidBlock(c, c_emb, groups, transformer)
-        self.up_blocks = nn.ModuleList()
-        for level, kind in enumerate(up_block_types):
-            cross = transformer if kind == "CrossAttnUpBlock2D" else None
-            skips = [c_skips.pop() for _ in range(n + 1)]
-            self.up_blocks.append(
-                UpBlock(c, widths[top - level], skips, c_emb, groups, cross, last=level == top)
-            )
-            c = widths[top - level]
-        self.conv_norm_out = nn.GroupNorm(groups, c, 1e-5)
-        self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
+
+        self.conv_in = nn.Conv2d(in_channels, c1, 3, padding=1)
+        self.time_embedding = named(
+            linear_1=nn.Linear(c1, c_emb), silu=nn.SiLU(), linear_2=nn.Linear(c_emb, c_emb)
+        )
+        # The U, one row per block: its kind, the input channels of its ResNets, its output
+        # channels. On the way up the input is x plus a skip. On the right: SD 1.4's output
+        # channels, and the height and width of the feature map for latents of 64 x 64.
+        # In a block with cross-attention, a transformer follows each ResNet.
+        # fmt: off
+        self.down_blocks = nn.ModuleList([
+            DownBlock(down[0], [c1, c1], c1, downsample=True, **same),            #  320   64 -> 32
+            DownBlock(down[1], [c1, c2], c2, downsample=True, **same),            #  640   32 -> 16
+            DownBlock(down[2], [c2, c3], c3, downsample=True, **same),            # 1280   16 ->  8
+            DownBlock(down[3], [c3, c4], c4, downsample=False, **same),           # 1280    8
+        ])
+        self.mid_block = MidBlock(c4, **same)                                     # 1280    8
+        self.up_blocks = nn.ModuleList([
+            UpBlock(up[0], [c4+c4, c4+c4, c4+c3], c4, upsample=True, **same),     # 1280    8 -> 16
+            UpBlock(up[1], [c4+c3, c3+c3, c3+c2], c3, upsample=True, **same),     # 1280   16 -> 32
+            UpBlock(up[2], [c3+c2, c2+c2, c2+c1], c2, upsample=True, **same),     #  640   32 -> 64
+            UpBlock(up[3], [c2+c1, c1+c1, c1+c1], c1, upsample=False, **same),    #  320   64
+        ])
+        # fmt: on
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, c1, 1e-5)
+        self.conv_out = nn.Conv2d(c1, out_channels, 3, padding=1)
 
     def forward(self, z, t, context):
-        """Latents (B, 4, H, W), timesteps 0..999 (B,) or (), prompt embeddings (P, L, D), each for B / P latents in a
-        row -> noise (B, 4, H, W)."""
-        # a number goes along with the kernel; copied to a GPU it would be waited for, in each evaluation
-        t = (
-            t.to(z.device).expand(len(z))
-            if isinstance(t, torch.Tensor)
-            else torch.full((len(z),), t, device=z.device)
-        )
-        emb = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(z.dtype))
-        x = self.conv_in(z)
+        """Estimates the noise in latents z (B, 4, H, W).
+
+        t: their timesteps in 0 .. 999, one number or a tensor () or (B,).
+        context: the embeddings of the prompts, (B, L, D), or (1, L, D) for one that all share.
+        Returns the noise, (B, 4, H, W).
+        """
+        # SDD's loss passes one prompt for the whole batch. A view with B rows copies nothing.
+        context = context.expand(len(z), -1, -1)  # (B, L, D)
+        if isinstance(t, torch.Tensor):
+            t = t.to(z.device).expand(len(z))  # (B,)
+        else:
+            # torch.full avoids a host-to-device copy, and so a synchronisation, in every step.
+            t = torch.full((len(z),), t, device=z.device)
+        emb = timestep_embedding(t, self.conv_in.out_channels).to(z.dtype)  # (B, c1)
+        emb = self.time_embedding(emb)  # (B, c_emb)
+        x = self.conv_in(z)  # (B, c1, H, W)
         skips = [x]
         for block in self.down_blocks:
             x = block(x, emb, context, skips)
-        x = self.mid_block(x, emb, context)
+        x = self.mid_block(x, emb, context)  # (B, c4, H/8, W/8)
         for block in self.up_blocks:
             x = block(x, emb, context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, H, W)

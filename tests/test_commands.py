@@ -678,7 +678,7 @@ def test_warm_up_as_long_as_the_run_is_warned_about(tmp_path, capsys):
         "--out",
         tmp_path / "o",
     )
-    assert "never arrives" in capsys.readouterr().err
+    assert "never reaches" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""SLD and SEGA against diffusers' StableDiffusionPipelineSafe and SemanticStableDiffusionPipeline.
+"""SLD and SEGA compute what diffusers' pipelines for Safe and Semantic Stable Diffusion compute.
 
-First the arithmetic alone: the pipelines get a stand-in for the UNet that hands out given estimates, and what reaches their
-scheduler is compared. Then whole pictures. The masks are discontinuous, so a rounding can flip an element of them.
+First the arithmetic alone: diffusers' pipelines get given estimates instead of a UNet's, and the
+tests compare the combined estimate that reaches their scheduler. Then whole images.
 """
 
 from types import SimpleNamespace
@@ -11,45 +11,77 @@ import pytest
 import torch
 from common import randn, relative
 from diffusers import DDIMScheduler
-from diffusers.pipelines.deprecated.semantic_stable_diffusion.pipeline_semantic_stable_diffusion import (
+from diffusers.pipelines.deprecated.semantic_stable_diffusion.pipeline_semantic_stable_diffusion import (  # noqa: E501
     SemanticStableDiffusionPipeline,
 )
 from diffusers.pipelines.deprecated.stable_diffusion_safe import (
     SafetyConfig,
     StableDiffusionPipelineSafe,
 )
-from test_commands import generate, pictures, run
+from PIL import Image
 
+import generate
 import guidance
 import weights
+from support.cli import run_command
 
-STEPS, S = 14, 7.5  # further than every warm-up: 0, 7, 10, 10
+STEPS, S = 14, 7.5  # more steps than each tested warm-up: 0, 7, 10
 TOLERANCE = 1e-6  # sums of four to seven float32 terms
 
 
+def run_generate(prompt, folder, *words):
+    """generate.py on the toy model; returns its exit status."""
+    words = [prompt, "--model", "toy", "--device", "cpu", "--out", folder, *words]
+    return run_command(generate.generate, generate.parse([str(word) for word in words]))
+
+
+def read_images(folder):
+    files = sorted(folder.glob("[0-9]*.png"))
+    return np.stack([np.asarray(Image.open(file)).astype(int) for file in files])
+
+
+# ---------------------------------------------------------------------- given estimates
 def estimates(n):
-    """For each step n estimates (2, 4, 6, 8), whose differences span the thresholds, 1e-5 to 3."""
+    """n estimates (2, 4, 6, 8) for each step. Their differences go from 1e-5 to 3.
+
+    So some of them are below SLD's thresholds and some above.
+    """
     for i in range(STEPS):
-        e = [randn(2, 4, 6, 8, seed=100 * i)]
+        first = randn(2, 4, 6, 8, seed=100 * i)
+        step = [first]
         for j in range(1, n):
-            size = 10 ** (
-                torch.rand(e[0].shape, generator=torch.Generator().manual_seed(100 * i + j)) * 5.5
-                - 5
-            )
-            e.append(e[0] + size * randn(2, 4, 6, 8, seed=100 * i + 50 + j))
-        yield e
+            generator = torch.Generator().manual_seed(100 * i + j)
+            size = 10 ** (torch.rand(first.shape, generator=generator) * 5.5 - 5)
+            step.append(first + size * randn(2, 4, 6, 8, seed=100 * i + 50 + j))
+        yield step
 
 
-def theirs(make, n, **arguments):
-    """The combined estimates of a pipeline of diffusers that is given `estimates(n)` instead of a UNet's."""
+def toy_pipeline(make, kind):
+    """One of diffusers' pipelines with the toy model."""
     pipe = make.from_pretrained(
         weights.TOY, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    given, seen, step = estimates(n), [], pipe.scheduler.step
-    pipe.unet.forward = lambda *_, **__: SimpleNamespace(sample=torch.cat(next(given)))
-    pipe.scheduler.step = lambda e, t, z, **more: seen.append(e) or step(e, t, z, **more)
+    if kind == "ddim":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    return pipe
+
+
+def their_estimates(make, n, **arguments):
+    """What a pipeline of diffusers makes of `estimates(n)`: one combined estimate per step."""
+    pipe = toy_pipeline(make, "ddim")
+    given, combined = estimates(n), []
+    right_step = pipe.scheduler.step
+
+    def unet(*_, **__):
+        return SimpleNamespace(sample=torch.cat(next(given)))
+
+    def step(e, t, z, **more):
+        combined.append(e)
+        return right_step(e, t, z, **more)
+
+    pipe.unet.forward = unet
+    pipe.scheduler.step = step
     pipe(
         ["a star", "a moon"],
         latents=randn(2, 4, 6, 8),
@@ -60,118 +92,124 @@ def theirs(make, n, **arguments):
         output_type="latent",
         **arguments,
     )
-    return seen
+    return combined
 
 
 def sld_arguments(strength):
-    """diffusers' preset, with the method's own 200 for its 20 (SLD's paper, table 1, weak)."""
-    preset = dict(getattr(SafetyConfig, strength.upper()))
+    """diffusers' constants, but with s_S = 200 for "weak", as in table 1 of SLD's paper."""
+    constants = dict(getattr(SafetyConfig, strength.upper()))
     if strength == "weak":
-        assert preset["sld_guidance_scale"] == 20, (
-            "diffusers follows the paper now: compare with it as it is"
-        )
-        preset["sld_guidance_scale"] = 200
-    return preset
+        assert constants["sld_guidance_scale"] == 20, "diffusers is fixed: use its constants"
+        constants["sld_guidance_scale"] = 200
+    return constants
 
 
 def sld_error(strength):
+    """The largest relative error of all steps, and so in sega_error."""
+    expected = their_estimates(StableDiffusionPipelineSafe, 3, **sld_arguments(strength))
     nu, worst = 0.0, 0.0
-    for i, (e, expected) in enumerate(
-        zip(
-            estimates(3),
-            theirs(StableDiffusionPipelineSafe, 3, **sld_arguments(strength)),
-            strict=True,
-        )
-    ):
-        ours, nu = guidance.sld_step(*e, S, i, nu, strength)
-        worst = max(worst, relative(ours, expected))
+    for i, (e_0, e_p, e_S) in enumerate(estimates(3)):
+        e, nu = guidance.sld_step(e_0, e_p, e_S, S, i, nu, **guidance.SLD[strength])
+        worst = max(worst, relative(e, expected[i]))
     return worst
 
 
 def sega_error(K=1, **options):
-    nu, worst = 0.0, 0.0
     arguments = dict(
         editing_prompt=["a star", "a cross", "red"][:K], reverse_editing_direction=True
     )
-    if "warmup" in options:
-        arguments["edit_warmup_steps"] = list(options["warmup"])
-    for i, ((e_0, e_p, *edits), expected) in enumerate(
-        zip(
-            estimates(2 + K),
-            theirs(SemanticStableDiffusionPipeline, 2 + K, **arguments),
-            strict=True,
-        )
-    ):
-        ours, nu = guidance.sega_step(e_0, e_p, torch.stack(edits), S, i, nu, **options)
-        worst = max(worst, relative(ours, expected))
+    if "warmups" in options:
+        arguments["edit_warmup_steps"] = list(options["warmups"])
+    expected = their_estimates(SemanticStableDiffusionPipeline, 2 + K, **arguments)
+    nu, worst = 0.0, 0.0
+    for i, (e_0, e_p, *e_edits) in enumerate(estimates(2 + K)):
+        e, nu = guidance.sega_step(e_0, e_p, torch.stack(e_edits), S, i, nu, **options)
+        worst = max(worst, relative(e, expected[i]))
     return worst
 
 
 @pytest.mark.parametrize("strength", guidance.SLD)
-def test_sld_combines_given_estimates(strength):
+def test_sld(strength):
     assert sld_error(strength) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
-    "K, options", [(1, {}), (3, {}), (3, dict(warmup=(2, 5, 9))), (2, dict(warmup=(0, 20)))]
+    "K, options",
+    [(1, {}), (3, {}), (3, dict(warmups=(2, 5, 9))), (2, dict(warmups=(0, 20)))],
 )
-def test_sega_combines_given_estimates(K, options):
-    """Also while only some concepts are past their warm-up, and with one that never is."""
+def test_sega(K, options):
+    """Also while only some concepts act, and with a concept that never acts."""
     assert sega_error(K, **options) <= TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------ planted mistakes
-def sld_wrong(sign=1, inside=True, momentum=True, printed=False, only_later=False):
-    def step(e_0, e_p, e_S, s, i, nu, strength, warmup=None):
-        delta, s_S, threshold, s_m, beta_m = guidance.SLD[strength]
-        D, zero = e_p - e_S, torch.zeros(())
-        scale = (s_S * D.abs()).clamp(min=1) if printed else (s_S * D.abs()).clamp(max=1)
-        mu = torch.where(sign * (s_S * D if printed else D) >= sign * threshold, zero, scale)
-        gamma = mu * (e_S - e_0) + (s_m * nu if momentum else 0)
-        if not only_later or i >= delta:
+# ---------------------------------------------------------------------- mistakes
+# The two methods once more, with one switch per mistake. test_without_a_mistake checks that they
+# are right if no switch is used.
+def sld_wrong(sign=1, guided=True, momentum=True, printed=False, late_momentum=False):
+    """sign: the mask is inverted. guided: s multiplies γ, too. printed: eq. 8 of the SDD paper."""
+
+    def step(e_0, e_p, e_S, s, i, nu, *, delta, s_S, threshold, s_m, beta_m):
+        D = e_p - e_S
+        scale = s_S * D.abs()
+        if printed:
+            mu = torch.where(s_S * D >= threshold, 0.0, scale.clamp(min=1))
+        else:
+            mu = torch.where(sign * D >= sign * threshold, 0.0, scale.clamp(max=1))
+        gamma = mu * (e_S - e_0)
+        if momentum:
+            gamma = gamma + s_m * nu
+        if i >= delta or not late_momentum:
             nu = beta_m * nu + (1 - beta_m) * gamma
-        gamma = gamma if i >= delta else 0
-        return (e_0 + s * (e_p - e_0 - gamma) if inside else e_0 + s * (e_p - e_0) - gamma), nu
+        if i < delta:
+            gamma = 0
+        if guided:
+            return e_0 + s * (e_p - e_0 - gamma), nu
+        return e_0 + s * (e_p - e_0) - gamma, nu
 
     return step
 
 
-def sega_wrong(dims=3, inside=False, momentum=True, sign=-1, only_later=False):
-    def step(e_0, e_p, edits, s, i, nu, warmup=None):
-        g = sign * 5.0 * (edits - e_0)
+def sega_wrong(dims=3, guided=False, momentum=True, sign=-1, late_momentum=False):
+    """dims=3: the quantile is taken per image and channel. sign=1: towards the concept."""
+
+    def step(e_0, e_p, e_edits, s, i, nu):
+        g = sign * 5.0 * (e_edits - e_0)
         limit = g.abs().flatten(dims).quantile(0.9, dim=-1)
-        g = torch.where(
-            g.abs() >= limit.reshape(*limit.shape, *[1] * (g.dim() - limit.dim())),
-            g,
-            torch.zeros(()),
-        )
-        gamma = g.sum(0) + (0.1 * nu if momentum else 0)
-        if not only_later or i >= 10:
+        limit = limit.reshape(*limit.shape, *[1] * (g.dim() - limit.dim()))
+        g = torch.where(g.abs() >= limit, g, 0.0)
+        gamma = g.sum(0)
+        if momentum:
+            gamma = gamma + 0.1 * nu
+        if i >= 10 or not late_momentum:
             nu = 0.4 * nu + 0.6 * gamma
-        gamma = gamma if i >= 10 else 0.0
-        return (e_0 + s * (e_p - e_0 + gamma) if inside else e_0 + s * (e_p - e_0) + gamma), nu
+        if i < 10:
+            gamma = 0.0
+        if guided:
+            return e_0 + s * (e_p - e_0 + gamma), nu
+        return e_0 + s * (e_p - e_0) + gamma, nu
 
     return step
 
 
-def test_the_mistakes_written_out_are_right_but_for_the_mistake(monkeypatch):
+def test_without_a_mistake(monkeypatch):
     monkeypatch.setattr(guidance, "sld_step", sld_wrong())
     monkeypatch.setattr(guidance, "sega_step", sega_wrong())
-    assert sld_error("medium") <= TOLERANCE and sega_error(2) <= TOLERANCE
+    assert sld_error("medium") <= TOLERANCE
+    assert sega_error(2) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
     "mistake",
     [
         dict(sign=-1),
-        dict(inside=False),
+        dict(guided=False),
         dict(momentum=False),
         dict(printed=True),
-        dict(only_later=True),
+        dict(late_momentum=True),
     ],
     ids=str,
 )
-def test_a_mistake_in_sld_is_seen(mistake, monkeypatch):
+def test_mistake_in_sld_is_seen(mistake, monkeypatch):
     monkeypatch.setattr(guidance, "sld_step", sld_wrong(**mistake))
     assert sld_error("medium") > 100 * TOLERANCE
 
@@ -181,154 +219,114 @@ def test_a_mistake_in_sld_is_seen(mistake, monkeypatch):
     [
         dict(dims=2),
         dict(dims=1),
-        dict(inside=True),
+        dict(guided=True),
         dict(momentum=False),
         dict(sign=1),
-        dict(only_later=True),
+        dict(late_momentum=True),
     ],
     ids=str,
 )
-def test_a_mistake_in_sega_is_seen(mistake, monkeypatch):
+def test_mistake_in_sega_is_seen(mistake, monkeypatch):
     monkeypatch.setattr(guidance, "sega_step", sega_wrong(**mistake))
     assert sega_error(2) > 100 * TOLERANCE
 
 
-def test_diffusers_own_weak_preset_is_another_method(monkeypatch):
-    monkeypatch.setitem(guidance.SLD, "weak", (15, 20, 0.0, 0.0, 0.0))
-    monkeypatch.setattr(
-        guidance, "sld_step", lambda *a, right=guidance.sld_step: right(*a[:4], a[4] + 15, *a[5:])
-    )  # warm from the start
-    assert sld_error("weak") > 100 * TOLERANCE
+def test_diffusers_weak_is_another_method(monkeypatch):
+    """With s_S = 20, the error is visible. δ = 0, so that "weak" acts within the tested steps."""
+    expected = their_estimates(
+        StableDiffusionPipelineSafe, 3, **sld_arguments("weak") | dict(sld_warmup_steps=0)
+    )
+    errors = {}
+    for s_S in (20, 200):
+        constants = guidance.SLD["weak"] | dict(s_S=s_S, delta=0)
+        e_0, e_p, e_S = next(estimates(3))
+        e, _ = guidance.sld_step(e_0, e_p, e_S, S, 0, 0.0, **constants)
+        errors[s_S] = relative(e, expected[0])
+    assert errors[200] <= TOLERANCE
+    assert errors[20] > 100 * TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-def same(ours, theirs):
-    off = np.abs(ours - np.stack([np.asarray(picture).astype(int) for picture in theirs]))
-    return (off <= 1).mean() >= 0.999 and off.max() <= 3
+# ---------------------------------------------------------------------- images
+def assert_same_images(ours, theirs):
+    """Equal up to 1 of 255 for 99.9 % of the values, and up to 3 for all.
+
+    The masks of both methods jump, so that a rounding can flip an element.
+    """
+    off = np.abs(ours - np.stack([np.asarray(image).astype(int) for image in theirs]))
+    assert (off <= 1).mean() >= 0.999
+    assert off.max() <= 3
 
 
 @pytest.mark.parametrize("kind", ["pndm", "ddim"])
 @pytest.mark.parametrize("method", [*(f"sld-{strength}" for strength in guidance.SLD), "sega"])
-def test_pictures_equal_diffusers_pipelines(method, kind, tmp_path):
-    prompt, avoid, steps = (
-        "a view of arcadia",
-        ["a star", "red"] if method == "sega" else ["a star, red"],
-        18,
+def test_images_equal_diffusers(method, kind, tmp_path):
+    prompt, steps = "a view of arcadia", 18
+    avoid = ["a star", "red"] if method == "sega" else ["a star, red"]
+    # fmt: off
+    status = run_generate(
+        prompt, tmp_path / "ours", "--scheduler", kind, "--steps", steps, "--num-images", 2,
+        "--seed", 3, "--method", method, "--avoid", *avoid,
     )
-    assert (
-        run(
-            generate,
-            prompt,
-            "--model",
-            "toy",
-            "--scheduler",
-            kind,
-            "--steps",
-            steps,
-            "--num-images",
-            2,
-            "--seed",
-            3,
-            "--method",
-            method,
-            "--avoid",
-            *avoid,
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path / "ours",
-        )
-        == 0
-    )
-    make = SemanticStableDiffusionPipeline if method == "sega" else StableDiffusionPipelineSafe
-    pipe = make.from_pretrained(
-        weights.TOY, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    if kind == "ddim":
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    arguments = (
-        sld_arguments(method[4:])
-        if method != "sega"
-        else dict(editing_prompt=avoid, reverse_editing_direction=True)
-    )
-    if method != "sega":
+    # fmt: on
+    assert status == 0
+
+    if method == "sega":
+        pipe = toy_pipeline(SemanticStableDiffusionPipeline, kind)
+        arguments = dict(editing_prompt=avoid, reverse_editing_direction=True)
+    else:
+        pipe = toy_pipeline(StableDiffusionPipelineSafe, kind)
         pipe.safety_concept = avoid[0]
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    images = pipe(
+        arguments = sld_arguments(method.removeprefix("sld-"))
+    theirs = pipe(
         prompt,
         num_images_per_prompt=2,
         num_inference_steps=steps,
         guidance_scale=7.5,
-        generator=generators,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
         **arguments,
     ).images
-    assert same(pictures(tmp_path / "ours"), images)
+    assert_same_images(read_images(tmp_path / "ours"), theirs)
 
 
-def test_warm_up_can_be_set():
-    """With the others' 0 for the warm-up, from the first evaluation on."""
-    e_0, e_p, e_S = next(estimates(3))
-    for strength in guidance.SLD:
-        early, late = (
-            guidance.sld_step(e_0, e_p, e_S, S, 3, 0.0, strength, warmup)[0] for warmup in (3, 4)
-        )
-        assert torch.equal(late, e_0 + S * (e_p - e_0)) and not torch.equal(early, late)
+# ---------------------------------------------------------------------- flags
+@pytest.mark.parametrize("method", ["sega", *(f"sld-{strength}" for strength in guidance.SLD)])
+def test_warmup_replaces_the_methods_own(method):
+    """Evaluation 3 with a warm-up of 4 is plain guidance; with a warm-up of 3 the method acts."""
 
     def unet(z, t, c):
         return c[:, 0, 0].view(-1, 1, 1, 1) * z
 
-    z, c = randn(1, 4, 8, 8), [torch.full((1, 77, 3), x) for x in (0.1, 0.2, 0.5)]
-    for method in ("sega", "sld-medium"):
-        plain, never, at_once = (
-            guidance.GUIDANCE[name](unet, *c, S, warmup)(z, 1, 0)
-            for name, warmup in (("sd", None), (method, 1), (method, 0))
-        )
-        assert torch.equal(plain, never) and not torch.equal(plain, at_once)
+    z = randn(1, 4, 8, 8)
+    c_0, c_p, c_S = (torch.full((1, 77, 3), x) for x in (0.1, 0.2, 0.5))
+    plain = guidance.GUIDANCE["sd"](unet, c_0, c_p, c_S, S, None)(z, 1, 3)
+    waiting = guidance.GUIDANCE[method](unet, c_0, c_p, c_S, S, 4)(z, 1, 3)
+    acting = guidance.GUIDANCE[method](unet, c_0, c_p, c_S, S, 3)(z, 1, 3)
+    assert torch.equal(waiting, plain)
+    assert not torch.equal(acting, plain)
 
 
-def test_what_is_avoided_is_said_and_told(tmp_path, capsys):
-    from PIL import Image
-
-    run(
-        generate,
-        "a red star",
-        "--model",
-        "toy",
-        "--method",
-        "neg",
-        "--avoid",
-        "red",
-        "a star",
-        "--steps",
-        3,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "a",
+def test_negative_prompt_flag_equals_neg(tmp_path):
+    words = ["--steps", 3]
+    run_generate(
+        "a red star", tmp_path / "a", "--method", "neg", "--avoid", "red", "a star", *words
     )
-    run(
-        generate,
-        "a red star",
-        "--model",
-        "toy",
-        "--negative-prompt",
-        "red, a star",
-        "--steps",
-        3,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "b",
-    )
-    assert np.array_equal(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
+    run_generate("a red star", tmp_path / "b", "--negative-prompt", "red, a star", *words)
+    assert np.array_equal(read_images(tmp_path / "a"), read_images(tmp_path / "b"))
     text = Image.open(tmp_path / "a" / "00000.png").text
-    assert text["method"] == "neg" and text["avoid"] == "red; a star"
-    for words, said in (
+    assert text["method"] == "neg"
+    assert text["avoid"] == "red; a star"
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
         (["--method", "sega"], "--avoid"),
         (["--avoid", "red"], "--method"),
         (["--method", "neg", "--avoid", " "], "empty"),
         (["--method", "neg", "--avoid", "red", "--negative-prompt", "blue"], "one of them"),
-    ):
-        assert run(generate, "a star", "--model", "toy", *words, "--out", tmp_path / "c") == 2
-        assert said in capsys.readouterr().err and not (tmp_path / "c").exists()
+    ],
+)
+def test_flags_that_contradict_each_other(words, complaint, tmp_path, capsys):
+    assert run_generate("a star", tmp_path / "c", *words) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
