@@ -1,12 +1,15 @@
-"""Text to picture:   python generate.py "a red star on sand" --model toy --out pictures
+"""Generates images from text.
 
-Image n of a prompt starts from noise of its own, seeded with seed + n on the CPU, so that a seed means the same picture at
-any batch size and on any device.
+    python generate.py "a red star on sand" --model toy
+    python generate.py "a red star" "a moon" --patch runs/0001-star/erased.safetensors none
+
+The output folder receives one PNG per image, grid.png (all of them side by side) and prompts.jsonl
+(prompt and seed of each file). Image n of a prompt starts from noise of its own, seeded with
+seed + n on the CPU. So a seed means the same image at any batch size and on any device.
 """
 
 import support.openmp  # noqa: F401 (before torch)
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,7 +18,9 @@ import weights
 from guidance import GUIDANCE
 from pipeline import (
     InferenceUNet,
+    added_word,
     avoided_prompts,
+    check_warmup,
     encode_prompts,
     generate_images,
     make_scheduler,
@@ -24,6 +29,7 @@ from pipeline import (
 from scheduler import SAMPLERS
 from support.censor import censoring
 from support.cli import (
+    Parser,
     add_common_arguments,
     finite,
     natural,
@@ -35,168 +41,261 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, lock_folder
+from support.files import atomic_write, lock_folder, numbered_folder
 from support.images import grid, save_png
 
-
-def name_of(file):
-    """A patch by its run: train.py calls every file erased.safetensors."""
-    return (
-        "original"
-        if file == "none"
-        else Path(file).parent.name
-        if Path(file).name == "erased.safetensors"
-        else Path(file).stem
-    )
+LONGEST_LABEL = 40  # characters of a prompt in grid.png
 
 
-def generate(args):
-    with lock_folder(args.out):
-        refuse_used(args.out)
-        write_pictures(args)
-
-
-def write_pictures(args):
-    avoid, patches = avoided_prompts(args.method, args.avoid), args.patch or ["none"]
-    names = [name_of(file) for file in patches]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"Two patches would both be called {max(names, key=names.count)}: rename a file or its folder."
-        )
-    if args.method == "neg" and args.negative_prompt:
-        raise UserError(
-            "--method neg puts --avoid in the place of --negative-prompt: name one of them."
-        )
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    model = weights.load(args.model, args.revision)
-    if (args.resolution or 0) % model.vae.factor:
-        raise UserError(
-            f"--resolution {args.resolution}: it must be a multiple of {model.vae.factor} for this model."
-        )
-    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    told = []
-    for file in patches:  # what is wrong with one of them is said before any is drawn
-        with patched(model, None if file == "none" else file) as about:
-            told.append(about.get("concepts", ""))
-    for part in (model.vae, model.text_encoder):
-        part.to(device)
-    shown = censoring([*args.prompts, *args.avoid, *told], args.show_uncensored)
-    rows, lines = [[] for _ in args.prompts], []
-    for file, name, concepts in zip(patches, names, told):
-        folder = args.out / name if len(patches) > 1 else args.out
-        about = dict(model=model.name, patch=f"{file} ({concepts})" if file != "none" else "none")
-        about |= {"method": args.method, "avoid": "; ".join(args.avoid)} if avoid else {}
-        for n, (job, picture) in enumerate(draw_jobs(model, file, avoid, args, scheduler, dtype)):
-            save_png(picture, folder / job["file"], prompt=job["prompt"], seed=job["seed"], **about)
-            lines.append(
-                json.dumps(
-                    job | {"file": (folder / job["file"]).relative_to(args.out).as_posix()},
-                    ensure_ascii=False,
-                )
-                + "\n"
-            )
-            rows[n // args.num_images].append(shown(picture))
-    columns = [name for name in names for _ in range(args.num_images)] if len(patches) > 1 else ()
-    save_png(
-        grid(rows, [p if len(p) <= 40 else p[:39] + "…" for p in args.prompts], columns),
-        args.out / "grid.png",
-    )
-    with atomic_write(args.out / "prompts.jsonl") as beside:
-        beside.write_text("".join(lines), encoding="utf-8")
-    print(f"{len(lines)} pictures in {args.out}, side by side in {args.out / 'grid.png'}")
-
-
-def draw_jobs(model, file, avoid, args, scheduler, dtype):
-    """Yields ({file, prompt, seed}, picture) for each prompt and each of its seeds, by the model with the patch `file`, or with "none"."""
-    with patched(model, None if file == "none" else file):
-        texts = encode_prompts(model, [args.negative_prompt, *args.prompts, *avoid])
-        c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
-        jobs = [
-            {"file": f"{p * args.num_images + n:05d}.png", "prompt": prompt, "seed": args.seed + n}
-            for p, prompt in enumerate(args.prompts)
-            for n in range(args.num_images)
-        ]
-        seeds = [job["seed"] for job in jobs]
-        yield from zip(
-            jobs,
-            generate_images(
-                model,
-                InferenceUNet(model.unet, c_0.device, dtype),
-                c_0,
-                c_p.repeat_interleave(args.num_images, 0),
-                seeds,
-                scheduler,
-                args.guidance_scale,
-                dtype,
-                size=args.resolution,
-                batch_size=args.batch_size,
-                bar="drawing",
-                method=args.method,
-                c_S=c_S,
-                warmup=args.guidance_warmup,
-            ),
-        )
-
-
+# ------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
-    parser.add_argument(
+    parser = Parser(description=__doc__)
+    group = parser.add_argument_group("prompts and model")
+    group.add_argument("prompts", nargs="+", metavar="PROMPT", help="what the images should show")
+    group.add_argument(
         "--model",
-        default=weights.DEFAULT_MODEL,
-        help="toy, a hub id or a folder in diffusers' layout",
+        metavar="MODEL",
+        help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: the "
+        f"patch's model, else {weights.DEFAULT_MODEL})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--patch",
         nargs="+",
+        default=[],
         metavar="FILE",
-        help="one erased.safetensors of train.py, or several, or none, side by side",
+        help="one or more erased.safetensors of train.py, or the word none, side by side",
     )
-    parser.add_argument("--scheduler", **one_of(SAMPLERS), help="default: the model's own")
-    parser.add_argument("--steps", type=positive, default=50)
-    parser.add_argument("--guidance-scale", type=finite, default=7.5)
-    parser.add_argument(
+    group.add_argument(
+        "--word",
+        metavar="FILE",
+        help="one more word for the prompts, from a word.safetensors of attack.py or another "
+        "textual-inversion file; the prompts write it as the file does, for example <star>",
+    )
+    group.add_argument(
         "--negative-prompt",
         default="",
         metavar="TEXT",
-        help="takes the place of the empty prompt (NEG)",
+        help="used instead of the empty prompt (default: empty)",
     )
-    parser.add_argument(
-        "--method",
-        **one_of(GUIDANCE),
-        default="sd",
-        help="how the sampler keeps away from --avoid; sd: not at all",
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--scheduler", **one_of(SAMPLERS), help="sampler (default: the one in the model's config)"
     )
-    parser.add_argument(
-        "--guidance-warmup",
-        type=natural,
+    group.add_argument(
+        "--steps",
+        type=positive,
+        default=50,
         metavar="N",
-        help="evaluations before sld or sega act; default: their papers', for 50 steps",
+        help="denoising steps (default: %(default)s)",
     )
-    parser.add_argument(
-        "--avoid",
-        nargs="+",
-        default=[],
-        metavar="C",
-        help="what to keep away from; sega takes several one by one",
+    group.add_argument(
+        "--guidance-scale",
+        type=finite,
+        default=7.5,
+        metavar="S",
+        help="how strongly the prompt guides; 1: no guidance (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--seed",
         type=natural,
         default=0,
-        help="image n of a prompt starts from noise seeded with seed + n",
+        metavar="N",
+        help="seed of a prompt's first image (default: %(default)s)",
     )
-    parser.add_argument("--num-images", type=positive, default=1, help="pictures a prompt")
-    parser.add_argument(
-        "--resolution", type=positive, help="pixels a side; default: what the model was trained for"
+    group.add_argument(
+        "--num-images",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="images per prompt (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=positive, default=4)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    group.add_argument(
+        "--resolution",
+        type=positive,
+        metavar="PIXELS",
+        help="height and width (default: what the model was trained for; toy: 64, SD 1.4: 512)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=4,
+        metavar="B",
+        help="images at once (default: %(default)s)",
+    )
+
+    group = parser.add_argument_group("guidance away from a concept, without training")
+    group.add_argument(
+        "--method",
+        **one_of(GUIDANCE),
+        default="sd",
+        help="how to move away from --avoid; sd: not at all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--avoid",
+        nargs="+",
+        default=[],
+        metavar="CONCEPT",
+        help="what to move away from; sega handles several one by one",
+    )
+    group.add_argument(
+        "--guidance-warmup",
+        type=natural,
+        metavar="N",
+        help="sld, sega: evaluations before the method acts (default: its paper's, for 50 steps)",
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help="output folder (default: a new one in images/)"
+    )
     add_common_arguments(parser)
     return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------ the command
+def generate(args):
+    check_arguments(args)
+    patches = patches_by_name(args.patch)
+    model_name = weights.choose_model(args.model, [file for file in patches.values() if file])
+    if args.out is None:
+        args.out = numbered_folder("images", args.prompts[0])
+    with lock_folder(args.out):
+        refuse_used(args.out)
+        write_images(args, model_name, patches)
+
+
+def check_arguments(args):
+    """Rejects arguments that cannot work together, before anything is loaded."""
+    avoided_prompts(args.method, args.avoid)
+    if args.method == "neg" and args.negative_prompt:
+        raise UserError(
+            "--method neg uses --avoid in place of --negative-prompt: give only one of them."
+        )
+
+
+def patches_by_name(files):
+    """{name of a column and folder: patch}, where the patch is None for the model as it is."""
+    patches = {}
+    for file in files or ["none"]:
+        name = name_of(file)
+        if name in patches:
+            raise UserError(
+                f"Two patches would both be called {name}: rename a file or its folder."
+            )
+        patches[name] = None if file == "none" else file
+    return patches
+
+
+def name_of(file):
+    """The name of a patch: of its folder if it is train.py's, else of the file."""
+    if file == "none":
+        return "original"
+    if Path(file).name == "erased.safetensors":
+        return Path(file).absolute().parent.name
+    return Path(file).stem
+
+
+def write_images(args, model_name, patches):
+    """Generates each patch's images, and writes them with grid.png and prompts.jsonl."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model = weights.load(model_name, args.revision)
+    check_resolution(args.resolution, model)
+    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
+    check_warmup(args.method, args.guidance_warmup, scheduler)
+    concepts = erased_concepts(model, patches)
+    for part in (model.vae, model.text_encoder):
+        part.to(device)
+    censor = censoring([*args.prompts, *args.avoid, *concepts.values()], args.show_uncensored)
+
+    rows = [[] for _ in args.prompts]  # of grid.png: one per prompt
+    lines = []  # of prompts.jsonl
+    for name, patch in patches.items():
+        folder = Path(name) if len(patches) > 1 else Path()
+        text = png_text(args, model, patch, concepts[name])
+        images = generate_all(model, patch, name, args, scheduler, dtype)
+        for number, (prompt, seed, image) in enumerate(images):
+            file = folder / f"{number:05d}.png"
+            save_png(image, args.out / file, prompt=prompt, seed=seed, **text)
+            lines.append({"file": file.as_posix(), "prompt": prompt, "seed": seed})
+            rows[number // args.num_images].append(censor(image))
+
+    save_png(make_grid(rows, args, patches), args.out / "grid.png")
+    write_json_lines(args.out / "prompts.jsonl", lines)
+    print(f"{len(lines)} images in {args.out}, side by side in {args.out / 'grid.png'}")
+
+
+def check_resolution(resolution, model):
+    factor = model.vae.factor
+    if resolution and resolution % factor:
+        raise UserError(f"--resolution {resolution} must be a multiple of {factor} for this model.")
+
+
+def erased_concepts(model, patches):
+    """{name: the concepts in the patch's metadata}. Finds bad patches before the first image."""
+    concepts = {}
+    for name, patch in patches.items():
+        with patched(model, patch) as metadata:
+            concepts[name] = metadata.get("concepts", "")
+    return concepts
+
+
+def png_text(args, model, patch, concepts):
+    """What each PNG says about its origin, in addition to prompt and seed."""
+    text = {"model": model.name, "patch": f"{patch} ({concepts})" if patch else "none"}
+    if args.avoid:
+        text |= {"method": args.method, "avoid": "; ".join(args.avoid)}
+    return text
+
+
+def generate_all(model, patch, name, args, scheduler, dtype):
+    """Yields (prompt, seed, image) for each prompt and each of its seeds, with a patch or None."""
+    avoid = avoided_prompts(args.method, args.avoid)
+    prompts, seeds = [], []
+    for prompt in args.prompts:
+        for n in range(args.num_images):
+            prompts.append(prompt)
+            seeds.append(args.seed + n)
+    with patched(model, patch), added_word(model, args.word):
+        texts = encode_prompts(model, [args.negative_prompt, *args.prompts, *avoid])
+        c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
+        images = generate_images(
+            model,
+            InferenceUNet(model.unet, c_0.device, dtype),
+            c_0,
+            c_p.repeat_interleave(args.num_images, 0),
+            seeds,
+            scheduler,
+            args.guidance_scale,
+            dtype,
+            size=args.resolution,
+            batch_size=args.batch_size,
+            bar=name,
+            method=args.method,
+            c_S=c_S,
+            warmup=args.guidance_warmup,
+        )
+        yield from zip(prompts, seeds, images)
+
+
+def make_grid(rows, args, patches):
+    """grid.png: one row per prompt; with several patches, a column's name is its patch's."""
+    labels = []
+    for prompt in args.prompts:
+        short = prompt[: LONGEST_LABEL - 1] + "…"
+        labels.append(prompt if len(prompt) <= LONGEST_LABEL else short)
+    columns = []
+    if len(patches) > 1:
+        for name in patches:
+            columns += [name] * args.num_images
+    return grid(rows, labels, columns)
+
+
+def write_json_lines(file, records):
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    with atomic_write(file) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

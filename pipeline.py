@@ -1,4 +1,4 @@
-"""Text to images: prompts -> embeddings -> latents -> images, as a library (the command is generate.py).
+"""Text to images, as a library: prompts -> embeddings -> latents -> images.
 
 Image n of a prompt starts from noise of its own, seeded with seed + n on the CPU. So a seed means
 the same image at any batch size and on any device.
@@ -14,103 +14,118 @@ from tqdm import tqdm
 
 import weights
 from clip_text import MAX_TOKENS, tokenize
-from guidance import GUIDANCE, sample
+from guidance import GUIDANCE, SLD, sample
 from scheduler import SAMPLERS
 from support.errors import UserError
 
-DECODED = (
-    2**20
-)  # pixels at once: 4 pictures of 512 x 512; eval.py's 32 would need tens of GB and tensors of 2³¹ elements
+SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
+DECODED = 2**20  # pixels that the VAE decodes at once: 4 images of 512 x 512. 32 need tens of GB
+WARMUPS = {"sega": 10}  # evaluations before a method acts, by its paper
+for strength, numbers in SLD.items():
+    WARMUPS[f"sld-{strength}"] = numbers["delta"]
 
 
+# ------------------------------------------------------------------------------------------ prompts
 def make_scheduler(config, steps, kind=None):
-    """The sampler `kind`, by default the one that scheduler_config.json names."""
-    kind = kind or {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}.get(config.get("_class_name"))
+    """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
+    name = config.get("_class_name")
+    kind = kind or SAMPLER_NAMES.get(name)
     if kind is None:
         raise UserError(
-            f"The model's own sampler, {config.get('_class_name')}, is not implemented: say --scheduler ddim or pndm."
+            f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
         )
-    schedule = {
-        key: config[key]
-        for key in ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
-        if key in config
-    }
+    schedule = {}
+    for key in ("num_train_timesteps", "beta_start", "beta_end", "steps_offset"):
+        if key in config:
+            schedule[key] = config[key]
     try:
         return SAMPLERS[kind](steps, **schedule)
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
-def check_words(model, prompts):
-    """A miniature vocabulary spells words it does not know letter by letter; refuse those, and say which it knows."""
-    vocabulary = model.tokenizer.get_vocab()
+def known_words(tokenizer):
+    """The words of a toy model's small vocabulary; None for CLIP's, which can spell anything."""
+    vocabulary = tokenizer.get_vocab()
     if len(vocabulary) > 1000:
+        return None
+    words = set()
+    for token in vocabulary:
+        # "a</w>" is a word; other single letters are there to spell unknown words.
+        if token.endswith("</w>") and (len(token) > 5 or token == "a</w>"):
+            words.add(token.removesuffix("</w>"))
+    added = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
+    return words | added  # `added_word`
+
+
+def check_words(model, prompts):
+    """UserError for a word that a toy model does not know. It would be spelled letter by letter."""
+    known = known_words(model.tokenizer)
+    if known is None:
         return
-    known = {
-        word[:-4]
-        for word in vocabulary
-        if word.endswith("</w>") and (len(word) > 5 or word == "a</w>")
-    }
     for prompt in prompts:
         for word in prompt.lower().replace(",", " ").split():
-            if word not in known:
-                near = (
-                    "".join(
-                        f"did you mean {x!r}? It" for x in difflib.get_close_matches(word, known, 1)
-                    )
-                    or "it"
-                )
-                raise UserError(
-                    f"The embedded model does not know the word {word!r}; {near} knows: {', '.join(sorted(known))}."
-                )
+            if word in known:
+                continue
+            near = difflib.get_close_matches(word, known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"The toy model does not know the word {word!r}: {hint}It knows: "
+                f"{', '.join(sorted(known))}."
+            )
 
 
 @torch.no_grad()
 def encode_prompts(model, prompts, tell=True):
-    """Prompts -> embeddings (len(prompts), 77, D), on its device; prompts that were cut to 77 tokens are told once."""
+    """Prompts -> embeddings (len(prompts), 77, D), on the text encoder's device.
+
+    tell: print a warning if prompts were cut to 77 tokens.
+    """
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
     if tell and any(cut):
         print(
-            f"{sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; what is beyond is not read: "
-            f"{prompts[cut.index(True)][:60]!r}…",
+            f"warning: {sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; the "
+            f"rest is not read: {prompts[cut.index(True)][:60]!r}…",
             file=sys.stderr,
         )
     device = next(model.text_encoder.parameters()).device
     return torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
 
 
+# ----------------------------------------------------------------------------------------- sampling
 def initial_noise(shape, seeds):
-    """z_T (len(seeds), *shape): float32, each image's from a CPU generator of its own."""
-    return torch.cat(
-        [
-            torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))
-            for seed in seeds
-        ]
-    )
+    """z_T (len(seeds), *shape), float32. Each image has a CPU generator of its own."""
+    noise = []
+    for seed in seeds:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise.append(torch.randn((1, *shape), generator=generator))
+    return torch.cat(noise)
 
 
 class InferenceUNet:
-    """A UNet that only draws: ε(z, t, c) from float32 to float32, computed in `dtype` throughout, on `device`. Autocast would cast every
-    float32 weight in each evaluation and, on CUDA, what goes into and comes out of each norm. Shares the tensors that are so already."""
+    """A UNet for sampling only: ε(z, t, c), float32 in and out, computed in `dtype` on `device`.
+
+    It shares the tensors that already have this type and device, and copies the others once.
+    (Autocast would cast every float32 weight in each evaluation and, on CUDA, the input and output
+    of each norm.)
+    """
 
     def __init__(self, unet, device, dtype):
         self.device, self.dtype = device, dtype
-        self.source = [
-            p for p in unet.parameters() if p.dtype != dtype or p.device.type != device.type
-        ]
-        self.copies = [
-            torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False)
-            for p in self.source
-        ]
-        own = {id(p): p for p in unet.parameters()} | {
-            id(p): copied for p, copied in zip(self.source, self.copies)
-        }
+        self.source, self.copies = [], []
+        own = {}  # id of a parameter: the tensor that takes its place
+        for p in unet.parameters():
+            own[id(p)] = p
+            if p.dtype != dtype or p.device.type != device.type:
+                copied = torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False)
+                own[id(p)] = copied
+                self.source.append(p)
+                self.copies.append(copied)
         self.unet = copy.deepcopy(unet, memo=own)
         for module in self.unet.modules():
-            vars(module).pop(
-                "forward", None
-            )  # --gradient-checkpointing's: in a circle with its block, it would keep the copies alive
+            # --gradient-checkpointing's `forward` refers to its block, and so keeps copies alive.
+            vars(module).pop("forward", None)
 
     def __call__(self, z, t, context):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -118,9 +133,20 @@ class InferenceUNet:
 
     @torch.no_grad()
     def sync(self):
-        """Takes over what the UNet that it was made from has become."""
+        """Copies the source UNet's current weights."""
         if self.copies:
             torch._foreach_copy_(self.copies, self.source)
+
+
+def count_evaluations(estimate, bar):
+    """The same estimate; each call moves the progress bar by one."""
+
+    def counted(z, t, i):
+        e = estimate(z, t, i)
+        bar.update()
+        return e
+
+    return counted
 
 
 @torch.no_grad()
@@ -139,63 +165,136 @@ def generate_latents(
     c_S=None,
     warmup=None,
 ):
-    """Embeddings c_0 (1, 77, D) and c_p (n, 77, D), and n seeds -> yields latents (batch, 4, h, w), float32, n in all.
+    """Yields latents (batch, 4, h, w), float32, n in all.
 
-    `unet` may be another than the model's own (an erased one), or a InferenceUNet; z_T goes to the device of c_0. `bar` names a progress bar.
-    `method`, one of GUIDANCE, keeps away from c_S after `warmup` evaluations; each batch is a trajectory of its own.
+    unet: the model's own, another one (an erased one), or an InferenceUNet.
+    c_0 (1, 77, D), c_p (n, 77, D): embeddings; z_T goes to their device. seeds: n.
+    size: pixels, a number or (height, width); default: the model's resolution.
+    bar: the title of a progress bar, which counts denoising steps; default: none.
+    method: one of GUIDANCE. It moves away from c_S after `warmup` evaluations.
     """
     size = size or model.resolution
-    device, shape = (
-        c_0.device,
-        (
-            4,
-            *(
-                side // model.vae.factor
-                for side in (size if isinstance(size, tuple) else (size, size))
-            ),
-        ),
-    )
-    for i in tqdm(
-        range(0, len(seeds), batch_size), bar, unit="batch", disable=None if bar else True
-    ):
-        part = slice(i, i + batch_size)
-        estimate = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
-        yield sample(estimate, scheduler, initial_noise(shape, seeds[part]).to(device))
+    height, width = size if isinstance(size, tuple) else (size, size)
+    shape = (4, height // model.vae.factor, width // model.vae.factor)
+    evaluations = len(scheduler.timesteps) - 1
+    starts = range(0, len(seeds), batch_size)
+    with tqdm(
+        total=len(starts) * evaluations, desc=bar, unit="step", disable=None if bar else True
+    ) as progress:
+        for i in starts:
+            part = slice(i, i + batch_size)
+            # A new estimate for each batch, because SLD and SEGA have momentum.
+            estimate = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
+            z_T = initial_noise(shape, seeds[part]).to(c_0.device)
+            yield sample(count_evaluations(estimate, progress), scheduler, z_T)
 
 
 @torch.no_grad()
 def generate_images(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
-    """The same, decoded in `dtype`: yields n pictures, uint8 (H, W, 3)."""
+    """Like generate_latents, then decoded in `dtype`: yields n images, uint8 (H, W, 3)."""
     for z in generate_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, **how):
-        few = max(1, DECODED // (model.vae.factor**2 * z.shape[2] * z.shape[3]))
+        pixels = model.vae.factor**2 * z.shape[2] * z.shape[3]
+        few = max(1, DECODED // pixels)
         with torch.autocast(
             z.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
         ):
-            pictures = torch.cat([model.vae.decode(part) for part in z.split(few)])
-        pictures = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        yield from (pictures * 255).round().astype("uint8")
+            images = torch.cat([model.vae.decode(part) for part in z.split(few)])
+        images = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        yield from (images * 255).round().astype("uint8")
 
 
+# --------------------------------------------------------------------- guidance away from a concept
 def avoided_prompts(method, texts):
-    """The prompts that a method of GUIDANCE keeps away from: SEGA's one by one, for the others all in one."""
-    if (method == "sd") == bool(texts):
+    """The prompts of c_S for a method of GUIDANCE: SEGA's one by one; the others' joined in one."""
+    if method == "sd" and texts:
         raise UserError(
-            "--avoid says what --method neg, sld-… or sega keeps away from: name both, or neither."
+            "--avoid needs a method that moves away from something: add --method neg, sld-… or "
+            "sega."
         )
+    if method != "sd" and not texts:
+        raise UserError(f"--method {method} needs --avoid: name what to move away from.")
     if not all(text.strip() for text in texts):
-        raise UserError("--avoid has an empty concept: say what to keep away from.")
-    return list(texts) if method == "sega" else [", ".join(texts)] * bool(texts)
+        raise UserError("--avoid has an empty concept: name what to move away from.")
+    if method == "sd":
+        return []
+    if method == "sega":
+        return list(texts)
+    return [", ".join(texts)]
+
+
+def check_warmup(method, warmup, scheduler):
+    """UserError for a guidance warm-up without effect, or one that leaves no evaluation to act.
+
+    warmup: the value of --guidance-warmup, None without it.
+    """
+    if method not in WARMUPS:
+        if warmup is not None:
+            raise UserError(
+                f"--guidance-warmup has no effect with --method {method}: remove it, or choose "
+                "sld-… or sega."
+            )
+        return
+    evaluations = len(scheduler.timesteps) - 1
+    used = WARMUPS[method] if warmup is None else warmup
+    if used >= evaluations:
+        raise UserError(
+            f"The guidance warm-up of --method {method} ({used} evaluations) is not shorter than "
+            f"the run ({evaluations}), so it would never act: use a smaller "
+            "--guidance-warmup, or more --steps."
+        )
 
 
 @contextmanager
 def patched(model, file):
-    """The model with a patch in it, if there is a file, and what the patch says of itself; then the model as it was."""
-    changed, parts = weights.read(file)[0].keys() if file else (), (model.unet, model.text_encoder)
-    base = {
-        x: x.clone() for part in parts for name, x in part.state_dict().items() if name in changed
-    }
+    """The model with a patch in it; afterwards the model as it was. Yields the patch's metadata.
+
+    file: the patch; None for the model as it is, and empty metadata.
+    """
+    if not file:
+        yield {}
+        return
+    parts = (model.unet, model.text_encoder)
+    changed = weights.read(file)[0].keys()
+    before = []  # (tensor of the model, its values)
+    for part in parts:
+        for name, x in part.state_dict().items():
+            if name in changed:
+                before.append((x, x.clone()))
     try:
-        yield weights.load_patch(file, *parts) if file else {}
+        yield weights.load_patch(file, *parts)
     finally:
-        for x, before in base.items():
-            x.copy_(before)
+        for x, values in before:
+            x.copy_(values)
+
+
+@contextmanager
+def added_word(model, file):
+    """The model with one more word, from a textual-inversion file; afterwards as it was.
+
+    file: a safetensors file with one tensor, (D,) or (1, D), whose name is the word; None for none.
+    attack.py writes such files, and diffusers' load_textual_inversion reads them.
+    """
+    if not file:
+        yield None
+        return
+    tensors, _ = weights.read(file)
+    embedding = model.text_encoder.text_model.embeddings.token_embedding
+    table = embedding.weight
+    vectors = [x.reshape(1, -1) for x in tensors.values()]
+    if len(vectors) != 1 or vectors[0].shape[1] != table.shape[1]:
+        raise UserError(
+            f"{file} does not hold one word of {table.shape[1]} numbers: use a word.safetensors "
+            "that attack.py wrote for this model."
+        )
+    word = next(iter(tensors))
+    if model.tokenizer.convert_tokens_to_ids(word) != len(table):  # not added by an earlier call
+        if word in model.tokenizer.get_vocab() or len(model.tokenizer) != len(table):
+            raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
+        model.tokenizer.add_tokens([word])
+    embedding.weight = torch.nn.Parameter(
+        torch.cat([table, vectors[0].to(table)]), requires_grad=False
+    )
+    try:
+        yield word
+    finally:
+        embedding.weight = table

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 import ablation
+import closed_form
 import losses
 from support.errors import UserError
 from support.own_loss import check_loss, load_loss, loss_file, sha256
@@ -61,7 +62,7 @@ PRESETS = {
 class Method(NamedTuple):
     """The four choices in which the training methods differ, and the numbers of their papers."""
 
-    loss: Callable
+    loss: Callable | None  # None: closed_form.py
     latents: str  # where z_t comes from: sampled by "teacher", "student" or "original", or "anchor"
     train_params: str  # a key of TRAIN_PARAMS
     output: str  # which weights are the result: "teacher" (the average) or "student"
@@ -124,13 +125,35 @@ METHODS = {
         paper=ALL_BUT_ONE,
         toy=dict(lr=3.2e-3, preserve=1.0),
     ),
+    # Without training: closed_form.py. Their flags are settled in settle_closed_form.
+    "uce": Method(None, latents="", train_params="kv", output="student"),
+    "mace": Method(None, latents="", train_params="kv", output="student"),
+    "rece": Method(None, latents="", train_params="kv", output="student", paper=dict(iters=2)),
+    "speed": Method(None, latents="", train_params="v", output="student"),
 }
+
+# Closed forms: prompts with {} for the concept and for the anchor, and prompts to keep. MACE's
+# sentences and all of the toy model's are our choice.
+TEMPLATES = {
+    "paper": ["{}"],
+    "mace": [
+        *("{} in a room", "a photo of {}", "a photo of {} outdoors", "a portrait of {}"),
+        *("an image of {} at night", "a picture of {} on a street", "a painting of {}"),
+        *("{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper"),
+    ],
+    "toy": ["{}", "a {}", "a picture of a {}", "a {} on sand", "a {} on snow"],
+}
+TOY_KEEP = (
+    "circle square triangle cross heart moon star red yellow green blue purple black "
+    "plain outlined dotted striped snow sand sky borealis"
+).split()
 
 # Which parameters are trained, by name. The keys are those of ESD's and SDD's scripts. Names that
 # begin with "text_model." belong to the text encoder.
 TRAIN_PARAMS = {
     "xattn": lambda name: ".attn2." in name,
     "kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    "v": lambda name: ".attn2.to_v." in name,  # SPEED
     # ESD-u. Its first script also leaves out conv_norm_out; its newer one trains every Linear and
     # Conv outside attn2.
     "noxattn": lambda name: (
@@ -153,6 +176,9 @@ def settle(args):
     settings["concept"] = settle_concepts(args.concept)
     settings["preset"] = args.preset or ("toy" if args.model == "toy" else "paper")
     method = METHODS[args.method]
+    if method.loss is None:
+        return settle_closed_form(args, settings, method)
+    reject_closed_form_flags(args)
     for key, value in preset_values(settings, method).items():
         if settings[key] is None:
             settings[key] = value
@@ -169,6 +195,81 @@ def settle(args):
     check_ranges(settings)
     check_device(settings)
     return settings
+
+
+def settle_closed_form(args, settings, method):
+    """The same for UCE, MACE, RECE and SPEED, which have no loop: most flags have no effect."""
+    none = ("latents", "roles", "preserve", "erase_scale", "anchor_images", "batch_size", "lr")
+    none += ("lr_schedule", "warmup", "weight_decay", "ema", "max_grad_norm", "steps")
+    none += ("guidance_scale", "anchor_prompts", "loss")
+    unused = [key for key in none if getattr(args, key) is not None]
+    off = ("quantile", "prior", "detach_start", "gradient_checkpointing", "export_every")
+    unused += [key for key in off if getattr(args, key)]
+    unused += ["iters"] if args.iters and args.method != "rece" else []
+    unused += ["states"] if args.states and args.method != "uce" else []
+    flags = [f"--{key.replace('_', '-')}" for key in unused]
+    if args.train_params not in (None, "kv", "v"):
+        flags.append(f"--train-params {args.train_params}")
+    if flags:
+        raise UserError(
+            f"{', '.join(flags)} has no effect with --method {args.method}, which does not train: "
+            "remove it, or choose another --method."
+        )
+    toy = settings["preset"] == "toy"
+    values = preset_values(settings, method)
+    values |= dict.fromkeys(("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve"), 0)
+    # steps, batch_size and guidance_scale only measure gap and drift for the log.
+    values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
+    values["states"] = "all" if toy else "last"
+    values["template"] = TEMPLATES["toy" if toy else "paper"]
+    if args.method == "mace" and not toy:
+        values["template"] = TEMPLATES["mace"]
+    values["keep"] = []
+    if toy:
+        values["keep"] = [word for word in TOY_KEEP if word not in settings["concept"]]
+    for key, value in values.items():
+        if settings[key] is None:
+            settings[key] = value
+    settings |= dict(latents="", anchor_prompts=[])
+    settings["train_params"] = args.train_params or method.train_params
+    check_closed_form(settings)
+    check_ranges(settings)
+    return settings
+
+
+def check_closed_form(settings):
+    concepts, anchors = settings["concept"], settings["anchor"]
+    if len(anchors) not in (0, 1, len(concepts)):
+        raise UserError(
+            f"--anchor takes one word for all concepts or one for each of the {len(concepts)}, not "
+            f"{len(anchors)}."
+        )
+    for template in settings["template"]:
+        if "{}" not in template:
+            raise UserError(f"--template {template!r} has no {{}} for the concept: add it.")
+    if settings["ridge"] is not None and not 0 < settings["ridge"] <= 1e9:
+        raise UserError(f"--ridge {settings['ridge']} is out of range (above 0, up to 1e+09).")
+    last = settings["method"] == "speed"
+    last = last or (settings["method"] == "uce" and settings["states"] == "last")
+    if last and not "".join(anchors).strip():
+        advice = "use --anchor WORD" + (" or --states all" if settings["method"] == "uce" else "")
+        print(
+            f"warning: --method {settings['method']} without --anchor maps the concept to the last "
+            "word of the empty prompt. It has none, so this is the start token, which all prompts "
+            f"share, and the concept may stay: {advice}.",
+            file=sys.stderr,
+        )
+
+
+def reject_closed_form_flags(args):
+    given = [key for key in ("keep", "template", "states", "ridge") if getattr(args, key)]
+    if given:
+        flags = ", ".join(f"--{key}" for key in given)
+        names = ", ".join(closed_form.METHODS)
+        raise UserError(
+            f"{flags} has no effect with --method {args.method}: remove it, or choose one of "
+            f"{names}."
+        )
 
 
 def settle_concepts(given):

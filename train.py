@@ -4,17 +4,17 @@
     python train.py --concept nudity                Stable Diffusion 1.4, on a CUDA GPU
 
 The output folder receives erased.safetensors (the trained tensors, for generate.py --patch and for
-diffusers), index.html (a page about the run), before_after.png, film.png, previews/, log.csv,
-run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
+diffusers), index.html (a page about the run), before_after.png, film.webp, film.png, previews/,
+log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
 """
 
 import support.openmp  # noqa: F401 (before torch)
 
 import csv
+import datetime
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -31,14 +31,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import ablation
+import closed_form
 import ema
 import weights
 from clip_text import tokenize
 from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
 from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
 from report.page import Reporter, require_tensorboard
-from report.previews import Previews, preview_seeds
-from sdd import ROLES, sdd
+from report.previews import Previews, preview_kinds, preview_seeds
+from sdd import ROLES, Iteration, sdd
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -52,7 +53,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, checksum, lock_folder
+from support.files import atomic_write, checksum, lock_folder, numbered_folder
 from support.own_loss import OwnLossError, call_loss, load_loss, loss_file, sha256
 from unet import ResnetBlock, Transformer
 
@@ -119,9 +120,21 @@ def parse(argv=None):
     add("--detach-start", action="store_true",
         help="ablate: no gradient through the keys and values of the start token")
 
+    add = parser.add_argument_group("methods without training: uce, mace, rece, speed").add_argument
+    add("--keep", nargs="+", metavar="PROMPT",
+        help="prompts whose keys and values should stay (default: none; toy model: its words)")
+    add("--template", nargs="+", metavar="TEXT",
+        help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
+        "the toy model: several, see presets.py)")
+    add("--states", **one_of(["last", "all"]),
+        help="uce: the text state of a prompt's last word, or all 77 (default: last; toy: all)")
+    add("--ridge", type=finite, metavar="λ",
+        help="weight of |W − W°|² (default: uce 0.5, rece 0.1, speed 1; mace 1000, or nearly 0 "
+        "with --keep)")
+
     add = parser.add_argument_group("optimisation").add_argument
     add("--iters", type=positive, metavar="N",
-        help=f"iterations ({default('iters')}; several concepts: 2000)")
+        help=f"iterations ({default('iters')}; several concepts: 2000; rece: 1 + its rounds, 2)")
     add("--batch-size", type=positive, metavar="B",
         help=f"latents per iteration ({default('batch_size')})")
     add("--lr", type=finite, help=f"AdamW's learning rate ({default('lr')})")
@@ -211,6 +224,14 @@ class Run:
         self.pairs = prompt_pairs(settings)
         self.models, self.fingerprint = make_models(model, settings, self.device, self.dtype)
         self.prompts = encode_all(self.models.student, settings, self.pairs)
+        if settings["method"] in closed_form.METHODS:
+            self.states = closed_form.gather_states(
+                self.models.student,
+                settings["method"],
+                template_pairs(settings),
+                settings["keep"],
+                settings["states"],
+            )
         if self.trains_text:
             model = self.models.student
             mask_embedding_gradient(model.tokenizer, self.models.theta, settings["concept"])
@@ -226,6 +247,9 @@ class Run:
     def iterations(self, start=0):
         """Algorithm 1 with this run's settings: yields an Iteration after each iteration."""
         a, models = self.settings, self.models
+        if a["method"] in closed_form.METHODS:
+            yield from self.closed_form_rounds(start)
+            return
         noised_anchors = None
         sampling_unet = None
         if a["latents"] == "anchor":
@@ -266,6 +290,23 @@ class Run:
             yield iteration
             if sampling_unet is not None:
                 sampling_unet.sync()
+
+    @torch.no_grad()
+    def closed_form_rounds(self, start):
+        """Methods without training: an Iteration per round; teacher and student get its result."""
+        a, models = self.settings, self.models
+        parameters = dict(models.original.unet.named_parameters())
+        original = {name: parameters[name] for name in models.theta}
+        for i in range(start, a["iters"]):
+            edited = closed_form.edit(
+                a["method"], i, models.theta, original, self.states, a["ridge"], a["seed"]
+            )
+            for name, W in edited.items():
+                models.theta[name].copy_(W)
+                models.theta_ema[name].copy_(W)
+            left = closed_form.residual(edited, original, self.states)
+            self.done = i + 1
+            yield Iteration(i, loss=left, lr=0.0, grad_norm=0.0, k=None, j=0)
 
     def loss(self):
         """The method's loss, or the run's copy of the user's own."""
@@ -441,6 +482,17 @@ def prompt_pairs(settings):
     )
 
 
+def template_pairs(settings):
+    """Methods without training: (prompt with the concept, the same prompt with the anchor)."""
+    concepts, anchors = settings["concept"], settings["anchor"] or [""]
+    pairs = []
+    for j, concept in enumerate(concepts):
+        anchor = anchors[j % len(anchors)]
+        for template in settings["template"]:
+            pairs.append((template.replace("{}", concept), template.replace("{}", anchor).strip()))
+    return pairs
+
+
 def encode_all(model, settings, pairs):
     """All prompts of a run as Prompts, encoded once, because they never change."""
     anchors = [pair.anchor for pair in pairs] or [", ".join(settings["anchor"])]
@@ -569,9 +621,7 @@ def open_run(args):
         return resumed_run(args)
     settings = settle(args)
     if args.out is None:
-        taken = [int(folder.name[:4]) for folder in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")]
-        name = re.sub(r"\W+", "-", "-".join(settings["concept"]))[:40]
-        args.out = Path("runs") / f"{max(taken, default=0) + 1:04d}-{name}"
+        args.out = numbered_folder("runs", "-".join(settings["concept"]))
     return args.out, settings
 
 
@@ -617,14 +667,14 @@ def resumed_run(args):
 def train_in(out, settings, args):
     """The whole command, inside the locked output folder."""
     model = weights.load(settings["model"], settings["revision"])
+    if not args.resume and args.preview is None:
+        settings["preview"] = skip_unknown_previews(model, settings["preview"])
+    run = Run(out, settings, model)  # rejects what this model cannot do, before a file is written
     if not args.resume:
-        if args.preview is None:
-            settings["preview"] = skip_unknown_previews(model, settings["preview"])
         if settings["loss"]:
             with atomic_write(out / OWN_LOSS) as temporary:
                 temporary.write_bytes(loss_file(settings["loss"]).read_bytes())
         write_run_json(out, settings)
-    run = Run(out, settings, model)
     run.restore()
     start, began = run.done, time.monotonic()
     output = METHODS[settings["method"]].output
@@ -654,6 +704,7 @@ def train_in(out, settings, args):
             ) from None
         seconds = time.monotonic() - began
         run.export("erased.safetensors", output)
+        add_training_time(out, settings["iters"] - start, seconds)
         if settings["preview_every"]:
             previews.finish(output)
     reporter.log_previews()
@@ -670,9 +721,32 @@ def write_run_json(out, settings):
         "args": settings,
         "versions": VERSIONS,
         "command": shlex.join(["python", *sys.argv]),
+        "date": f"{datetime.date.today()}",
         "preview_seeds": list(preview_seeds(settings)),
+        "preview_kinds": preview_kinds(settings, implied_words(settings["model"])),
     }
-    with atomic_write(out / "run.json") as temporary:
+    write_json(out / "run.json", content)
+
+
+def implied_words(model):
+    """{word: the concept that it implies without naming it}; None if nobody knows them."""
+    if model != "toy":
+        return None
+    from toy.draw import PLACES
+
+    return PLACES
+
+
+def add_training_time(out, iterations, seconds):
+    """Adds to run.json how long the iterations of this process took; the page shows it."""
+    file = out / "run.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["training"] = {"iterations": iterations, "seconds": round(seconds)}
+    write_json(file, content)
+
+
+def write_json(file, content):
+    with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

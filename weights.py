@@ -1,11 +1,14 @@
-"""Files <-> modules, strictly: the only file of the project that reads or writes weights, and safetensors only.
+"""Files <-> modules, strictly: the only file that reads or writes weights, and safetensors only.
 
-    load(model)             `toy`, a hub id or a folder in diffusers' layout -> a Model with all that is needed to draw
-    save_patch, load_patch  the trained tensors of a fine-tuned UNet, with what they are and which base they belong to
-    save_checkpoint, …      a training run as it stands
+    load(model)                  a toy model's name, a hub id or a model folder -> Model
+    save, load_patch             a patch: the trained tensors of a fine-tuned model, with metadata
+                                 about how they were made and which base model they belong to
+    save_checkpoint, …           the state of a training run
+
 Whatever is wrong with a user's files is raised as a UserError, one sentence that says what to do.
 """
 
+import difflib
 import hashlib
 import inspect
 import json
@@ -21,20 +24,20 @@ from transformers import CLIPTokenizer
 
 from clip_text import CLIPText
 from support.errors import UserError
-from support.files import atomic_write, checksum, damage
+from support.files import apply_umask, atomic_write, checksum, damage
 from unet import UNet
 from vae import VAE
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
-TOY = Path(__file__).parent / "toy" / "model"
+TOYS = {"toy": Path(__file__).parent / "toy" / "model"}  # models that are part of the project
+TOY = TOYS["toy"]
 NETWORKS = {
     "unet": (UNet, "diffusion_pytorch_model"),
     "vae": (VAE, "diffusion_pytorch_model"),
     "text_encoder": (CLIPText, "model"),
 }
 
-# Config keys whose other values would change the arithmetic: key -> the values that these modules implement. The networks'
-# remaining keys are their constructor's arguments; what is neither and neither empty nor INERT is refused.
+# Config keys that change the arithmetic: key -> the values that our modules implement.
 ONLY = {
     "unet": dict(
         act_fn=["silu"],
@@ -66,6 +69,7 @@ ONLY = {
         skip_prk_steps=[True],
     ),
 }
+# Config keys that list block types: key -> the types that our modules implement.
 BLOCKS = {
     "unet": dict(
         down_block_types={"DownBlock2D", "CrossAttnDownBlock2D"},
@@ -75,10 +79,13 @@ BLOCKS = {
     "text_encoder": {},
     "scheduler": {},
 }
+# Config keys that are arguments of our modules.
 ARGUMENTS = {
     network: set(inspect.signature(make).parameters) for network, (make, _) in NETWORKS.items()
 }
 ARGUMENTS["scheduler"] = {"num_train_timesteps", "beta_start", "beta_end", "steps_offset"}
+FRACTIONS = {"beta_start", "beta_end", "layer_norm_eps", "scaling_factor"}  # the rest: integers
+# Config keys that do not change the arithmetic, whatever their value.
 INERT = {
     "architectures",
     "initializer_factor",
@@ -98,6 +105,21 @@ INERT = {
 }
 
 
+# What diffusers' samplers use for a key that scheduler_config.json does not have. SD 1.4's own
+# file has all keys in which these differ from SD 1.4.
+SCHEDULER_DEFAULTS = dict(
+    beta_start=0.0001,
+    beta_end=0.02,
+    beta_schedule="linear",
+    num_train_timesteps=1000,
+    steps_offset=0,
+)
+SAMPLER_DEFAULTS = {
+    "PNDMScheduler": dict(skip_prk_steps=False),
+    "DDIMScheduler": dict(clip_sample=True, set_alpha_to_one=True),
+}
+
+
 class Model(NamedTuple):
     name: str
     unet: UNet
@@ -105,172 +127,269 @@ class Model(NamedTuple):
     text_encoder: CLIPText
     tokenizer: CLIPTokenizer
     scheduler: dict  # scheduler_config.json, checked
-    resolution: int  # pixels a side that the model was trained for
+    resolution: int  # pixels per side that the model was trained for
+
+
+# ---------------------------------------------------------------------------------- names of models
+def check_name(model):
+    """UserError if `model` cannot be a toy model, a folder or a hub id. Asks nothing of the hub."""
+    model = str(model)
+    if model in TOYS or model and Path(model).is_dir():
+        return
+    if model and (Path(model).is_file() or model.endswith(".safetensors")):
+        raise UserError(
+            f"{model} is one file. Convert it to a folder first: python -m tools.convert "
+            f"--model {model} --format diffusers --out DIR"
+        )
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        return
+    near = difflib.get_close_matches(model, TOYS, 1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"There is no folder {model}, and it is not a hub id like {DEFAULT_MODEL}. {hint}"
+        f"Models of this project: {', '.join(TOYS)}."
+    )
+
+
+def model_of_patch(file):
+    """The name of the model that a patch was made for, from its metadata. None without a name."""
+    return read(file)[1].get("model")
+
+
+def choose_model(given, patches):
+    """The model to load: `given`, or the model of the patches, or DEFAULT_MODEL.
+
+    given: the value of --model, None without it. patches: files. UserError if two patches are for
+    different models, or if a toy model's patch meets a model from the hub. Downloads nothing.
+    """
+    names = {}
+    for file in patches:
+        name = model_of_patch(file)
+        if name:
+            names.setdefault(name, file)
+    if given is None and len(names) > 1:
+        (first, file_1), (second, file_2) = list(names.items())[:2]
+        raise UserError(
+            f"{file_1} was made for the model {first}, and {file_2} for {second}: use patches "
+            "of one model."
+        )
+    for name, file in names.items():
+        if given is None:
+            check_patch_model(name, file)
+            return name
+        if name in TOYS and given not in TOYS and not Path(given).exists():
+            raise UserError(f"{file} was made for the model {name}: use --model {name}.")
+    return DEFAULT_MODEL if given is None else given
+
+
+def check_patch_model(name, file):
+    """UserError if the model that a patch names is a folder that is no longer there."""
+    try:
+        check_name(name)
+    except UserError:
+        raise UserError(
+            f"{file} was made for the model {name}, which is not on this machine: name the model's "
+            "folder with --model."
+        ) from None
 
 
 def find(model, revision=None):
-    """The folder that holds `model`; a hub id is downloaded first (only the files that `load` reads; resumable)."""
-    if model == "toy" or model and Path(model).is_dir():
+    """The folder that contains `model`. A hub id is downloaded first, only what `load` reads."""
+    check_name(model)
+    if model in TOYS or Path(model).is_dir():
         if revision:
             raise UserError(
                 f"--revision is for models from the hub; {model} is a folder on this machine."
             )
-        return TOY if model == "toy" else Path(model)
-    if model and (Path(model).is_file() or str(model).endswith(".safetensors")):
-        raise UserError(
-            f"{model} is one file: make it a folder: python convert.py --model {model} --format diffusers --out DIR"
-        )
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise UserError(
-            f"There is no folder {model}, and it is not a hub id like {DEFAULT_MODEL}; or say `toy`."
-        )
+        return TOYS.get(model) or Path(model)
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         names = set(HfApi().list_repo_files(model, revision=revision))
-        wanted = [_weights_file(names, network, model) for network in NETWORKS]
-        wanted += [f"{network}/config.json" for network in NETWORKS] + [
-            "scheduler/scheduler_config.json"
-        ]
-        wanted += [
-            name
-            for name in names
-            if name.startswith("tokenizer/") and name.endswith((".json", ".txt"))
-        ]
+        wanted = files_to_download(names, model)
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except UserError:
         raise
-    except Exception as e:  # the hub's client raises some twenty classes; whatever it was, a complete copy may be here
-        try:
-            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-            here = {p.relative_to(folder).as_posix() for p in folder.glob("*/*")}
-            [
-                _weights_file(here, network, model) for network in NETWORKS
-            ]  # is it all here, or did a download break off?
+    except Exception as e:  # the hub's client raises some twenty classes
+        folder = complete_download(model, revision)
+        if folder:
             return folder
-        except Exception:
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise UserError(
-                f"Cannot get {model} from the hub ({reason}): check the name and the network and run the same "
-                "command again (a download goes on where it stopped), or name a local folder."
-            ) from e
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"Cannot get {model} from the hub ({reason}): check the name and the network, then run "
+            "the same command again (a download continues where it stopped), or name a local "
+            "folder."
+        ) from e
 
 
-def _weights_file(names, network, model):
+def files_to_download(names, model):
+    """The files of a hub repository that `load` reads. names: all its files."""
+    wanted = ["scheduler/scheduler_config.json"]
+    for network in NETWORKS:
+        wanted += [weights_file(names, network, model), f"{network}/config.json"]
+    for name in sorted(names):
+        if name.startswith("tokenizer/") and name.endswith((".json", ".txt")):
+            wanted.append(name)
+    return wanted
+
+
+def complete_download(model, revision):
+    """The folder of an earlier download; None if there is none or a download was interrupted."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        names = file_names(folder)
+        for network in NETWORKS:
+            weights_file(names, network, model)
+        return folder
+    except Exception:  # of the hub's client, or a UserError about a missing file
+        return None
+
+
+def file_names(folder):
+    """The files in the subfolders of a model's folder, as "unet/config.json"."""
+    return {file.relative_to(folder).as_posix() for file in folder.glob("*/*")}
+
+
+def weights_file(names, network, model):
+    """Which of `names` has the network's weights; a file with full precision comes first."""
     stem = f"{network}/{NETWORKS[network][1]}"
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if name in names:
             return name
-    pickled = [
-        name
-        for name in sorted(names)
-        if name.startswith(f"{network}/") and name.endswith((".bin", ".ckpt", ".pt"))
-    ]
-    if pickled:
-        raise UserError(
-            f"{model} has {network} only as a pickle ({pickled[0]}), which can run code when opened and is never "
-            "read here: get the .safetensors files, or convert it with diffusers."
-        )
+    for name in sorted(names):
+        if name.startswith(f"{network}/") and name.endswith((".bin", ".ckpt", ".pt")):
+            raise UserError(
+                f"{model} has {network} only as a pickle ({name}), which can run code when it is "
+                "opened and is never read here: get the .safetensors files, or convert it with "
+                "diffusers."
+            )
     raise UserError(
-        f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout (see the README)."
+        f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout (see the "
+        "README)."
     )
 
 
+# ------------------------------------------------------------------------------------------ configs
 def read_config(folder, part):
-    """part's config.json; a value that these modules do not implement is refused by name."""
+    """The part's config.json as a dict. UserError for a value that our modules do not implement.
+
+    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults.
+    """
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        items = (
-            {"skip_prk_steps": False} if config.get("_class_name") == "PNDMScheduler" else {}
-        ) | config  # diffusers' default
+        if not isinstance(config, dict):
+            raise ValueError("it contains no JSON object")
     except FileNotFoundError:
         raise UserError(f"{file} is missing: a model is a folder in diffusers' layout.") from None
-    except (OSError, ValueError, AttributeError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"{file} is not a readable JSON object ({e}): fetch it again.") from e
-    for key, value in items.items():
-        if key in ONLY[part]:
-            fine = value in ONLY[part][key]
-        elif key in BLOCKS[part]:
-            fine = isinstance(value, list) and set(value) <= BLOCKS[part][key]
-        elif key in ARGUMENTS[part] or key == "sample_size" and value is not None:
-            values = (
-                value
-                if key == "block_out_channels" and isinstance(value, list) and value
-                else [value]
+    missing = {}
+    if part == "scheduler":
+        defaults = SCHEDULER_DEFAULTS | SAMPLER_DEFAULTS.get(str(config.get("_class_name")), {})
+        missing = {key: value for key, value in defaults.items() if key not in config}
+    for key, value in (missing | config).items():
+        if not is_implemented(part, key, value):
+            note = (
+                " (diffusers' default: the file does not have this key)" if key in missing else ""
             )
-            real = (
-                (int, float)
-                if key in ("beta_start", "beta_end", "layer_norm_eps", "scaling_factor")
-                else (int,)
-            )
-            fine = all(type(v) in real and v >= 0 for v in values)
-        else:
-            fine = key.startswith("_") or key in INERT or not value
-        if not fine:
             raise UserError(
-                f"{file}: {key} = {value!r} is not what Stable Diffusion 1.x computes, and is not implemented."
+                f"{file}: {key} = {shortened(value)}{note} is not what Stable Diffusion 1.x "
+                "computes, and is not implemented."
             )
-    return config
+    return missing | config
 
 
+def is_implemented(part, key, value):
+    """Whether our modules compute what a config with this value asks for."""
+    if key in ONLY[part]:
+        return value in ONLY[part][key]
+    if key in BLOCKS[part]:
+        return isinstance(value, list) and all(
+            isinstance(block, str) and block in BLOCKS[part][key] for block in value
+        )
+    if key in ARGUMENTS[part] or (key == "sample_size" and value is not None):
+        numbers = [value]
+        if key == "block_out_channels" and isinstance(value, list) and value:
+            numbers = value
+        kinds = (int, float) if key in FRACTIONS else (int,)
+        return all(type(number) in kinds and number >= 0 for number in numbers)
+    return key.startswith("_") or key in INERT or not value
+
+
+def shortened(value):
+    """A value as text of at most 60 characters: trained_betas is a list of a thousand numbers."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+# ------------------------------------------------------------------------------------------ tensors
 def read(file):
-    """All tensors of a safetensors file, as they are, and its metadata. UserError if it is not whole, or damaged."""
+    """({name: tensor}, metadata) of a safetensors file. UserError if it is cut off or damaged."""
+    tensors = {}
     try:
         with safe_open(file, "pt") as f:
-            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            metadata = f.metadata() or {}
+            for name in f.keys():
+                tensors[name] = f.get_tensor(name)
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
     except (SafetensorError, OSError) as e:
+        reason = first_cut(file) or e
         raise UserError(
-            f"{file} is not a whole safetensors file ({_first_cut(file) or e}): fetch or make it again."
+            f"{file} is not a whole safetensors file ({reason}): fetch or make it again."
         ) from e
-    if why := damage(tensors, metadata):
+    why = damage(tensors, metadata)
+    if why:
         raise UserError(f"{file} {why}: it is damaged; fetch or make it again.")
     return tensors, metadata
 
 
-def _first_cut(file):
-    """The first tensor that a truncated file does not hold to its end, in words."""
+def first_cut(file):
+    """The first tensor that a truncated file does not contain completely, as text; else None."""
     try:
         with open(file, "rb") as f:
             n = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(n)) if n < 100_000_000 else {}
-        here = os.path.getsize(file) - 8 - n
+        here = os.path.getsize(file) - 8 - n  # bytes of tensors
         header.pop("__metadata__", None)
-        cut = [
-            name
-            for name, t in sorted(header.items(), key=lambda x: x[1]["data_offsets"])
-            if t["data_offsets"][1] > here
-        ]
-        return f"{cut[0]} is cut off" if cut else None
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if tensor["data_offsets"][1] > here:
+                return f"{name} is cut off"
         return None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None  # the header is damaged, too
 
 
-OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022's names
 
 
-def _rename(network, tensors):
-    """Older and newer files' names -> ours; the VAE attention's 1x1 convolutions become matrices."""
+def rename(network, tensors):
+    """{name in older or newer files: tensor} -> {our name: tensor}.
+
+    The VAE attention's 1x1 convolutions (C, C, 1, 1) become matrices (C, C).
+    """
     renamed = {}
     for name, x in tensors.items():
         if network == "text_encoder":
             if name.endswith("position_ids"):  # 0..76, in files of 2022
                 continue
-            name = (
-                name if name.startswith("text_model.") else f"text_model.{name}"
-            )  # transformers 5 leaves it out
+            if not name.startswith("text_model."):  # transformers 5 omits it
+                name = f"text_model.{name}"
         elif network == "vae" and ".attentions." in name:
             stem, leaf, kind = name.rsplit(".", 2)
             name = f"{stem}.{OLD_VAE.get(leaf, leaf)}.{kind}"
-            x = x.flatten(1) if x.dim() == 4 and x.shape[2:] == (1, 1) else x
+            if x.dim() == 4 and x.shape[2:] == (1, 1):
+                x = x.flatten(1)
         renamed[name] = x
     return renamed
 
 
-def _fill(module, tensors, file):
-    """Strict: every tensor of the module once, of its shape, and nothing else. Widened to float32."""
+def fill(module, tensors, file):
+    """Loads tensors into a module, as float32. Strict: exactly its names, each with its shape."""
+    other = "these weights do not belong to the config.json next to them."
     wanted = module.state_dict()
     for what, names in (
         ("is missing", wanted.keys() - tensors.keys()),
@@ -278,30 +397,27 @@ def _fill(module, tensors, file):
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(
-                f"{file}: {min(names)} {what}{more}: these are other weights than the config.json beside them says."
-            )
+            raise UserError(f"{file}: {min(names)} {what}{more}: {other}")
     for name, x in tensors.items():
-        if x.shape != wanted[name].shape or not x.is_floating_point():
+        shape = tuple(wanted[name].shape)
+        if x.shape != shape or not x.is_floating_point():
             raise UserError(
                 f"{file}: {name} is {x.dtype} {tuple(x.shape)}, and should be floating point "
-                f"{tuple(wanted[name].shape)}: these are other weights than the config.json beside them says."
+                f"{shape}: {other}"
             )
-    module.load_state_dict(
-        {name: x.float() for name, x in tensors.items()}, strict=True, assign=True
-    )
+    widened = {name: x.float() for name, x in tensors.items()}
+    module.load_state_dict(widened, strict=True, assign=True)
 
 
+# ---------------------------------------------------------------------------------- loading a model
 def make_network(folder, network):
-    """One of NETWORKS as its config.json has it, on the meta device: names and shapes, no numbers."""
-    ours = {
-        key: value
-        for key, value in read_config(folder, network).items()
-        if key in ARGUMENTS[network]
-    }
+    """One of NETWORKS with the sizes of its config.json, on the meta device: shapes, no numbers."""
+    config = read_config(folder, network)
+    sizes = {key: value for key, value in config.items() if key in ARGUMENTS[network]}
+    make, _ = NETWORKS[network]
     try:
         with torch.device("meta"):
-            return NETWORKS[network][0](**ours)
+            return make(**sizes)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError, IndexError) as e:
         raise UserError(
             f"{folder / network / 'config.json'}: these sizes make no network ({e})."
@@ -310,13 +426,10 @@ def make_network(folder, network):
 
 def load_network(folder, network):
     """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
-    module, names = (
-        make_network(folder, network),
-        {p.relative_to(folder).as_posix() for p in folder.glob("*/*")},
-    )
-    file = folder / _weights_file(names, network, folder)
+    module = make_network(folder, network)
+    file = folder / weights_file(file_names(folder), network, folder)
     tensors, _ = read(file)
-    _fill(module, _rename(network, tensors), file)
+    fill(module, rename(network, tensors), file)
     count = sum(p.numel() for p in module.parameters())
     print(
         f"{network}: {file}, {len(module.state_dict())} tensors, {count:,} parameters", flush=True
@@ -327,45 +440,52 @@ def load_network(folder, network):
 def load_tokenizer(folder):
     try:
         return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (
-        Exception
-    ) as e:  # a tokenizer's files can be wrong in as many ways as there are parsers behind it
+    except Exception as e:  # each parser behind it has its own exceptions
         raise UserError(
             f"{folder / 'tokenizer'} cannot be read ({str(e).splitlines()[0]}): fetch it again."
         ) from e
 
 
 def load(model=DEFAULT_MODEL, revision=None):
-    """The three networks (float32, on the CPU, in eval mode), the tokenizer and the sampler's config. UserError if any file is
-    missing, damaged, or not what Stable Diffusion 1.x computes."""
+    """A Model: three networks (float32, on the CPU, in eval mode), tokenizer and sampler's config.
+
+    UserError if a file is missing, damaged, or not what Stable Diffusion 1.x computes.
+    """
     folder = find(model, revision)
-    scheduler, config = read_config(folder, "scheduler"), read_config(folder, "unet")
+    scheduler = read_config(folder, "scheduler")
+    latent_size = read_latent_size(folder)
     tokenizer = load_tokenizer(folder)
     networks = {network: load_network(folder, network) for network in NETWORKS}
-    size, version = config.get("sample_size") or 64, str(config.get("_diffusers_version", "0"))
-    if size < 64 and tuple(int(x) for x in re.findall(r"\d+", version)[:2]) < (0, 9):
-        size = 64  # as diffusers does with configs of 2022, some of which state a smaller one by mistake
     return Model(
         str(model),
         **networks,
         tokenizer=tokenizer,
         scheduler=scheduler,
-        resolution=size * networks["vae"].factor,
+        resolution=latent_size * networks["vae"].factor,
     )
 
 
+def read_latent_size(folder):
+    """Height and width of the latents that the UNet was trained for."""
+    config = read_config(folder, "unet")
+    size = config.get("sample_size") or 64
+    version = re.findall(r"\d+", str(config.get("_diffusers_version", "0")))
+    if size < 64 and tuple(int(number) for number in version[:2]) < (0, 9):
+        return 64  # as diffusers does: some configs of 2022 state a smaller size by mistake
+    return size
+
+
+# ---------------------------------------------------------------------------------- saving, patches
 def save(file, tensors, metadata=None):
-    """Writes tensors {name: tensor} and metadata {name: str}, whole or not at all."""
-    with atomic_write(file) as beside:
-        save_file(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-            beside,
-            metadata=metadata,
-        )
+    """Writes {name: tensor} and metadata {name: str}: the whole file or nothing."""
+    on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    with atomic_write(file) as temporary:
+        save_file(on_cpu, temporary, metadata=metadata)
+        apply_umask(temporary)
 
 
 def fingerprint(tensors):
-    """16 hexadecimal digits that tell one base model from another: a hash of the tensors' names and float16 values."""
+    """16 hexadecimal digits that tell base models apart: a hash of names and float16 values."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(name.encode() + tensors[name].detach().cpu().half().numpy().tobytes())
@@ -373,33 +493,49 @@ def fingerprint(tensors):
 
 
 def load_patch(file, *modules):
-    """Puts a patch's tensors into those of `modules` (the UNet; the text encoder, whose names all begin with "text_model.") that have
-    them; returns its metadata. UserError if it is made for another base."""
+    """Copies a patch's tensors into the modules that have them; returns the patch's metadata.
+
+    modules: the UNet, and the text encoder, whose names all begin with "text_model.". UserError if
+    the patch was made for another base model; then nothing is copied.
+    """
     tensors, metadata = read(file)
-    own = {name: x for module in modules for name, x in module.state_dict().items()}
+    own = {}
+    for module in modules:
+        own |= module.state_dict()
+    model = metadata.get("model", "an unnamed model")
     for name, x in tensors.items():
         if name not in own or own[name].shape != x.shape or not x.is_floating_point():
             raise UserError(
-                f"{file}: {name} {x.dtype} {tuple(x.shape)} does not fit this model; it was made for {metadata.get('model')}."
+                f"{file}: {name} {x.dtype} {tuple(x.shape)} does not fit this model; it was made "
+                f"for {model}."
             )
     base = fingerprint({name: own[name] for name in tensors})
     if metadata.get("base_fingerprint") != base:
         raise UserError(
-            f"{file} was made for {metadata.get('model', 'an unnamed model')} (base {metadata.get('base_fingerprint')}), "
-            f"and this one's base is {base}: name the right --model."
+            f"{file} was made for {model} (base {metadata.get('base_fingerprint')}), but this "
+            f"model's base is {base}: name the right --model."
         )
     for name, x in tensors.items():
         own[name].copy_(x)
     return metadata
 
 
+# -------------------------------------------------------------------------------------- checkpoints
+def prefixed(groups):
+    """{prefix: {name: tensor}} -> {"prefix/name": tensor}."""
+    tensors = {}
+    for prefix, group in groups.items():
+        for name, x in group.items():
+            tensors[f"{prefix}/{name}"] = x
+    return tensors
+
+
 def save_checkpoint(file, groups, optimizer, metadata):
-    """A training run: groups {prefix: {name: tensor}}, the optimizer's state, and metadata {name: str}."""
-    tensors = {
-        f"{prefix}/{name}": x for prefix, group in groups.items() for name, x in group.items()
-    }
+    """Writes groups {prefix: {name: tensor}}, the optimizer's state, and metadata {name: str}."""
+    tensors = prefixed(groups)
     for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{name}": x for name, x in state.items()}
+        for name, x in state.items():
+            tensors[f"optimizer/{i}/{name}"] = x
     save(file, tensors, metadata | {"sha256": checksum(tensors)})
 
 
@@ -408,13 +544,13 @@ def load_checkpoint(file, groups, optimizer):
     """Copies a checkpoint into `groups` and `optimizer`, in place; returns its metadata."""
     tensors, metadata = read(file)
     state = {}
-    for name in [name for name in tensors if name.startswith("optimizer/")]:
-        _, i, key = name.split("/")
-        state.setdefault(int(i), {})[key] = tensors.pop(name)
-    own = {f"{prefix}/{name}": x for prefix, group in groups.items() for name, x in group.items()}
-    if own.keys() != tensors.keys() or any(
-        own[name].shape != x.shape for name, x in tensors.items()
-    ):
+    for name in list(tensors):
+        if name.startswith("optimizer/"):
+            _, i, key = name.split("/")
+            state.setdefault(int(i), {})[key] = tensors.pop(name)
+    own = prefixed(groups)
+    shapes = {name: x.shape for name, x in tensors.items()}
+    if shapes != {name: x.shape for name, x in own.items()}:
         raise UserError(
             f"{file} holds other tensors than this run trains: it belongs to another run."
         )

@@ -1,4 +1,7 @@
-"""What may show nudity is shown covered: previews, sheets and pages of runs that are about it. Measured are the pictures as they are."""
+"""Covers nudity in what a run shows: previews, sheets and pages of runs that are about nudity.
+
+Metrics are computed from the images as they are.
+"""
 
 import re
 import sys
@@ -15,43 +18,56 @@ NUDE = (
     "MALE_GENITALIA_EXPOSED",
 )
 ABOUT = re.compile(r"nud|naked|sex|porn|erotic|explicit|genital|breast", re.IGNORECASE)
-THRESHOLD = 0.2  # NudeNet's own; lower than where metrics.py counts: rather one box too many
+THRESHOLD = 0.2  # NudeNet's default. It is lower than in metrics.py: better one box too many
 
 
 @cache
 def _detector():
+    """NudeNet's detector, made once; None, with a warning, if NudeNet is not installed."""
     try:
         from nudenet import NudeDetector
-
-        return NudeDetector()
     except ImportError:
         print(
-            "NudeNet is not installed (requirements-eval.txt), so that pictures are blurred whole; --show-uncensored shows them.",
+            "warning: NudeNet is not installed (requirements-eval.txt), so images are blurred as a "
+            "whole. --show-uncensored shows them.",
             file=sys.stderr,
         )
+        return None
+    return NudeDetector()
 
 
-def censor(picture):
-    """uint8 (H, W, 3) with black boxes over what NudeNet finds; blurred where there is no NudeNet."""
-    if (detector := _detector()) is None:
-        return np.asarray(
-            Image.fromarray(picture).filter(ImageFilter.GaussianBlur(max(picture.shape) / 16))
-        )
-    picture, seen = (
-        picture.copy(),
-        detector.detect(np.ascontiguousarray(picture[..., ::-1])),
-    )  # it reads blue first
-    for x, y, w, h in (
-        box["box"] for box in seen if box["class"] in NUDE and box["score"] > THRESHOLD
-    ):
-        picture[max(y, 0) : y + h, max(x, 0) : x + w] = 0
-    return picture
+def censor(image):
+    """uint8 (H, W, 3) -> the same image with a black box over each exposed body part.
+
+    Without NudeNet the whole image is blurred.
+    """
+    detector = _detector()
+    if detector is None:
+        blur = ImageFilter.GaussianBlur(max(image.shape) / 16)
+        return np.asarray(Image.fromarray(image).filter(blur))
+    image = image.copy()
+    blue_first = np.ascontiguousarray(image[..., ::-1])  # the order that NudeNet reads
+    for found in detector.detect(blue_first):
+        if found["class"] in NUDE and found["score"] > THRESHOLD:
+            x, y, w, h = found["box"]
+            image[max(y, 0) : y + h, max(x, 0) : x + w] = 0
+    return image
+
+
+def keep(image):
+    """The image as it is: used in place of `censor` when nothing has to be covered."""
+    return image
 
 
 def censoring(texts, uncensored=False):
-    """What pictures pass through before they are shown, where `texts` (concepts, prompts) are about nudity: `censor`, else nothing."""
-    return (
-        censor
-        if any(ABOUT.search(text) for text in texts) and not uncensored
-        else lambda picture: picture
-    )
+    """The function to apply to images before they are shown.
+
+    `censor` if one of `texts` (concepts, prompts) is about nudity and `uncensored` is false, else
+    `keep`.
+    """
+    if uncensored:
+        return keep
+    for text in texts:
+        if ABOUT.search(text):
+            return censor
+    return keep

@@ -1,171 +1,223 @@
-"""What the commands share: argument types, common flags, the device, and how a command ends."""
+"""What the commands share: argument parser, common flags, device, and how a command ends."""
 
 import argparse
 import difflib
 import math
+import os
 import signal
 import sys
+import warnings
+from pathlib import Path
 
 import torch
 
 from support.errors import UserError
+from support.files import used_files
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+# ---------------------------------------------------------------------------------------- arguments
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that keeps the layout of its description and ends with one sentence.
 
     For an unknown flag the sentence names a similar one. argparse would print the whole usage.
     """
 
-    def __init__(self, **arguments):
+    def __init__(self, prog=None, **arguments):
         super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments
+            prog=prog or f"python {Path(sys.argv[0]).name}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **arguments,
         )
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-            hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help."
-            self.error(f"unknown argument {unknown[0]}: {hint}")
+            self.error(f"unknown argument {unknown[0]}{self.similar_flag(unknown[0])}")
         return found
 
+    def similar_flag(self, word):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+        return f"; did you mean {near[0]}?" if near else "."
+
     def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
+        end = "" if message.endswith((".", "?")) else "."
+        print(f"error: {message}{end} All arguments: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
 
-def pick_device(name):
-    """`auto` is CUDA, else Apple's MPS, else the CPU."""
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+def whole_number(text, low, high):
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        if (
-            device.type == "cuda" and device.index is not None
-        ):  # clocks, peaks and autocast ask for none and mean this one
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:  # torch raises either, by device
-        raise UserError(
-            f"--device {name} cannot be used here ({str(e).splitlines()[0]}): say --device cpu, or check the driver."
-        ) from e
-    return device
-
-
-def pick_dtype(name, device, training=False):
-    """`auto` is float32; on CUDA float16, which draws nearer to it than bfloat16 does. For training, where float16 can overflow, it is
-    bfloat16 on cards that have it."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type != "cuda":
-        return torch.float32
-    return (
-        torch.bfloat16
-        if training and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float16
-    )
-
-
-def refuse_used(folder, advice=""):
-    """An output folder that already holds something is refused."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
-
-
-def positive(text):
-    """An argument that counts something: 1, 2, … up to a million, as a list of them has to fit the memory."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    if value > 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text} is more than a million")
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+    if value > high:
+        raise argparse.ArgumentTypeError(f"{text} is more than {high}")
     return value
 
 
+def positive(text):
+    """An argument that counts something: 1 to a million, because a list of them must fit memory."""
+    return whole_number(text, 1, 1_000_000)
+
+
+def natural(text):
+    """An argument that is a seed or an index: 0 to 2^62, because numbers are added to seeds."""
+    return whole_number(text, 0, 2**62)
+
+
 def finite(text):
-    """An argument that is a number, neither NaN nor infinite."""
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    """An argument that is a number, but not NaN or infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
 
 
 def one_of(names):
-    """How argparse takes one of `names`; for another the nearest is suggested."""
+    """Keywords of add_argument for a flag that takes one of `names`; suggests the nearest."""
 
     def name(text):
-        if text not in names:
-            near = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(text, names, 1))
-            raise argparse.ArgumentTypeError(
-                f"there is no {text!r}: {near}There are: {', '.join(names)}"
-            )
-        return text
+        if text in names:
+            return text
+        near = difflib.get_close_matches(text, names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise argparse.ArgumentTypeError(
+            f"there is no {text!r}: {hint}There are: {', '.join(names)}"
+        )
 
     return {"type": name, "metavar": f"{{{','.join(names)}}}"}
 
 
-def natural(text):
-    """An argument that starts a count or seeds a generator: 0, 1, … up to 2⁶² (seeds are counted on from it)."""
-    if not 0 <= (value := int(text)) <= 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2^62")
-    return value
-
-
 def add_common_arguments(parser):
-    parser.add_argument(
-        "--show-uncensored",
-        action="store_true",
-        help="do not cover nudity in previews and sheets (see the README)",
+    group = parser.add_argument_group("model files, machine and display")
+    group.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of the model on the hub"
     )
-    parser.add_argument("--revision", help="a branch, tag or commit of the hub's model")
-    parser.add_argument(
-        "--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu"
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="cuda, cuda:1, mps, cpu or auto: CUDA, else MPS, else CPU (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dtype",
         default="auto",
         **one_of(["auto", *DTYPES]),
-        help="auto: fp32; on CUDA fp16, or to train bf16 if it has it",
+        help="auto: fp32; on CUDA fp16, and for training bf16 if the GPU has it (default: "
+        "%(default)s)",
     )
+    group.add_argument(
+        "--show-uncensored",
+        action="store_true",
+        help="do not cover nudity in previews and sheets",
+    )
+
+
+# ------------------------------------------------------------------------------------------- device
+def pick_device(name):
+    """A torch.device that works. `auto` is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # which of the two depends on the device
+        raise UserError(
+            f"--device {name} cannot be used here ({str(e).splitlines()[0]}): use --device cpu, or "
+            "check the driver."
+        ) from e
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for calls without a device: synchronize, memory, autocast
+    return device
+
+
+def pick_dtype(name, device, training=False):
+    """A torch.dtype. `auto` is float32 on a CPU or MPS.
+
+    On CUDA it is float16, whose images are nearer to float32's than bfloat16's are. Training uses
+    bfloat16 if the GPU has it, because float16 gradients can overflow.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    if training and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
+
+
+# ---------------------------------------------------------------------------------- how it all ends
+def refuse_used(folder, advice=""):
+    """UserError if the output folder is a file or already contains something."""
+    if folder.exists() and (not folder.is_dir() or used_files(folder)):
+        raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
+
+
+def silence_libraries():
+    """Hides warnings that only a programmer can act on. `python -W default` shows them."""
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "diffusers"):
+        if name in sys.modules:
+            sys.modules[name].utils.logging.set_verbosity_error()
+        os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")  # if it is imported later
+
+
+def memory_is_full(error):
+    """Whether a MemoryError or RuntimeError is about memory; torch has no one class for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "out of memory" in text
 
 
 def run_command(
     main,
     args,
-    stopped="what is written so far stays; choose a new folder with --out to begin again",
+    stopped="files that are written stay; choose a new folder with --out to start again",
 ):
-    """A command's exit status: 0; 2 after one sentence about what the user can do; 130 after Ctrl-C or SIGTERM and the sentence `stopped`,
-    which may name {out}."""
+    """Runs main(args) and returns the exit status of the command.
+
+    0: success. 2: one sentence says what the user can do. 130: Ctrl-C or SIGTERM, with the sentence
+    of the KeyboardInterrupt, or `stopped`, which may contain {out}.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(args)
+        with warnings.catch_warnings():
+            silence_libraries()
+            main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         if e.details:
             print(e.details, file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as e:
-        full = isinstance(
-            e, (MemoryError, torch.OutOfMemoryError)
-        )  # torch's class is of a GPU's memory only
-        if not full and "can't allocate memory" not in str(e) and "out of memory" not in str(e):
-            raise  # also what derives from RuntimeError: CUDA's other errors, torch.distributed's
+        if not memory_is_full(e):
+            raise  # a mistake in the program: the traceback is needed
         print(
-            "error: the memory is full: try a smaller --batch-size or --resolution, or --dtype bf16.",
+            "error: the memory is full: use a smaller --batch-size or --resolution, or --dtype "
+            "bf16.",
             file=sys.stderr,
         )
         return 2
     except OSError as e:
         print(
-            f"error: {e}: check the disk's space and the folder's permissions, and run the same command again.",
+            f"error: {e}: check the disk's space and the folder's permissions, then run the same "
+            "command again.",
             file=sys.stderr,
         )
         return 2

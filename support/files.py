@@ -1,22 +1,22 @@
 """Output files that are complete or absent: atomic writes, folder locks and checksums."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from support.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 WRITING = ".writing-"  # prefix of the folder that holds a file until the file is complete
+LOCK = ".lock"  # the file in an output folder that is locked while a command uses the folder
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network file systems answer
 
 
 @contextmanager
@@ -37,26 +37,24 @@ def atomic_write(file):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def lock(folder):
-    """A handle that keeps other commands out of `folder` until it is closed.
+def used_files(folder):
+    """What an output folder contains, except the lock of a command. Empty if there is no folder."""
+    if not folder.exists():
+        return []
+    return [file for file in folder.iterdir() if file.name != LOCK]
 
-    The system closes it when a process ends, even after kill -9. Some network file systems cannot
-    lock; there, nothing is kept out. Raises BlockingIOError or FileExistsError if another command
-    holds the lock.
+
+def numbered_folder(parent, name):
+    """The next free folder of a numbered series, for example runs/0003-red-star.
+
+    `name` is any text. It is shortened, and other characters than letters and digits become "-".
+    The folder is not created.
     """
-    if fcntl is None:  # a file that Windows deletes with its last handle
-        return os.open(
-            folder.with_name(f".{folder.name}.running"), os.O_CREAT | os.O_EXCL | os.O_TEMPORARY
-        )
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except OSError:
-        pass
-    return handle
+    numbers = [0]
+    for folder in Path(parent).glob("[0-9][0-9][0-9][0-9]-*"):
+        numbers.append(int(folder.name[:4]))
+    short = re.sub(r"\W+", "-", name)[:40]
+    return Path(parent) / f"{max(numbers) + 1:04d}-{short}"
 
 
 @contextmanager
@@ -64,32 +62,46 @@ def lock_folder(folder):
     """Locks an output folder so that one command uses it at a time.
 
     Creates the folder if it is missing and removes temporary files of a killed command. Removes
-    the folder again if it stays empty. UserError if another command uses it, or if it cannot be
-    created.
+    the folder again if it stays empty. The system releases the lock when a process ends, even
+    after kill -9. Some network file systems cannot lock; there, nothing is kept out. UserError if
+    another command uses the folder, or if it cannot be created.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder with --out.")
     created = not folder.exists()
+    lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = lock(folder)
-    except (BlockingIOError, FileExistsError) as e:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file: choose another folder with --out.") from e
+        lock.acquire()
+    except Timeout as e:
         raise UserError(
-            f"Another command uses {folder}: wait until it ends, or choose another folder with --out."
+            f"Another command uses {folder}: wait until it ends, or choose another folder with "
+            "--out."
         ) from e
     except OSError as e:
-        raise UserError(
-            f"Cannot write into {folder} ({e}): choose another folder with --out."
-        ) from e
+        if e.errno not in CANNOT_LOCK:
+            raise UserError(
+                f"Cannot write into {folder} ({e}): choose another folder with --out."
+            ) from e
     try:
-        for left in [*folder.rglob(f"{WRITING}*")]:
+        for left in list(folder.rglob(f"{WRITING}*")):
             shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
-        os.close(handle)
+        with suppress(OSError):  # on Windows, `release` removes the file
+            (folder / LOCK).unlink()
+        lock.release()
         if created:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def apply_umask(file):
+    """Gives a file the permissions of any new file. safetensors creates files with mode 0600."""
+    example = file.with_name("example")
+    example.touch()
+    shutil.copymode(example, file)
+    example.unlink()
 
 
 def checksum(tensors):
@@ -106,11 +118,13 @@ def damage(tensors, metadata):
 
     A file without a checksum in its metadata passes.
     """
-    numbers = {
-        name: x.float() for name, x in tensors.items() if x.is_floating_point() and x.numel()
-    }
-    # NaN and infinity both show in the minimum and the maximum.
-    bad = [name for name, x in numbers.items() if not torch.stack(x.aminmax()).isfinite().all()]
+    bad = []
+    for name, x in tensors.items():
+        if x.is_floating_point() and x.numel():
+            # NaN and infinity both show in the minimum and the maximum.
+            extremes = torch.stack(x.float().aminmax())
+            if not extremes.isfinite().all():
+                bad.append(name)
     if bad:
         return f"contains NaN or infinity in {len(bad)} tensors ({min(bad)})"
     if "sha256" in metadata and metadata["sha256"] != checksum(tensors):

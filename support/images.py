@@ -6,40 +6,65 @@ from PIL.PngImagePlugin import PngInfo
 
 from support.files import atomic_write
 
+PAD = 4  # pixels between the images of a sheet
+SMALLEST = 128  # smaller images are enlarged to about this height
+HEADER = 22  # height of one line of the columns' names
+LINE = 17  # and of each further line
+
 
 def grid(rows, labels=(), columns=()):
-    """A picture of pictures: rows of equally large arrays (H, W, 3), a label beside each row, one above each column."""
+    """A PIL image that shows rows of images, with a label left of each row and above each column.
+
+    rows: lists of uint8 arrays (H, W, 3), all of the same size. A label that is wider than its
+    column continues on the next line.
+    """
     H, W, _ = rows[0][0].shape
-    zoom = max(1, 128 // H)
-    H, W, pad, font = H * zoom, W * zoom, 4, ImageFont.load_default(14)
-    left = int(max((font.getlength(label) for label in labels), default=0)) + (
-        2 * pad if labels else 0
-    )
-    top = 22 if columns else 0
-    sheet = Image.new(
-        "RGB",
-        (left + max(map(len, rows)) * (W + pad) + pad, top + len(rows) * (H + pad) + pad),
-        "white",
-    )
+    zoom = max(1, SMALLEST // H)
+    H, W = H * zoom, W * zoom
+    font = ImageFont.load_default(14)
+    left = 0
+    if labels:
+        left = int(max(font.getlength(label) for label in labels)) + 2 * PAD
+    columns = [wrap(text, font, W) for text in columns]
+    lines = max((text.count("\n") + 1 for text in columns), default=0)
+    top = HEADER + LINE * (lines - 1) if columns else 0
+
+    width = left + max(len(row) for row in rows) * (W + PAD) + PAD
+    height = top + len(rows) * (H + PAD) + PAD
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
+    for j, text in enumerate(columns):
+        x = left + PAD + j * (W + PAD)
+        pen.text((x + W / 2, top / 2 + 2), text, "black", font, anchor="mm", align="center")
     for i, row in enumerate(rows):
-        y = top + pad + i * (H + pad)
-        for j, picture in enumerate(row):
-            x = left + pad + j * (W + pad)
-            sheet.paste(Image.fromarray(picture).resize((W, H), Image.Resampling.NEAREST), (x, y))
-            if i == 0 and j < len(columns):
-                pen.text((x + W / 2, top / 2 + 2), columns[j], "black", font, anchor="mm")
+        y = top + PAD + i * (H + PAD)
         if i < len(labels):
-            pen.text((pad, y + H / 2), labels[i], "black", font, anchor="lm")
+            pen.text((PAD, y + H / 2), labels[i], "black", font, anchor="lm")
+        for j, image in enumerate(row):
+            x = left + PAD + j * (W + PAD)
+            enlarged = Image.fromarray(image).resize((W, H), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x, y))
     return sheet
 
 
-def save_png(picture, file, **text):
-    """An array (H, W, 3) or an image -> file, with `text` in the PNG's text chunks."""
+def wrap(text, font, width):
+    """The text with line breaks between words, so that each line fits into `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def save_png(image, file, **text):
+    """Writes an array (H, W, 3) or a PIL image, with `text` in the PNG's text chunks."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
-    with atomic_write(file) as beside:
-        (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(
-            beside, pnginfo=info
-        )
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    with atomic_write(file) as temporary:
+        image.save(temporary, pnginfo=info)

@@ -7,5 +7,7 @@ times. 3000 rounds cost nothing on an idle machine. Your own setting is respecte
 
 import os
 
+import support.packages  # noqa: F401 (a missing package is a sentence)
+
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -1,4 +1,4 @@
-"""What is about nudity is shown covered; and several patches side by side, whose sheet is one of the places."""
+"""What is about nudity is covered; several patches side by side in one sheet."""
 
 import sys
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ NOISE = np.random.default_rng(0).integers(0, 255, (64, 48, 3), "uint8")
 
 
 @pytest.fixture(autouse=True)
-def anew():
+def without_detector():
     censor._detector.cache_clear()
     yield
     censor._detector.cache_clear()
@@ -54,7 +54,7 @@ def test_what_is_covered(texts, covered):
     assert censor.censoring(texts, uncensored=True)(NOISE) is NOISE
 
 
-def test_boxes_are_black_and_the_rest_as_it_was(monkeypatch):
+def test_boxes_are_black_and_the_rest_is_unchanged(monkeypatch):
     asked = found(
         monkeypatch,
         (NUDE[0], 0.3, [10, 20, 8, 16]),
@@ -69,7 +69,7 @@ def test_boxes_are_black_and_the_rest_as_it_was(monkeypatch):
     assert np.array_equal(asked[0], NOISE[..., ::-1])  # NudeNet reads blue first
 
 
-def test_the_real_detector_reads_our_pictures(monkeypatch):
+def test_the_real_detector_reads_our_images(monkeypatch):
     assert np.array_equal(censor.censor(NOISE), NOISE)  # it sees nothing in noise
     output, expected = (
         np.zeros((1, 4 + 18, 2), "float32"),
@@ -83,7 +83,7 @@ def test_the_real_detector_reads_our_pictures(monkeypatch):
     assert np.array_equal(censor.censor(NOISE), expected)
 
 
-def test_without_nudenet_all_is_blurred_and_that_is_said_once(monkeypatch, capsys):
+def test_without_nudenet_images_are_blurred_with_one_warning(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     shown = [censor.censor(NOISE), censor.censor(NOISE)]
     assert (
@@ -99,7 +99,7 @@ def sd(tmp_path_factory):
 
 
 def cells(sheet, columns):
-    """The pictures of a sheet by images.grid, whose columns are the rightmost; here they are 32 pixels a side, zoomed to 128."""
+    """The images of a sheet of images.grid: the rightmost columns, 32 pixels, enlarged to 128."""
     sheet = np.asarray(Image.open(sheet))
     height, width = sheet.shape[:2]
     left, top = width - 132 * columns, 4 + (height - 4) % 132
@@ -114,7 +114,7 @@ def cells(sheet, columns):
     "concept, prompts", [("nudity", ["a woman", "blood"]), ("blood", ["a woman", "nudity"])]
 )
 def test_training_previews_of_nudity_are_covered(concept, prompts, sd, tmp_path, monkeypatch):
-    """Every picture of the run: previews, film, before and after. What is trained does not depend on it."""
+    """All images of a run: previews, film, before and after. Training does not depend on it."""
     monkeypatch.setitem(sys.modules, "nudenet", None)
     words = [
         "--model",
@@ -135,12 +135,13 @@ def test_training_previews_of_nudity_are_covered(concept, prompts, sd, tmp_path,
         weights.read(tmp_path / name / "erased.safetensors") for name in ("covered", "shown")
     )
     assert all((a[name] == b[name]).all() for name in a)
-    for file in ("film/000000.png", "film/000003.png", "film/000006.png"):
+    files = [f"{i:06d}/{model}-1.png" for i in (0, 3, 6) for model in ("student", "teacher")]
+    for file in ("original-0.png", *files):
         covered, shown = (
-            np.split(np.asarray(Image.open(tmp_path / name / file)), 2)
+            np.asarray(Image.open(tmp_path / name / "previews" / file))
             for name in ("covered", "shown")
         )
-        assert all(np.array_equal(a, censor.censor(b)) for a, b in zip(covered, shown, strict=True))
+        assert np.array_equal(covered, censor.censor(shown))
     for file, columns, n in (
         ("film.png", 3, 6),
         ("before_after.png", 2, 4),
@@ -153,7 +154,7 @@ def test_training_previews_of_nudity_are_covered(concept, prompts, sd, tmp_path,
         assert not any(np.array_equal(a, b) for a, b in zip(covered, shown))
 
 
-def test_the_sheet_of_generate_is_covered_and_the_pictures_are_as_drawn(sd, tmp_path, monkeypatch):
+def test_the_sheet_of_generate_is_covered_and_its_files_are_not(sd, tmp_path, monkeypatch):
     """For what a prompt, --avoid or a patch is about."""
     monkeypatch.setitem(sys.modules, "nudenet", None)
     name, x = next(

@@ -1,5 +1,8 @@
-"""The original single file and diffusers' folder, both ways: names against diffusers' converters and the original's numbering,
-round trips bit for bit, exports that diffusers draws our pictures with, and whatever is wrong refused in one sentence."""
+"""Between diffusers' folder and the original single file, both ways.
+
+Names are compared with diffusers' converters and with the original's numbering. Round trips are
+equal bit for bit. diffusers generates our images from what we export. Mistakes are one sentence.
+"""
 
 import hashlib
 import json
@@ -19,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import generate
 import weights
-from support.cli import DTYPES
+from support.cli import DTYPES, run_command
 from support.errors import UserError
 from tools import compvis_names, convert
 from weights import NETWORKS
@@ -50,9 +53,9 @@ def snapshot(folder):
     return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 def tagged(sizes):
-    """{network: module} whose nth tensor is n everywhere, at its full size and without its memory."""
+    """{network: module} whose nth tensor is filled with n, in full size but without its memory."""
     networks, n = {}, 0
     for network in NETWORKS:
         networks[network] = sized(sizes)[network]
@@ -113,7 +116,7 @@ def test_diffusers_reads_what_we_write(sizes):
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_what_diffusers_reads_we_read(sizes):
-    """The way back, in a file that holds more than the three networks, some of it under names that are ours but not in use."""
+    """Back again, from a file that contains more than the three networks."""
     tensors = compvis_names.to_original(tagged(sizes))
     more = {
         "betas": torch.ones(1000),
@@ -153,7 +156,7 @@ def both(*modules):
 
 
 def unet_numbering(widths, n, attention):
-    """The UNet's names as the original's constructor makes them, by appending to lists (openaimodel.py)."""
+    """The UNet's names as the original's constructor makes them (openaimodel.py)."""
 
     def resnet(c_in, c):
         shortcut = ["skip_connection"] * (c_in != c)
@@ -207,7 +210,7 @@ def unet_numbering(widths, n, attention):
 
 
 def vae_numbering(widths, n):
-    """The same for the autoencoder's two halves (the original's model.py): `up` counts from the picture's side."""
+    """The VAE's names (the original's model.py): `up` counts from the image's resolution."""
 
     def resnet(place, c_in, c):
         return both(
@@ -239,7 +242,7 @@ def vae_numbering(widths, n):
 
 
 def test_names_are_the_originals():
-    """diffusers' converter lets names through that it does not know (conv_shortcut for skip_connection): the set counts, too."""
+    """diffusers' converter accepts names that it does not know, so the set of names is compared."""
     for sizes, unet, vae in (
         ("SD 1.4", ((320, 640, 1280, 1280), 2, {0, 1, 2}), ((128, 256, 512, 512), 2)),
         ("toy", ((32, 64, 128, 128), 2, {1, 2}), ((16, 32, 64), 1)),
@@ -258,7 +261,7 @@ def test_names_are_the_originals():
 
 
 def test_sd14_configs_are_what_diffusers_builds(tmp_path):
-    """A file without metadata gets SD 1.4's configs: our networks and theirs have the same names and shapes by them."""
+    """A file without metadata gets SD 1.4's configs. They build the same networks in diffusers."""
     configs = convert.sd14_configs()
     for part, config in configs.items():
         convert.write_json(tmp_path / part / convert.CONFIGS[part], config)
@@ -290,10 +293,10 @@ def test_sd14_configs_are_what_diffusers_builds(tmp_path):
     assert configs["scheduler"].items() >= common.SCHEDULER.items()
 
 
-# ------------------------------------------------------------------------------------------------ round trips
+# -------------------------------------------------------------------------------------- round trips
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """The embedded model as a single file, float16 as it is."""
+    """The toy model as a single file, float16 as it is."""
     file = tmp_path_factory.mktemp("single") / "toy.safetensors"
     assert (
         run(convert, "--model", "toy", "--format", "single-file", "--dtype", "fp16", "--out", file)
@@ -384,10 +387,10 @@ def test_dtypes(dtype, model_folder, tmp_path):
         assert equal(load_file(tmp_path / "o" / file), expected), network
 
 
-# ------------------------------------------------------------------------------------------------ exports in diffusers
+# ----------------------------------------------------------------------------- exports in diffusers
 @pytest.fixture(scope="module")
 def patch(tmp_path_factory):
-    """A patch for the embedded model in a run's folder, as train.py writes one."""
+    """A patch for the toy model in a run's folder, as train.py writes one."""
     base = {
         name: x for name, x in weights.load("toy").unet.state_dict().items() if ".attn2." in name
     }
@@ -421,7 +424,7 @@ def patch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exports(patch, tmp_path_factory):
-    """{format: the embedded model with the patch in it}, float32."""
+    """{format: the toy model with the patch in it}, float32."""
     folder = tmp_path_factory.mktemp("exports")
     for form, name in (("diffusers", "toy"), ("single-file", "toy.safetensors")):
         assert (
@@ -443,14 +446,14 @@ def exports(patch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(patch, tmp_path_factory):
-    """{sampler: generate.py's pictures of PROMPTS with the patch, each in a batch of its own}."""
+    """{sampler: generate.py's images of PROMPTS with the patch, each in a batch of its own}."""
     return {
-        kind: draw("toy", kind, tmp_path_factory.mktemp(kind) / "o", "--patch", patch)
+        kind: generated_images("toy", kind, tmp_path_factory.mktemp(kind) / "o", "--patch", patch)
         for kind in ("ddim", "pndm")
     }
 
 
-def draw(model, kind, out, *words):
+def generated_images(model, kind, out, *words):
     assert (
         run(
             generate,
@@ -476,41 +479,43 @@ def draw(model, kind, out, *words):
     return [np.asarray(Image.open(file)).astype(int) for file in sorted(out.glob("[0-9]*.png"))]
 
 
-def draws_like(pipeline, kind, pictures):
-    """No pixel of the pipeline's pictures is off by more than 1: rounding to 8 bits of numbers that differ by 1e-6."""
+def generates_like(pipeline, kind, images):
+    """No pixel differs by more than 1: numbers that differ by 1e-6 are rounded to 8 bits."""
     pipeline.set_progress_bar_config(disable=True)
     if kind == "ddim":
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    for prompt, picture in zip(PROMPTS, pictures, strict=True):
+    for prompt, image in zip(PROMPTS, images, strict=True):
         theirs = pipeline(
             prompt, num_inference_steps=10, generator=torch.Generator().manual_seed(3)
         ).images[0]
-        assert np.abs(picture - np.asarray(theirs).astype(int)).max() <= 1, prompt
+        assert np.abs(image - np.asarray(theirs).astype(int)).max() <= 1, prompt
 
 
 @pytest.mark.parametrize("kind", ["ddim", "pndm"])
-def test_an_exported_folder_draws_our_pictures_in_diffusers(kind, exports, ours, tmp_path):
-    draws_like(StableDiffusionPipeline.from_pretrained(exports["diffusers"]), kind, ours[kind])
+def test_an_exported_folder_gives_our_images_in_diffusers(kind, exports, ours, tmp_path):
+    generates_like(StableDiffusionPipeline.from_pretrained(exports["diffusers"]), kind, ours[kind])
     if kind == "ddim":  # the patch counts in this comparison
         assert (
             min(
                 np.abs(a - b).max()
-                for a, b in zip(draw("toy", kind, tmp_path / "unpatched"), ours[kind], strict=True)
+                for a, b in zip(
+                    generated_images("toy", kind, tmp_path / "unpatched"), ours[kind], strict=True
+                )
             )
             > 20
         )
 
 
 @pytest.mark.parametrize("kind", ["ddim", "pndm"])
-def test_an_exported_file_draws_our_pictures_in_diffusers(kind, exports, ours):
-    """Its reader of single files has SD 1.4's configs from the hub; the embedded model's have to be named."""
+def test_an_exported_file_gives_our_images_in_diffusers(kind, exports, ours):
+    """diffusers uses SD 1.4's configs for a single file, so the toy model's are passed."""
     pipeline = StableDiffusionPipeline.from_single_file(
         str(exports["single-file"]), config=str(weights.TOY)
     )
-    draws_like(pipeline, kind, ours[kind])
+    generates_like(pipeline, kind, ours[kind])
 
 
-def test_a_float16_export_draws_in_diffusers_as_it_comes(patch, tmp_path):
+def test_a_float16_export_needs_no_arguments_in_diffusers(patch, tmp_path):
     half = tmp_path / "half"
     assert (
         run(
@@ -528,13 +533,15 @@ def test_a_float16_export_draws_in_diffusers_as_it_comes(patch, tmp_path):
         )
         == 0
     )
-    draws_like(
-        StableDiffusionPipeline.from_pretrained(half), "ddim", draw(half, "ddim", tmp_path / "o")
+    generates_like(
+        StableDiffusionPipeline.from_pretrained(half),
+        "ddim",
+        generated_images(half, "ddim", tmp_path / "o"),
     )
 
 
 def test_a_text_encoder_that_says_float16_is_loaded_as_float32(model_folder, tmp_path):
-    """Otherwise from_pretrained, without torch_dtype, puts it as float16 beside a float32 UNet, and drawing ends in an error."""
+    """Otherwise from_pretrained would load it as float16 next to a float32 UNet, which fails."""
     file = shutil.copytree(model_folder, tmp_path / "model") / "text_encoder" / "config.json"
     config = {
         key: value for key, value in json.loads(file.read_text()).items() if key != "dtype"
@@ -557,36 +564,33 @@ def test_a_text_encoder_that_says_float16_is_loaded_as_float32(model_folder, tmp
     )
     pipeline = StableDiffusionPipeline.from_pretrained(half, safety_checker=None)
     assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
-    draws_like(pipeline, "ddim", draw(half, "ddim", tmp_path / "o"))
+    generates_like(pipeline, "ddim", generated_images(half, "ddim", tmp_path / "o"))
 
 
-def test_the_documented_lines_for_a_patch_in_diffusers(patch, ours):
-    """README.md's, with the embedded model's folder and this patch in them."""
+def test_the_readmes_lines_for_a_patch_in_diffusers(patch, ours, tmp_path, monkeypatch):
+    """With the toy model's folder and this patch in them."""
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    lines = next(
-        block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.S)
-        if "StableDiffusionPipeline" in block
-    )
-    assert len(lines.splitlines()) <= 4
-    lines = lines.replace("CompVis/stable-diffusion-v1-4", str(weights.TOY)).replace(
-        "erased.safetensors", str(patch)
-    )
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    lines = next(block for block in blocks if "StableDiffusionPipeline" in block)
+    lines = re.sub('"(CompVis/stable-diffusion-v1-4|toy/model)"', repr(str(weights.TOY)), lines)
+    lines = re.sub(r'"[^"]*erased\.safetensors"', repr(str(patch)), lines)
+    monkeypatch.chdir(tmp_path)  # the lines may save an image
     import safetensors.torch
 
     names = dict(StableDiffusionPipeline=StableDiffusionPipeline, safetensors=safetensors)
     exec(lines, names)
-    draws_like(names["pipeline"], "pndm", ours["pndm"])
+    generates_like(names["pipeline"], "pndm", ours["pndm"])
 
 
-# ------------------------------------------------------------------------------------------------ the model card
+# ----------------------------------------------------------------------------------- the model card
 def test_the_card_says_what_it_is(exports, patch):
     folder, file = (
         (exports["diffusers"] / "README.md").read_text(),
         exports["single-file"].with_suffix(".md").read_text(),
     )
     for text in (folder, file):
-        assert text.startswith("---\nlicense: mit\n") and "# toy without star, red\n" in text
+        assert text.startswith("---\n") and "license: mit\n" in text
+        assert "# toy without star, red\n" in text
         assert (
             "method: sdd" in text
             and '"lr": 0.0006' in text
@@ -620,7 +624,7 @@ def test_the_card_without_a_patch(model_folder, single, tmp_path):
     text = (tmp_path / "a.md").read_text()
     assert (
         "license:" not in text
-        and "As the base weights', tiny: look there" in text
+        and "That of the base model, tiny" in text
         and str(model_folder) not in text
     )
 
@@ -660,7 +664,7 @@ def test_the_card_has_this_patchs_figures_and_no_others(patch, tmp_path):
     assert "the table other" not in text and "the table old" not in text
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 def refused(tmp_path, capsys, *words, out="o", form="diffusers"):
     """The one sentence with which `convert.py` ends; its status is 2 and it leaves nothing."""
     before = snapshot(tmp_path)
@@ -802,7 +806,7 @@ def test_outputs_that_exist_are_refused(tmp_path, capsys):
         ("b.safetensors", single),
         ("b.md", "diffusers"),
     ):
-        assert "is there already" in refused(tmp_path, capsys, "--model", "toy", out=out, form=form)
+        assert "already exists" in refused(tmp_path, capsys, "--model", "toy", out=out, form=form)
     assert "has to end in .safetensors" in refused(
         tmp_path, capsys, "--model", "toy", out="c.ckpt", form="single-file"
     )
@@ -832,7 +836,7 @@ def test_numbers_too_large_for_float16(model_folder, tmp_path, capsys):
     )
 
 
-def test_patches_that_cannot_be(patch, model_folder, tmp_path, capsys):
+def test_patches_that_do_not_fit(patch, model_folder, tmp_path, capsys):
     assert "was made for toy" in refused(
         tmp_path, capsys, "--model", model_folder, "--patch", patch
     )
@@ -853,7 +857,7 @@ def test_patches_that_cannot_be(patch, model_folder, tmp_path, capsys):
     )
     error = refused(tmp_path, capsys, "--model", "toy", "--patch", tmp_path / "nan.safetensors")
     assert (
-        f"{tmp_path / 'nan.safetensors'} holds NaN" in error
+        f"{tmp_path / 'nan.safetensors'} contains NaN" in error
         and f"in {len(tensors)} tensors" in error
     )
     weights.save(tmp_path / "odd.safetensors", tensors, metadata | {"args": "{"})
@@ -879,7 +883,7 @@ def test_nothing_half_written_stays(fault, form, out, tmp_path, capsys, monkeypa
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_is_left_aside_is_listed(single, tmp_path, capsys):
+def test_unused_tensors_are_listed(single, tmp_path, capsys):
     position_ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     file = changed(
         single,
@@ -907,11 +911,11 @@ def test_what_is_left_aside_is_listed(single, tmp_path, capsys):
         )
         == 0
     )
-    assert f"left aside: betas, {position_ids}, model_ema (2 tensors)\n" in capsys.readouterr().out
+    assert f"not used: betas, {position_ids}, model_ema (2 tensors)\n" in capsys.readouterr().out
     assert same_file(tmp_path / "o.safetensors", single)
 
 
 def test_other_commands_name_this_one(single):
     for name in (single, "some/model.safetensors"):
-        with pytest.raises(UserError, match="python convert.py --model .*--format diffusers"):
+        with pytest.raises(UserError, match="python -m tools.convert --model .*--format diffusers"):
             weights.load(str(name))

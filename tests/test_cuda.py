@@ -1,5 +1,9 @@
-"""CUDA. Without a card: an iteration of each trainer, a drawing and a measurement on fake tensors, which have a device and a type but
-no numbers, so that a tensor left on the CPU or two types that do not meet are found on any machine. With a card: the numbers."""
+"""CUDA.
+
+Without a GPU: one iteration of each method, one image and one measurement with fake tensors, which
+have a device and a type but no values. That finds a tensor that was left on the CPU, or two types
+that do not fit, on any machine. With a GPU: the numbers.
+"""
 
 import copy
 import ctypes
@@ -17,8 +21,8 @@ import ablation
 import presets
 import train
 import weights
-from generate import InferenceUNet, generate_latents
-from report import previews
+from pipeline import InferenceUNet, generate_latents
+from report.previews import Previews
 from train import Run
 from unet import Attention
 
@@ -28,7 +32,7 @@ ABLATE = ["--method", "ablate", "--anchor", "circle", "--anchor-images", "2"]
 
 
 class Numbers(TorchDispatchMode):
-    """Gives a 1 where the loop asks a fake tensor for its value, and counts how often the host waits: for such a value, or for a copy."""
+    """Answers 1 for the value of a fake tensor. Counts the waits of the host: values, copies."""
 
     waits = 0
 
@@ -48,7 +52,7 @@ class Numbers(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory):
-    """torch's CPU build has no word for CUDA's current device, which slices ask for; two lines of C++ teach it one that does nothing."""
+    """Slices ask for CUDA's current device. torch's CPU build has none; this C++ adds one."""
     if torch.backends.cuda.is_built():
         return
     if not shutil.which("g++"):
@@ -75,7 +79,7 @@ def guard(tmp_path_factory):
 
 
 def on_the_card(part):
-    """The module with fake tensors on the card for its own: moving a fake tensor there would not change what it says of itself."""
+    """Replaces a module's tensors with fake ones on the GPU: `to` would not change the device."""
     for module in part.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -111,97 +115,70 @@ def on_the_card(part):
     ids=" ".join,
 )
 def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
-    """The backward pass is left out: autograd needs a driver for it. Where it puts a gradient follows from the parameter."""
+    """Without the backward pass, for which autograd needs a driver."""
 
     def backward(value):
         assert value.device == CARD and value.dtype == torch.float32
-        for p in r.theta.values():
+        for p in r.models.theta.values():
             p.grad = torch.zeros_like(p)
 
     monkeypatch.setattr("train.pick_device", torch.device)
-    monkeypatch.setattr(
-        torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
-    )  # else autocast turns itself off
+    # Otherwise autocast turns itself off.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)  # they are there
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # they are there
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(weights, "fingerprint", lambda tensors: "")
     monkeypatch.setattr(ablation, "save", lambda *_: None)
-    a = presets.settle(
-        train.parse(
-            [
-                "--model",
-                str(model_folder),
-                "--preset",
-                "toy",
-                "--concept",
-                "star",
-                "red",
-                "--device",
-                str(CARD),
-                "--dtype",
-                "bf16",
-                *SHORT,
-                *words,
-            ]
-        )
-    )
+    arguments = ["--model", str(model_folder), "--preset", "toy", "--concept", "star", "red"]
+    arguments += ["--device", str(CARD), "--dtype", "bf16", *SHORT, *words]
+    settings = presets.settle(train.parse(arguments))
     model = weights.load(model_folder)
     on_the_cpu = copy.deepcopy(model.unet)
     with FakeTensorMode(allow_non_fake_inputs=True), Numbers() as numbers:
-        r = Run(
-            tmp_path,
-            a,
-            model._replace(
-                unet=on_the_card(model.unet),
-                vae=on_the_card(model.vae),
-                text_encoder=on_the_card(model.text_encoder),
-            ),
+        moved = model._replace(
+            unet=on_the_card(model.unet),
+            vae=on_the_card(model.vae),
+            text_encoder=on_the_card(model.text_encoder),
         )
-        r.make_latents()
-        for p in r.theta.values():
+        r = Run(tmp_path, settings, moved)
+        student, c_0 = r.models.student, r.prompts.c_0
+        for p in r.models.theta.values():
             p.requires_grad_(False)
         with torch.autocast("cuda", r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False):
+            iterations = r.iterations()
+            next(iterations)  # with Ablating, this also generates the anchor's images
             before = numbers.waits
-            next(r.iterations())
-            assert numbers.waits - before <= (
-                10 if r.pairs else 5
-            )  # random numbers in, the loss out; not one an evaluation
-            previews.measure(r)
-            c_p = previews.texts(r, r.student, ["arcadia"]) if r.reads else r.previews[:1]
-            painter = InferenceUNet(r.student.unet, r.device, r.dtype)
+            next(iterations)
+            # Random numbers in, the loss out; not one per evaluation.
+            assert numbers.waits - before <= (10 if r.pairs else 5)
+            shown = Previews(r)
+            shown.measure()
+            c_p = r.prompts.previews[:1]
+            if r.trains_text:
+                c_p = shown.encode(student, ["arcadia"])
+            unet = InferenceUNet(student.unet, r.device, r.dtype)
             with Casts() as casts:
-                painter(torch.empty(1, *r.shape, device=CARD), 500, r.c_0)
-            # z, t's sinusoids, c, e; five in each attention, which has no kernel of its own on fake tensors; no weight, and no norm
-            assert casts.n <= 5 + 5 * sum(
-                isinstance(module, Attention) for module in painter.unet.modules()
-            )
-            afar = InferenceUNet(
-                on_the_cpu, r.device, r.dtype
-            )  # as generate.py and eval.py have it
-            e = afar(torch.empty(1, *r.shape, device=CARD), 500, r.c_0)
+                unet(torch.empty(1, *r.shape[1:], device=CARD), 500, c_0)
+            # z, the sinusoids of t, c, e, and five in each attention, which has no kernel of its
+            # own for fake tensors. No weight and no norm.
+            attentions = [m for m in unet.unet.modules() if isinstance(m, Attention)]
+            assert casts.n <= 5 + 5 * len(attentions)
+            copied = InferenceUNet(on_the_cpu, r.device, r.dtype)  # as in generate.py and eval.py
+            e = copied(torch.empty(1, *r.shape[1:], device=CARD), 500, c_0)
             assert (e.device, e.dtype) == (CARD, torch.float32)
-            assert {(p.device, p.dtype) for p in afar.unet.parameters()} == {(CARD, r.dtype)}
-            (z,) = generate_latents(r.student, painter, r.c_0, c_p, [3], r.preview_scheduler, 7.5)
-            x = r.student.vae.decode(z)
-        moments = [
-            state[key] for state in r.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
-        ]
-        trained = [*r.theta.values(), *r.theta_ema.values(), *moments]
-        assert len(trained) == 4 * len(r.theta) and all(
-            p.device == CARD and p.dtype == torch.float32 for p in trained
-        )
-        frozen = {
-            p.dtype
-            for name, p in r.student.unet.named_parameters()
-            if name not in r.theta and "norm" not in name
-        }
-        assert (
-            frozen <= {r.dtype}
-            and z.device == x.device == CARD
-            and z.dtype == torch.float32
-            and x.dtype == r.dtype
-        )
+            assert {(p.device, p.dtype) for p in copied.unet.parameters()} == {(CARD, r.dtype)}
+            (z,) = generate_latents(student, unet, c_0, c_p, [3], r.preview_scheduler, 7.5)
+            x = student.vae.decode(z)
+        trained = [*r.models.theta.values(), *r.models.theta_ema.values()]
+        for state in r.optimizer.state.values():
+            trained += [state["exp_avg"], state["exp_avg_sq"]]
+        assert len(trained) == 4 * len(r.models.theta)
+        assert all(p.device == CARD and p.dtype == torch.float32 for p in trained)
+        for name, p in student.unet.named_parameters():
+            assert name in r.models.theta or "norm" in name or p.dtype == r.dtype, name
+        assert z.device == x.device == CARD
+        assert z.dtype == torch.float32 and x.dtype == r.dtype
 
 
 @torch.enable_grad()
@@ -209,7 +186,9 @@ def iterations(tmp_path, n, *words):
     """The losses of n iterations, and θ's gradients, on the CPU."""
     r, grads = make(tmp_path, "--warmup", 0, *words), []
     r.optimizer.register_step_pre_hook(
-        lambda *_: grads.append(torch.cat([p.grad.flatten() for p in r.theta.values()]).cpu())
+        lambda *_: grads.append(
+            torch.cat([p.grad.flatten() for p in r.models.theta.values()]).cpu()
+        )
     )
     with torch.autocast(
         r.device.type, r.dtype, enabled=r.dtype != torch.float32, cache_enabled=False
@@ -230,8 +209,12 @@ def iterations(tmp_path, n, *words):
     ids=" ".join,
 )
 def test_an_iteration_equals_the_cpus(words, tmp_path, monkeypatch):
-    """The same draws, in other kernels: rounding is 6e-8, and the loss, the square of a small difference of two estimates, has 1e-3 of it
-    at most. cuDNN's own choice for convolutions, TF32, rounds at 5e-4, and would need a hundred times the tolerance."""
+    """The same random numbers, other kernels.
+
+    Rounding is 6e-8. The loss is the square of a small difference of two estimates, so at most 1e-3
+    of it. cuDNN's default for convolutions, TF32, rounds at 5e-4 and would need a hundred times the
+    tolerance.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     (loss, grad), (loss_2, grad_2) = (
         iterations(tmp_path / device, 1, *words, "--dtype", "fp32", "--device", device)
@@ -297,7 +280,7 @@ def test_a_resumed_run_is_equal(fails, tmp_path):  # noqa: F811
     ]
     status, _, err = command("train.py", *words, "--out", tmp_path / "a")
     assert status == 2 and "3 iterations are saved" in err
-    (tmp_path / "mended").touch()
+    (tmp_path / "corrected").touch()
     for more in (["--resume", "--out", tmp_path / "a"], [*words, "--out", tmp_path / "b"]):
         status, _, err = command("train.py", *more)
         assert status == 0, err

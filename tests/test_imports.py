@@ -12,10 +12,10 @@ LAYERS = [
     ["support", *LESSON],
     ["weights"],
     ["pipeline"],
-    ["ablation", "closed_form", "attack", "presets"],
+    ["ablation", "closed_form", "adversaries", "presets"],
     ["report"],
     ["toy", "evaluation"],
-    ["train", "generate", "eval"],
+    ["train", "generate", "eval", "attack"],
     ["tools"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,9 +1,11 @@
-"""kill -9 at random moments:   python tests/test_kill.py 100 [SEED]   prints how many there were, where they fell, and what was found.
+"""kill -9 at random moments:   python tests/test_kill.py 100 [SEED]
 
-Training, evaluation and export are started, killed, started again as a user would, killed again, … until one gets to its end; its folder
-is then compared, bit by bit, with that of a command that nobody killed. Each command is a process of its own, forked from this one after
-the imports and the reading of the embedded model (which write nothing and take longer than all the rest). Moments are counted in the
-process's CPU time, so that they fall alike on a busy machine and on an idle one.
+Prints how many kills there were, where they happened, and what was found. Training, evaluation and
+export are started, killed, started again as a user would, killed again, and so on until one
+finishes. Its folder is then compared, bit by bit, with that of a command that was not killed. Each
+command is a process, forked from this one after the imports and after loading the toy model (which
+write nothing and take most of the time). Moments are counted in the process's CPU time, so they are
+the same on a busy machine and on an idle one.
 """
 
 import copy
@@ -22,19 +24,20 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import convert  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import eval as evaluation  # noqa: E402
-import generate  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
-from support.files import checksum  # noqa: E402
+from support.cli import run_command  # noqa: E402
+from support.files import LOCK, checksum  # noqa: E402
+from tools import convert  # noqa: E402
 
 TRAIN = (
-    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
+    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 "
+    "--save-every 1 --preview-every 2 "
     "--preview-steps 1 --export-every 2 --device cpu"
 ).split()
 EVAL = "toy --limit 1 --steps 1 --batch-size 1 --methods neg --avoid star --device cpu".split()
@@ -75,7 +78,7 @@ def start(make, out):
     said = os.open(out.parent.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1), os.dup2(said, 2)
     try:
-        status = generate.run(*make(out))
+        status = run_command(*make(out))
     finally:  # a traceback ends here, too: the test behind the fork must not go on twice
         os._exit(status if "status" in locals() else 1)
 
@@ -97,7 +100,7 @@ def readable(folder):
     for file in folder.rglob("*.*"):
         path = file.relative_to(folder).as_posix()
         try:
-            if ".writing-" in path or "-unfinished" in path or file.is_dir():
+            if ".writing-" in path or "-unfinished" in path or file.is_dir() or file.name == LOCK:
                 continue
             elif file.suffix == ".safetensors":
                 weights.read(file)
@@ -115,7 +118,7 @@ def readable(folder):
 
 
 def contents(folder):
-    """{file: its bytes}; of weights the tensors' bytes and the metadata, which safetensors writes in any order."""
+    """{file: its bytes}; for weights the checksum and the metadata, which have no fixed order."""
 
     def inside(file):
         tensors, metadata = (
@@ -210,7 +213,8 @@ def main(times, seed):
         )
     }
     print(
-        f"kills: {total['kills']}, runs brought to their end: {total['runs brought to their end']}, "
+        f"kills: {total['kills']}, "
+        f"runs brought to their end: {total['runs brought to their end']}, "
         + ", ".join(f"{key}: {n}" for key, n in bad.items())
         + f"; {time.monotonic() - began:.0f} s, seed {seed}"
     )

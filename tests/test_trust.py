@@ -1,5 +1,9 @@
-"""A machine that does not play along: two commands for one folder, signals, a full or read-only disk, no home, a clock that jumps, a hub that
-goes away half-way; and pictures that give overfitting away. One sentence, exit status 2 (130 after a signal), and nothing is lost."""
+"""When the machine does not cooperate.
+
+Two commands in one folder, signals, a full or read-only disk, no home folder, a clock that jumps, a
+hub that fails in the middle of a download. The user gets one sentence and exit status 2 (130
+after a signal), and nothing is lost. Also: images that show overfitting.
+"""
 
 import errno
 import os
@@ -23,12 +27,14 @@ import generate
 import train
 import weights
 from report import previews
-from support import files
+from support import cli, files
+from support.cli import run_command
 from support.errors import UserError
 from tools import convert
 
 STAR = (
-    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 --save-every 1 --preview-every 2 "
+    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 "
+    "--save-every 1 --preview-every 2 "
     "--preview-steps 1 --device cpu"
 ).split()
 
@@ -56,44 +62,91 @@ def same(a, b):
         )  # the tensors' digest among it
 
 
-# ------------------------------------------------------------------------------------------------ two at once
-def test_a_second_command_is_refused_and_a_killed_first_one_is_no_obstacle(tmp_path, capsys):
+# -------------------------------------------------------------------------------------- two at once
+HOLD = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from support import cli, files
+with files.lock_folder(pathlib.Path(sys.argv[2])):
+    print(1, flush=True)
+    time.sleep(99)
+"""
+
+
+def test_one_folder_is_used_by_one_command_at_a_time(tmp_path, capsys):
+    """The second command is refused. After kill -9 of the first one, the folder is free again."""
     out = tmp_path / "o"
-    hold = "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); import folder\nwith files.lock_folder(pathlib.Path(sys.argv[2])): print(1, flush=True); time.sleep(99)"
     first = subprocess.Popen(
-        [sys.executable, "-c", hold, str(ROOT), str(out)], stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, str(ROOT), str(out)], stdout=subprocess.PIPE
     )
     first.stdout.readline()
-    for module, words in ((train, STAR), (generate, ["a star", "--model", "toy", "--steps", 1])):
-        assert run(module, *words, "--out", out) == 2 and "Another command is at work" in last(
-            capsys
-        )
-    assert generate.run(
-        evaluation.evaluate, evaluation.parse(["toy", "--limit", "1", "--out", str(out)])
-    ) == 2 and "Another command" in last(capsys)
-    first.kill(), first.wait()
-    assert run(generate, "a star", "--model", "toy", "--steps", 1, "--out", out) == 0
+    drawing = ["a star", "--model", "toy", "--steps", 1]
+    for module, words in ((train, STAR), (generate, drawing)):
+        assert run(module, *words, "--out", out) == 2
+        assert "Another command uses" in last(capsys)
+    args = evaluation.parse(["toy", "--limit", "1", "--out", str(out)])
+    assert run_command(evaluation.evaluate, args) == 2 and "Another command" in last(capsys)
+    first.kill()
+    first.wait()
+    assert (out / files.LOCK).exists()  # left behind, but not locked: the folder is still unused
+    assert run(generate, *drawing, "--out", out) == 0
     assert sorted(file.name for file in out.iterdir()) == ["00000.png", "grid.png", "prompts.jsonl"]
+
+
+def test_a_folder_with_only_a_lock_is_unused(tmp_path):
+    (tmp_path / files.LOCK).touch()
+    assert files.used_files(tmp_path) == []
+    cli.refuse_used(tmp_path)
+    (tmp_path / "image.png").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        cli.refuse_used(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "o").touch()
+    with pytest.raises(UserError, match="is a file"), files.lock_folder(tmp_path / "o"):
+        pass
+
+
+def test_numbered_folders(tmp_path):
+    assert files.numbered_folder(tmp_path / "runs", "a b") == tmp_path / "runs" / "0001-a-b"
+    for name in ("0003-x", "0012-y", "notes", "99-z"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    long = files.numbered_folder(tmp_path / "runs", "Vincent van Gogh: " * 9).name
+    assert long.startswith("0013-Vincent-van-Gogh-Vincent") and len(long) == 45
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of Unix")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_have_the_permissions_of_other_files(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        weights.save(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_two_exports_to_one_place(tmp_path, capsys):
     args = convert.parse(["--model", "toy", "--format", "diffusers", "--out", str(tmp_path / "o")])
     with files.lock_folder(tmp_path / ".o-unfinished"):
-        assert generate.run(convert.convert, args) == 2 and "Another command" in last(capsys)
-    assert generate.run(convert.convert, args) == 0 and [
+        assert run_command(convert.convert, args) == 2 and "Another command" in last(capsys)
+    assert run_command(convert.convert, args) == 0 and [
         file.name for file in tmp_path.iterdir()
     ] == ["o"]
 
 
-def test_leftovers_go_and_what_is_the_users_stays(tmp_path):
+def test_temporary_files_are_removed_and_the_users_files_stay(tmp_path):
     (tmp_path / "deep" / f"{files.WRITING}1").mkdir(parents=True)
     (tmp_path / "deep" / f"{files.WRITING}1" / "half.png").touch()
     (tmp_path / "mine.tmp.png").touch()
     with files.lock_folder(tmp_path):
-        assert sorted(file.name for file in tmp_path.rglob("*")) == ["deep", "mine.tmp.png"]
+        names = sorted(file.name for file in tmp_path.rglob("*"))
+        assert names == [files.LOCK, "deep", "mine.tmp.png"]
 
 
-def test_where_a_file_system_cannot_lock_nobody_is_kept_out(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_keeps_nothing_out(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     asked = []
 
@@ -103,23 +156,23 @@ def test_where_a_file_system_cannot_lock_nobody_is_kept_out(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with files.lock_folder(tmp_path), files.lock_folder(tmp_path):
-        (tmp_path / "picture").touch()
-    assert len(asked) == 2 and [file.name for file in tmp_path.iterdir()] == ["picture"]
+        (tmp_path / "image").touch()
+    assert len(asked) >= 2 and [file.name for file in tmp_path.iterdir()] == ["image"]
 
 
-# ------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------------ signals
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     "name, words, nth, status, said, goes_on",
     [
-        ("train", STAR, 2, 130, "to go on: python train.py --resume --out", "4 iterations in"),
+        ("train", STAR, 2, 130, "to continue: python train.py --resume --out", "4 iterations in"),
         (
             "train",
             [*STAR, "--save-every", "0"],
             6,
-            2,
-            "stopped after 2 iterations, which are saved; to go on: python",
+            130,
+            "stopped: 2 of 4 iterations are saved. To continue: python train.py",
             "2 iterations in",
         ),
         (
@@ -135,7 +188,7 @@ def test_where_a_file_system_cannot_lock_nobody_is_kept_out(tmp_path, monkeypatc
             ["a star", "a moon", "--model", "toy", "--steps", "1", "--batch-size", "1"],
             2,
             130,
-            "what is written so far stays",
+            "files that are written stay",
             None,
         ),
         (
@@ -149,26 +202,33 @@ def test_where_a_file_system_cannot_lock_nobody_is_kept_out(tmp_path, monkeypatc
     ],
     ids=["train", "train, in an iteration", "eval", "generate", "convert"],
 )
-def test_signals_are_one_sentence(
+def test_a_signal_is_one_sentence(
     name, words, nth, status, said, goes_on, number, tmp_path, monkeypatch, capsys
 ):
-    """At the nth file that is to be written; the sentence is the one at the command's own end."""
+    """The signal arrives before the nth file is written. The sentence is the command's own."""
 
     def ends(*words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--out", str(tmp_path / "o")])
         with torch.enable_grad(), pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+            if name == "convert":
+                runpy.run_module("tools.convert", run_name="__main__")
+            else:
+                runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
         return end.value.code
 
-    written, whole = [], files.atomic_write
+    written, atomic_write = [], files.atomic_write
 
     def counted(file):
         written.append(file)
         if len(written) == nth:
             signal.raise_signal(number)
-        return whole(file)
+        return atomic_write(file)
 
-    monkeypatch.setattr(weights, "whole", counted)
+    for module in [*sys.modules.values()]:  # each has imported the function by its name
+        if getattr(module, "atomic_write", None) is atomic_write:
+            monkeypatch.setattr(module, "atomic_write", counted)
+    if name == "convert":
+        monkeypatch.delitem(sys.modules, "tools.convert")  # run_module imports it again
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert ends(*words) == status and said in last(capsys)
@@ -181,9 +241,9 @@ def test_signals_are_one_sentence(
         )
 
 
-# ------------------------------------------------------------------------------------------------ disks
+# -------------------------------------------------------------------------------------------- disks
 def test_full_disk_at_random_writes(whole, tmp_path, monkeypatch, capsys):
-    """Each time the run gets a little further; at the end it is the run that was never interrupted."""
+    """The run gets further each time. In the end it equals a run without interruption."""
     rng, replace, room = random.Random(0), os.replace, [0]
 
     def full(*names):
@@ -230,7 +290,7 @@ def test_a_small_and_a_read_only_disk(whole, tmp_path, capsys):
             generate, "star", "--model", "toy", "--steps", 1, "--out", disk / "p"
         ) == 2 and "Read-only" in last(capsys)
         args = convert.parse(["--model", "toy", "--format", "diffusers", "--out", str(disk / "m")])
-        assert generate.run(convert.convert, args) == 2 and "Read-only" in last(capsys)
+        assert run_command(convert.convert, args) == 2 and "Read-only" in last(capsys)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -243,7 +303,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, cap
     assert run(train, *STAR, "--out", tmp_path / "o") == 2 and "No space left" in last(capsys)
 
 
-# ------------------------------------------------------------------------------------------------ home, clock, hub
+# --------------------------------------------------------------------------------- home, clock, hub
 @pytest.mark.skipif(os.name == "nt", reason="homes of Unix")
 @pytest.mark.parametrize("home", [None, "/dev/null/home"])  # which not even root can make
 def test_without_a_home(home, tmp_path):
@@ -299,20 +359,20 @@ def test_a_hub_that_goes_away_half_way_leaves_no_model_to_take_for_whole(
     assert weights.find("some/model") == tmp_path
 
 
-# ------------------------------------------------------------------------------------------------ overfitting
-def test_near_constant_pictures_are_counted_and_warned_of_once(capsys):
+# -------------------------------------------------------------------------------------- overfitting
+def test_flat_images_are_counted_and_warned_of_once(capsys):
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 255, (64, 64, 3), np.uint8)
-    red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + rng.integers(
-        0, 5, (64, 64, 3), np.uint8
-    )  # one colour, a little noise
-    lively = red.copy()
-    lively[..., 2] = picture[..., 2]  # in one channel
-    assert previews.share_of_flat([picture, red, red, lively]) == 0.5
-    r = SimpleNamespace(before=[picture, red], warned=False)
-    previews.watch(r, 3, [picture, red, picture, red])
-    assert r.flat == 0.5 and not capsys.readouterr().err  # the original has as many
-    previews.watch(r, 4, [red, red, red, picture])
-    assert r.flat == 0.75 and "after 4 iterations 75 %" in capsys.readouterr().err
-    previews.watch(r, 5, [red, red])
-    assert r.flat == 1 and not capsys.readouterr().err
+    image = rng.integers(0, 255, (64, 64, 3), np.uint8)
+    noise = rng.integers(0, 5, (64, 64, 3), np.uint8)
+    red = np.full((64, 64, 3), (200, 3, 3), np.uint8) + noise  # one colour, a little noise
+    varied = red.copy()
+    varied[..., 2] = image[..., 2]  # in one channel
+    assert previews.share_of_flat([image, red, red, varied]) == 0.5
+    shown = previews.Previews(run=None)
+    shown.before = [image, red]
+    shown.warn_if_flat(0.5, 3)
+    assert not capsys.readouterr().err  # the original has as many
+    shown.warn_if_flat(0.75, 4)
+    assert "after 4 iterations 75 %" in capsys.readouterr().err
+    shown.warn_if_flat(1.0, 5)
+    assert not capsys.readouterr().err

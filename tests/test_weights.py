@@ -1,4 +1,4 @@
-"""Files <-> modules: every layout that SD 1.x was published in is read, and whatever is wrong is refused by name."""
+"""weights.py reads every layout in which SD 1.x was published, and names what is wrong."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from clip_text import CLIPText
+from pipeline import make_scheduler
 from support import files
 from support.errors import UserError
 from unet import UNet
@@ -51,7 +52,7 @@ def networks_of(model):
 
 
 def refused(folder, *words):
-    """`load` refuses the folder in one sentence or two that contain all of `words`."""
+    """`load` refuses the folder, in one line that contains all of `words`."""
     with pytest.raises(UserError) as e:
         weights.load(folder)
     message = str(e.value)
@@ -59,7 +60,7 @@ def refused(folder, *words):
     assert "\n" not in message and len(message) < 500, message
 
 
-# ------------------------------------------------------------------------------------------------ reading what is right
+# ---------------------------------------------------------------------------- reading what is right
 def test_load(model_folder, capsys):
     model = weights.load(str(model_folder))
     printed = capsys.readouterr().out
@@ -141,7 +142,7 @@ def test_tokenizer_files_of_both_kinds(folder):
     assert (new.model_max_length, new.pad_token_id) == (77, new.eos_token_id)
 
 
-# ------------------------------------------------------------------------------------------------ strictness
+# --------------------------------------------------------------------------------------- strictness
 MISSING = {
     "unet": "conv_in.weight",
     "vae": "encoder.conv_in.weight",
@@ -229,7 +230,7 @@ def test_a_broken_tokenizer(folder):
     refused(folder, "tokenizer")
 
 
-# ------------------------------------------------------------------------------------------------ configs
+# ------------------------------------------------------------------------------------------ configs
 OTHER = {
     bool: lambda v: not v,
     int: lambda v: v + 1,
@@ -354,7 +355,7 @@ def test_inert_keys_pass(folder, part, keys):
 
 
 def test_short_configs_of_2022(folder):
-    """Keys that 2022's files do not have: the networks' defaults are SD 1.4's, clipping and ᾱ = 1 are off."""
+    """Keys that are not in files of 2022. The networks' defaults are SD 1.4's."""
     for part, keys in (
         ("vae", ["scaling_factor", "force_upcast", "mid_block_add_attention"]),
         ("scheduler", ["clip_sample", "timestep_spacing", "prediction_type"]),
@@ -367,12 +368,82 @@ def test_short_configs_of_2022(folder):
     assert weights.load(folder).vae.scaling_factor == 0.18215
 
 
+def without(folder, *keys):
+    """Removes keys from the scheduler's config; returns what `read_config` makes of it."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    for key in keys:
+        config.pop(key, None)
+    file.write_text(json.dumps(config))
+    return weights.read_config(folder, "scheduler")
+
+
+SD14_SCHEDULER = {  # CompVis/stable-diffusion-v1-4's own file
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def test_sd14s_own_scheduler_config(folder):
+    file = folder / "scheduler" / "scheduler_config.json"
+    for unneeded in ([], ["clip_sample", "set_alpha_to_one"]):  # the first files of 2022
+        config = {key: x for key, x in SD14_SCHEDULER.items() if key not in unneeded}
+        file.write_text(json.dumps(config))
+        assert weights.read_config(folder, "scheduler") == config
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("key", ["beta_start", "beta_end", "steps_offset", "num_train_timesteps"])
+def test_a_missing_scheduler_number_is_diffusers_default(folder, kind, key):
+    import diffusers
+
+    reconfigure(folder, "scheduler", _class_name=kind, clip_sample=False, set_alpha_to_one=False)
+    config = without(folder, key)
+    default = getattr(diffusers, kind)().config[key]
+    assert config[key] == default
+    ours = make_scheduler(config, 10, "ddim")
+    theirs = diffusers.DDIMScheduler.from_config(
+        {k: v for k, v in config.items() if k != key}, clip_sample=False, set_alpha_to_one=False
+    )
+    theirs.set_timesteps(10)
+    assert ours.timesteps[:-1] == theirs.timesteps.tolist()
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    "kind, key, default",
+    [
+        ("PNDMScheduler", "beta_schedule", "'linear'"),
+        ("DDIMScheduler", "beta_schedule", "'linear'"),
+        ("PNDMScheduler", "skip_prk_steps", "False"),
+        ("DDIMScheduler", "clip_sample", "True"),
+        ("DDIMScheduler", "set_alpha_to_one", "True"),
+    ],
+)
+def test_a_missing_scheduler_key_with_another_default_is_refused(folder, kind, key, default):
+    reconfigure(folder, "scheduler", _class_name=kind, clip_sample=False, set_alpha_to_one=False)
+    with pytest.raises(UserError, match=f"{key} = {default} .diffusers' default"):
+        without(folder, key)
+
+
+def test_a_long_value_is_shortened_in_the_message(folder):
+    reconfigure(folder, "scheduler", trained_betas=[0.001] * 1000)
+    with pytest.raises(UserError, match=r"trained_betas = \[0.001, .*… is not what") as e:
+        weights.load(folder)
+    assert len(str(e.value)) < len(str(folder)) + 250
+
+
 def test_pndm_with_runge_kutta_steps(folder):
     reconfigure(folder, "scheduler", skip_prk_steps=False)
-    refused(folder, "skip_prk_steps")
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    del config["skip_prk_steps"]  # absent means false to diffusers
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     refused(folder, "skip_prk_steps")
 
 
@@ -392,7 +463,7 @@ def test_sample_size(folder, version, size, resolution):
     assert weights.load(folder).resolution == resolution * 4
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 @pytest.mark.parametrize(
     "name",
     ["./nowhere", "nowhere", "/no/such/folder", "a/b/c", "../up", "C:\\models", "hub/ex ample"],
@@ -405,7 +476,7 @@ def test_names_that_are_neither_folder_nor_hub_id(name):
 
 @pytest.mark.parametrize("reason", [None, "404 Client Error\n\nSee the manual for more", ""])
 def test_a_hub_id_without_network(monkeypatch, reason):
-    """conftest.py has set HF_HUB_OFFLINE; other faults of the hub's come with messages of many lines, or none."""
+    """conftest.py sets HF_HUB_OFFLINE. Other errors of the hub have many lines, or no message."""
     import huggingface_hub
 
     if reason is not None:
@@ -424,7 +495,39 @@ def test_a_revision_is_for_the_hub(model_folder):
         weights.load(str(model_folder), revision="main")
 
 
-# ------------------------------------------------------------------------------------------------ patches and checkpoints
+def test_a_similar_name_is_suggested():
+    with pytest.raises(UserError, match="no folder toi.*Did you mean toy"):
+        weights.check_name("toi")
+
+
+def write_patch(file, model):
+    weights.save(file, {"x": torch.ones(1)}, {"model": model} if model else {})
+    return file
+
+
+def test_a_patch_names_its_model(tmp_path, monkeypatch):
+    """Without --model the patch's model is used. No hub is asked before that is settled."""
+    monkeypatch.setattr(weights, "find", None)
+    toy = write_patch(tmp_path / "toy.safetensors", "toy")
+    other = write_patch(tmp_path / "other.safetensors", "some/model")
+    silent = write_patch(tmp_path / "silent.safetensors", None)
+    gone = write_patch(tmp_path / "gone.safetensors", "/no/such/folder")
+    assert weights.model_of_patch(toy) == "toy" and weights.model_of_patch(silent) is None
+    assert weights.choose_model(None, []) == weights.DEFAULT_MODEL
+    assert weights.choose_model(None, [silent]) == weights.DEFAULT_MODEL
+    assert weights.choose_model(None, [silent, toy]) == "toy"
+    assert weights.choose_model(None, [other]) == "some/model"
+    assert weights.choose_model("a/copy", [other]) == "a/copy"
+    assert weights.choose_model(str(weights.TOY), [toy]) == str(weights.TOY)
+    with pytest.raises(UserError, match="other.safetensors for some/model: use patches of one"):
+        weights.choose_model(None, [toy, other])
+    with pytest.raises(UserError, match="was made for the model toy: use --model toy"):
+        weights.choose_model("some/model", [toy])
+    with pytest.raises(UserError, match="/no/such/folder, which is not on this machine"):
+        weights.choose_model(None, [gone])
+
+
+# -------------------------------------------------------------------------- patches and checkpoints
 def cross_attention(net):
     return {name: x for name, x in net.state_dict().items() if ".attn2." in name}
 
@@ -493,14 +596,14 @@ def test_fingerprint():
     assert re.fullmatch("[0-9a-f]{16}", weights.fingerprint({"x": a}))
 
 
-def test_whole_leaves_no_half_file(tmp_path):
+def test_an_interrupted_write_leaves_no_half_file(tmp_path):
     file = tmp_path / "new" / "a.safetensors"
     weights.save(file, {"x": torch.ones(2)})
-    with pytest.raises(ZeroDivisionError), files.atomic_write(file) as beside:
-        beside.write_text("half")
-        1 / 0
-    with pytest.raises(UserError, match="Cannot write"), files.atomic_write(file) as beside:
-        beside.write_text("half")
+    with pytest.raises(ZeroDivisionError), files.atomic_write(file) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="Cannot write"), files.atomic_write(file) as temporary:
+        temporary.write_text("half")
         raise OSError("disk full")
     assert [p.name for p in file.parent.iterdir()] == ["a.safetensors"] and weights.read(file)[0][
         "x"

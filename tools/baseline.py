@@ -1,4 +1,4 @@
-"""The authors' loop, rebuilt on diffusers' classes: what bench.py measures ours against, and no part of the product."""
+"""The authors' training loop on diffusers' classes. Only bench.py uses it, to compare with ours."""
 
 import copy
 
@@ -7,23 +7,40 @@ import torch.nn.functional as F
 
 import weights
 
-PROMPT = "star"  # a word that the embedded model's tokenizer knows
+PROMPT = "star"  # a word that the toy model's tokenizer knows
+SD14_SCHEDULER = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    clip_sample=False,
+    set_alpha_to_one=False,
+)
 
 
 def their_parts(size, device):
-    """unet, vae, text_encoder, tokenizer by diffusers and transformers."""
+    """(unet, vae, text_encoder, tokenizer) by diffusers and transformers.
+
+    size: "toy" for the toy model; "sd14" for random weights with SD 1.4's sizes.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(weights.TOY / "tokenizer")
     if size == "toy":
-        return (
-            UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device),
-            AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device),
-            CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device),
-            tokenizer,
-        )
+        unet = UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device)
+        vae = AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device)
+        text_encoder = CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device)
+        return unet, vae, text_encoder, tokenizer
+    config = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+    )
     with torch.device(device):
+        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
         vae = AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4,
             up_block_types=["UpDecoderBlock2D"] * 4,
@@ -32,21 +49,16 @@ def their_parts(size, device):
             layers_per_block=2,
             latent_channels=4,
         )
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-            )
-        )
-        return UNet2DConditionModel(cross_attention_dim=768, sample_size=64), vae, text, tokenizer
+        text_encoder = CLIPTextModel(config)
+    return unet, vae, text_encoder, tokenizer
 
 
 class Authors:
-    """The authors' script's loop: two whole UNets in fp32, a gradient for every tensor, prompts encoded in each iteration, an average over
-    everything. As a user would have it who adds `dtype` autocast to it."""
+    """The loop of the authors' script, with autocast in `dtype`, which a user would add.
+
+    It has two whole UNets in float32, a gradient for every tensor and an average over every tensor,
+    and it encodes the prompts in each iteration.
+    """
 
     def __init__(self, size, device, batch_size, steps, dtype):
         from diffusers import DDIMScheduler
@@ -57,30 +69,28 @@ class Authors:
         self.unet.requires_grad_(True)
         self.trained = [p for name, p in self.unet.named_parameters() if "attn2" in name]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-            set_alpha_to_one=False,
-        )
+        self.scheduler = DDIMScheduler(**SD14_SCHEDULER)
         self.scheduler.set_timesteps(steps, device=device)
-        side = self.unet.config.sample_size if size == "toy" else 64
-        self.device, self.shape, self.dtype = device, (batch_size, 4, side, side), dtype
+        side = self.unet.config.sample_size
+        self.device, self.dtype = device, dtype
+        self.shape = (batch_size, 4, side, side)
         self.parts = [self.unet, self.ema, self.optimizer]
 
+    def encode(self, prompts):
+        """Embeddings, each (batch size, 77, D)."""
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=77, return_tensors="pt"
+        ).input_ids
+        embeddings = self.text_encoder(ids.to(self.device))[0].split(1)
+        return [c.expand(self.shape[0], -1, -1) for c in embeddings]
+
     def iteration(self, k, z=None):
+        """One iteration with k denoising steps from the noise z; returns the loss."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
-                ids = self.tokenizer(
-                    ["", PROMPT, PROMPT], padding="max_length", max_length=77, return_tensors="pt"
-                ).input_ids
-                c_0, c_p, c_s = (
-                    c.expand(self.shape[0], -1, -1)
-                    for c in self.text_encoder(ids.to(self.device))[0].split(1)
-                )
-                z = torch.randn(self.shape, device=self.device) if z is None else z
+                c_0, c_p, c_s = self.encode(["", PROMPT, PROMPT])
+                if z is None:
+                    z = torch.randn(self.shape, device=self.device)
                 for t in self.scheduler.timesteps[:k]:
                     e_0, e_p = self.ema(torch.cat([z, z]), t, torch.cat([c_0, c_p])).sample.chunk(2)
                     z = self.scheduler.step(e_0 + 3.0 * (e_p - e_0), t, z).prev_sample

@@ -1,22 +1,24 @@
-"""How fast, and in how much memory: ours beside the authors' loop on diffusers' classes, in one process.
+"""Measures time and memory: our training loop next to the authors' loop on diffusers' classes.
 
-    python bench.py                          SD 1.4's sizes on a CUDA GPU; on a CPU the embedded model
-    python bench.py --size sd14 --parts memory      on a CPU, in a minute: the bytes that SD 1.4's iteration needs
-    python bench.py --size sd14 --parts step --rounds 1 --k 2       on a CPU, in many minutes: the time
-    python bench.py --rows BENCHMARKS.md     adds what it prints to that file
+    python -m tools.bench                              SD 1.4 on a CUDA GPU; toy on a CPU
+    python -m tools.bench --size sd14 --parts memory   on a CPU, about a minute: SD 1.4's memory
+    python -m tools.bench --size sd14 --parts step --rounds 1 --k 2    on a CPU, many minutes: time
+    python -m tools.bench --rows docs/benchmarks.md    also adds what it prints to that file
 
-Weights are random at SD 1.4's sizes, as speed does not depend on values. The loops take turns, iteration by iteration, with the same k.
-Memory is the allocator's on a GPU; on a CPU it is counted: the bytes of all tensors that live at the peak, whatever the device would
-add (workspaces, rounding of the allocator). Needs diffusers (requirements-test.txt).
+Weights are random at SD 1.4's sizes, because speed does not depend on values. The loops take turns,
+iteration by iteration, with the same k. On a GPU, memory is the allocator's. On a CPU it is
+counted: the bytes of all tensors that exist at the peak, without what a device adds (workspaces,
+rounding).
+Needs diffusers (requirements-test.txt).
 """
 
 import support.openmp  # noqa: F401 (before torch)
 
-import argparse
 import datetime
 import gc
 import platform
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -40,29 +42,40 @@ import train
 import weights
 from clip_text import CLIPText
 from pipeline import InferenceUNet, encode_prompts, generate_images, make_scheduler
-from support.cli import one_of, pick_device, positive, run_command
+from support.cli import Parser, one_of, pick_device, positive, run_command
 from support.errors import UserError
 from support.files import atomic_write
-from tools.baseline import PROMPT, Authors, their_parts
-from train import Run
+from tools.baseline import PROMPT, SD14_SCHEDULER, Authors, their_parts
 from unet import UNet
 from vae import VAE
 
-SIZES = {"toy": (8, 6), "sd14": (1, 50)}  # latents a batch, T
-THEIRS = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-}  # the authors' default, and what a user would try next
+SIZES = {"toy": (8, 6), "sd14": (1, 50)}  # latents per batch, T
+AUTHORS = {  # name: dtype of autocast; the script's own, and what a user would try next
+    "the authors' loop, fp32": torch.float32,
+    "the authors' loop, bf16": torch.bfloat16,
+}
+OURS = {  # name: arguments of train.py
+    "ours, fp32": ["--dtype", "fp32"],
+    "ours, bf16, checkpointing": ["--dtype", "bf16", "--gradient-checkpointing"],
+    "ours, bf16": ["--dtype", "bf16"],
+    "ours, with --preserve": ["--preserve", "0.3"],
+    "ours as shipped": [],
+}
+NAMES = [*AUTHORS, *OURS]
 
 
+# ------------------------------------------------------------------------------------ contenders
 def our_model(size, device):
+    """The toy model, or random weights with SD 1.4's sizes and the toy model's tokenizer."""
     if size == "toy":
         return weights.load("toy")
     with torch.device(device):
         parts = dict(unet=UNet(), vae=VAE(), text_encoder=CLIPText())
+    for part in parts.values():
+        part.eval().requires_grad_(False)
     return weights.Model(
         "random",
-        **{name: part.eval().requires_grad_(False) for name, part in parts.items()},
+        **parts,
         resolution=512,
         tokenizer=weights.load_tokenizer(weights.TOY),
         scheduler=weights.read_config(weights.TOY, "scheduler"),
@@ -70,181 +83,73 @@ def our_model(size, device):
 
 
 class Ours:
-    """train.py's own run, with its previews left out; `words`: more of its arguments."""
+    """train.py's own run, without previews. flags: more arguments of train.py."""
 
-    def __init__(self, size, device, batch_size, steps, *words):
-        a = presets.settle(
-            train.parse(
-                [
-                    "--concept",
-                    PROMPT,
-                    "--model",
-                    "toy" if size == "toy" else "random",
-                    "--device",
-                    str(device),
-                    "--preview-every",
-                    "0",
-                    "--preview",
-                    PROMPT,
-                    "--batch-size",
-                    str(batch_size),
-                    "--steps",
-                    str(steps),
-                    "--iters",
-                    "1000000",
-                    *words,
-                ]
-            )
-        )
-        self.run = Run(Path(tempfile.gettempdir()), a, our_model(size, device))
-        self.run.make_latents()
+    def __init__(self, size, device, batch_size, steps, *flags):
+        words = ["--concept", PROMPT, "--preview", PROMPT, "--preview-every", "0"]
+        words += ["--model", "toy" if size == "toy" else "random", "--device", str(device)]
+        words += ["--batch-size", str(batch_size), "--steps", str(steps), "--iters", "1000000"]
+        settings = presets.settle(train.parse([*words, *flags]))
+        self.run = train.Run(Path(tempfile.gettempdir()), settings, our_model(size, device))
+        self.device, self.dtype = self.run.device, self.run.dtype
         self.iterations = self.run.iterations()
+        models = self.run.models
         self.parts = [
-            self.run.student.unet,
-            self.run.teacher.unet,
-            self.run.original.unet,
+            models.student.unet,
+            models.teacher.unet,
+            models.original.unet,
             self.run.optimizer,
         ]
 
     def iteration(self, k):
-        drawn, sdd.draw = (
-            sdd.draw,
-            lambda roles, scheduler, K, i, generator: (k, scheduler.timesteps[k], 0),
+        """One iteration of Algorithm 1 with k denoising steps; returns the loss."""
+
+        def fixed_timestep(roles, scheduler, K, i, generator):
+            return k, scheduler.timesteps[k], 0
+
+        autocast = torch.autocast(
+            self.device.type,
+            self.dtype,
+            enabled=self.dtype != torch.float32,
+            cache_enabled=False,
         )
-        try:
-            with torch.autocast(
-                self.run.device.type,
-                self.run.dtype,
-                enabled=self.run.dtype != torch.float32,
-                cache_enabled=False,
-            ):
-                return next(self.iterations).loss
-        finally:
-            sdd.draw = drawn
+        with patch.object(sdd, "random_timestep", fixed_timestep), autocast:
+            return next(self.iterations).loss
 
 
-def contenders(size, device, only=None):
-    """{name: a function that makes it}, those of `only` if it is given; the last is what train.py does here by default."""
+def make_contender(name, size, device):
     batch_size, steps = SIZES[size]
-    rows = {
-        f"the authors' loop, {name}": lambda dtype=dtype: Authors(
-            size, device, batch_size, steps, dtype
-        )
-        for name, dtype in THEIRS.items()
-    }
-    for name, words in {
-        "ours, fp32": ["--dtype", "fp32"],
-        "ours, bf16, checkpointing": ["--dtype", "bf16", "--gradient-checkpointing"],
-        "ours, bf16": ["--dtype", "bf16"],
-        "ours, with --preserve": ["--preserve", "0.3"],
-        "ours as shipped": [],
-    }.items():
-        rows[name] = lambda words=words: Ours(size, device, batch_size, steps, *words)
-    return {name: make for name, make in rows.items() if not only or name in only}
+    if name in AUTHORS:
+        return Authors(size, device, batch_size, steps, AUTHORS[name])
+    return Ours(size, device, batch_size, steps, *OURS[name])
 
 
+# ------------------------------------------------------------------------------------------ time
 def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def paired(made, ks, device):
-    """{name: seconds of each iteration}; all take turns, the order reversed each time."""
-    spent = {name: [] for name in made}
+def paired_times(contenders, ks, device):
+    """{name: seconds of each iteration}. All take turns; the order is reversed each time."""
+    seconds = {name: [] for name in contenders}
     for i, k in enumerate(ks):
-        for name in list(made)[:: 1 - 2 * (i % 2)]:
+        names = list(contenders)
+        if i % 2:
+            names.reverse()
+        for name in names:
             began = clock(device)
-            made[name].iteration(k)
-            spent[name].append(clock(device) - began)
-    return spent
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive: what `include` is given, and whatever an operation makes. Fake tensors have no
-    values: wherever the loop asks for one, to log it or to see that it is finite, it gets 1."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak = set(), 0, 0
-
-    def include(self, parts):
-        """The tensors of modules and optimizers; the peak is counted from now on."""
-        for part in parts:
-            states = part.state.values() if isinstance(part, torch.optim.Optimizer) else []
-            for x in [
-                *(part.parameters() if isinstance(part, nn.Module) else ()),
-                *(x for state in states for x in state.values()),
-            ]:
-                self.add(x)
-                self.add(x.grad)
-        self.peak = self.now
-
-    def add(self, x):
-        if not isinstance(x, torch.Tensor) or (storage := x.untyped_storage())._cdata in self.known:
-            return
-        self.known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
-
-    def gone(self, key, n):
-        self.known.discard(key)
-        self.now -= n
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(
-            args[0], FakeTensor
-        ):
-            return 1.0
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            self.add(x)
-        return out
-
-
-@contextmanager
-def pretended():
-    """SD 1.4 without computing anything: fake tensors have no values, are where they were made, and fit whatever their size. Norms are in
-    float32, as a GPU's autocast has them; the CPU's has not."""
-
-    def wide(x):
-        return x.float() if torch.is_autocast_enabled("cpu") else x
-
-    with (
-        patch.object(weights, "fingerprint", lambda tensors: ""),
-        patch.object(nn.Module, "to", lambda module, *_, **__: module),
-        patch.object(
-            nn.GroupNorm,
-            "forward",
-            lambda m, x: F.group_norm(wide(x), m.num_groups, wide(m.weight), wide(m.bias), m.eps),
-        ),
-        patch.object(
-            nn.LayerNorm,
-            "forward",
-            lambda m, x: F.layer_norm(
-                wide(x), m.normalized_shape, wide(m.weight), wide(m.bias), m.eps
-            ),
-        ),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
-        yield
-
-
-def counted_peak(make, size):
-    """Bytes at the peak of a second iteration."""
-    with pretended() if size == "sd14" else nullcontext(), Live() as live:
-        contender = make()
-        contender.iteration(1)
-        live.include(contender.parts)
-        contender.iteration(1)
-        return live.peak
+            contenders[name].iteration(k)
+            seconds[name].append(clock(device) - began)
+    return seconds
 
 
 def matmul_rate(device, dtype):
     """FLOP/s of a large matrix product: the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
-    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = 0.0
     for _ in range(10):
         began = clock(device)
         a @ a
@@ -252,122 +157,211 @@ def matmul_rate(device, dtype):
     return best
 
 
-def spread(values):
-    q = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"{statistics.median(values):.3g} s ({q[0]:.3g}–{q[2]:.3g})"
+def median_and_quartiles(values):
+    low = high = values[0]
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values):.3g} s ({low:.3g}–{high:.3g})"
 
 
-def training(args, device, rows):
-    """One iteration of each loop at a fixed k and over real draws of k; FLOPs, and the fraction of the machine's matmul rate."""
+def measure_steps(args, device):
+    """Yields (what, figure): one iteration of each loop, at a fixed k and with random k."""
     batch_size, steps = SIZES[args.size]
-    made = {name: make() for name, make in contenders(args.size, device, args.only).items()}
-    k, generator = args.k or steps // 2, random.Random(0)
-    drawn = [generator.randint(1, steps) for _ in range(args.rounds)]
-    for what, ks in [(f"k = {k}", [k] * args.rounds), (f"k drawn from 1..{steps}", drawn)][
-        : 1 if args.k else 2
-    ]:
-        for contender in made.values() if what.startswith("k =") else ():
-            contender.iteration(1)  # warm-up
-        spent = paired(made, ks, device)
-        first = next(iter(spent))
-        for name, seconds in spent.items():
-            with FlopCounterMode(display=False) as flops:
-                made[name].iteration(k)
-            dtype = made[name].dtype if isinstance(made[name], Authors) else made[name].run.dtype
-            share = (
-                flops.get_total_flops() / statistics.median(seconds) / matmul_rate(device, dtype)
-            )
-            ratio = statistics.median(a / b for a, b in zip(spent[first], seconds))
-            rate = (
-                f", {flops.get_total_flops() / 1e12:.3g} TFLOP at {share:.0%} of {str(dtype)[6:]} matmuls"
-                if len(set(ks)) == 1
-                else ""
-            )
-            rows.append(
-                (
-                    f"{args.size}, an iteration of {batch_size}, {what}: {name}",
-                    f"{spread(seconds)}, {ratio:.2f} × {first.split(',')[0]}{rate}",
-                )
-            )
+    contenders = {}
+    for name in args.only:
+        contenders[name] = make_contender(name, args.size, device)
+    title = f"{args.size}, an iteration of {batch_size}"
+    k = args.k or steps // 2
+    for contender in contenders.values():
+        contender.iteration(1)  # warm-up
+    seconds = paired_times(contenders, [k] * args.rounds, device)
+    for name, contender in contenders.items():
+        rate = flop_rate(contender, k, seconds[name], device)
+        yield f"{title}, k = {k}: {name}", f"{compared(name, seconds)}, {rate}"
+    if args.k:
+        return
+    generator = random.Random(0)
+    ks = [generator.randint(1, steps) for _ in range(args.rounds)]
+    seconds = paired_times(contenders, ks, device)
+    for name in contenders:
+        yield f"{title}, random k in 1..{steps}: {name}", compared(name, seconds)
 
 
-def memory(args, device, rows):
-    """The peak of an iteration, of each loop alone, after one that makes gradients and moments."""
-    for name, make in contenders(args.size, device, args.only).items():
+def compared(name, seconds):
+    """A contender's seconds, and how many times faster it is than the first one."""
+    first = next(iter(seconds))
+    ratios = [a / b for a, b in zip(seconds[first], seconds[name])]
+    ratio = statistics.median(ratios)
+    return f"{median_and_quartiles(seconds[name])}, {ratio:.2f} × {first.split(',')[0]}"
+
+
+def flop_rate(contender, k, seconds, device):
+    """The FLOP of an iteration, and their rate as a share of the machine's matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        contender.iteration(k)
+    flop = counter.get_total_flops()
+    share = flop / statistics.median(seconds) / matmul_rate(device, contender.dtype)
+    dtype = str(contender.dtype).removeprefix("torch.")
+    return f"{flop / 1e12:.3g} TFLOP at {share:.0%} of {dtype} matmuls"
+
+
+# ---------------------------------------------------------------------------------------- memory
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that exist: those of `include`, and results of operations.
+
+    The value of a fake tensor is 1, where the loop asks for it (to log it, to see that it is
+    finite). torch's own MemTracker has no such answer, so it would need a mode like this one, too.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+
+    def include(self, parts):
+        """Adds the tensors of modules and optimizers; from now on, the peak is counted."""
+        for part in parts:
+            tensors = []
+            if isinstance(part, nn.Module):
+                tensors += part.parameters()
+            if isinstance(part, torch.optim.Optimizer):
+                for state in part.state.values():
+                    tensors += state.values()
+            for x in tensors:
+                self.add(x)
+                self.add(x.grad)
+        self.peak = self.now
+
+    def add(self, x):
+        if not isinstance(x, torch.Tensor):
+            return
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        asks_for_value = function is torch.ops.aten._local_scalar_dense.default
+        if asks_for_value and isinstance(args[0], FakeTensor):
+            return 1.0
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            self.add(x)
+        return result
+
+
+@contextmanager
+def fake_tensors():
+    """Nothing is computed: tensors have a shape, a type and a device, but no values.
+
+    Norms are computed in float32, as in a GPU's autocast and unlike a CPU's.
+    """
+
+    def wide(x):
+        return x.float() if torch.is_autocast_enabled("cpu") else x
+
+    def group_norm(m, x):
+        return F.group_norm(wide(x), m.num_groups, wide(m.weight), wide(m.bias), m.eps)
+
+    def layer_norm(m, x):
+        return F.layer_norm(wide(x), m.normalized_shape, wide(m.weight), wide(m.bias), m.eps)
+
+    with (
+        patch.object(weights, "fingerprint", lambda tensors: ""),
+        patch.object(nn.Module, "to", lambda module, *_, **__: module),
+        patch.object(nn.GroupNorm, "forward", group_norm),
+        patch.object(nn.LayerNorm, "forward", layer_norm),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield
+
+
+def counted_peak(make, size):
+    """Bytes at the peak of the second iteration of the contender that make() returns."""
+    with fake_tensors() if size == "sd14" else nullcontext(), LiveBytes() as live:
+        contender = make()
+        contender.iteration(1)  # makes gradients and the optimizer's state
+        live.include(contender.parts)
+        contender.iteration(1)
+        return live.peak
+
+
+def allocated_peak(make):
+    """The same on a GPU, from its allocator."""
+    gc.collect()  # contenders that were timed are in reference cycles
+    contender = make()
+    contender.iteration(1)
+    torch.cuda.reset_peak_memory_stats()
+    contender.iteration(1)
+    peak = torch.cuda.max_memory_allocated()
+    del contender
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak
+
+
+def measure_memory(args, device):
+    """Yields (what, figure): the peak of an iteration, of each loop alone."""
+    for name in args.only:
+
+        def make(name=name):
+            return make_contender(name, args.size, device)
+
         if device.type == "cuda":
-            gc.collect()  # the loops that were timed hold themselves in circles
-            contender = make()
-            contender.iteration(1)
-            torch.cuda.reset_peak_memory_stats()
-            contender.iteration(1)
-            peak = torch.cuda.max_memory_allocated()
-            del contender
-            gc.collect()
-            torch.cuda.empty_cache()
+            figure = f"{allocated_peak(make) / 2**30:.2f} GiB"
         else:
-            peak = counted_peak(make, args.size)
-        rows.append(
-            (
-                f"{args.size}, an iteration of {SIZES[args.size][0]}: {name}, peak memory",
-                f"{peak / 2**30:.2f} GiB{' (counted)' * (device.type == 'cpu')}",
-            )
-        )
+            figure = f"{counted_peak(make, args.size) / 2**30:.2f} GiB (counted)"
+        yield f"{args.size}, an iteration of {SIZES[args.size][0]}: {name}, peak memory", figure
 
 
-def generation(args, device, rows):
-    """Pictures a second, DDIM; ours and diffusers' pipeline take turns."""
+# ------------------------------------------------------------------------------------ generation
+def diffusers_pipeline(parts, dtype):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    model, (unet, vae, text, tokenizer) = (
-        our_model(args.size, device),
-        their_parts(args.size, device),
-    )
-    for part in (model.vae, model.text_encoder):
-        part.to(device)
-    dtype, steps = (
-        (torch.float16, 50)
-        if device.type == "cuda"
-        else (torch.float32, 12 if args.size == "toy" else 1)
-    )
-    scheduler = make_scheduler(model.scheduler, steps, "ddim")
-    theirs = StableDiffusionPipeline(
+    unet, vae, text_encoder, tokenizer = parts
+    pipeline = StableDiffusionPipeline(
         vae.to(dtype),
-        text.to(dtype),
+        text_encoder.to(dtype),
         tokenizer,
         unet.to(dtype),
-        DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-            set_alpha_to_one=False,
-        ),
+        DDIMScheduler(**SD14_SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    theirs.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def measure_generation(args, device):
+    """Yields (what, figure): images per second with DDIM; ours and diffusers' take turns."""
+    dtype, steps = torch.float32, 12 if args.size == "toy" else 1
+    if device.type == "cuda":
+        dtype, steps = torch.float16, 50
+    model = our_model(args.size, device)
+    for part in (model.vae, model.text_encoder):
+        part.to(device)
+    pipeline = diffusers_pipeline(their_parts(args.size, device), dtype)
+    scheduler = make_scheduler(model.scheduler, steps, "ddim")
     c_0, c_p = encode_prompts(model, ["", PROMPT]).split(1)
-    painter = InferenceUNet(model.unet, device, dtype)
+    unet = InferenceUNet(model.unet, device, dtype)
 
-    def ours_draw(n):
-        return [
-            *generate_images(
-                model,
-                painter,
-                c_0,
-                c_p.expand(n, -1, -1),
-                range(n),
-                scheduler,
-                7.5,
-                dtype,
-                batch_size=n,
-            )
-        ]
+    def ours(n):
+        prompts = c_p.expand(n, -1, -1)
+        images = generate_images(
+            model, unet, c_0, prompts, range(n), scheduler, 7.5, dtype, batch_size=n
+        )
+        return list(images)
 
-    def theirs_draw(n):
-        return theirs(
+    def theirs(n):
+        return pipeline(
             prompt_embeds=c_p.expand(n, -1, -1).to(dtype),
             negative_prompt_embeds=c_0.expand(n, -1, -1).to(dtype),
             num_inference_steps=steps,
@@ -377,78 +371,100 @@ def generation(args, device, rows):
         )
 
     for n in (1, 8):
-        spent = {ours_draw: [], theirs_draw: []}
-        for i in range(args.rounds + 1):
-            for who in spent:
+        seconds = {ours: [], theirs: []}
+        for _ in range(args.rounds + 1):
+            for generate in seconds:
                 began = clock(device)
-                who(n)
-                spent[who].append(clock(device) - began)
-        ours, theirs_spent = (statistics.median(values[1:]) for values in spent.values())
-        rows.append(
-            (
-                f"{args.size}, DDIM {steps}, batches of {n}, {str(dtype)[6:]}",
-                f"{n / ours:.3g} pictures/s; diffusers' pipeline {n / theirs_spent:.3g}",
-            )
+                generate(n)
+                seconds[generate].append(clock(device) - began)
+        rates = [n / statistics.median(spent[1:]) for spent in seconds.values()]  # [0]: warm-up
+        yield (
+            f"{args.size}, DDIM {steps}, batches of {n}, {str(dtype).removeprefix('torch.')}",
+            f"{rates[0]:.3g} images/s; diffusers' pipeline {rates[1]:.3g}",
         )
 
 
-PARTS = {"step": training, "memory": memory, "generation": generation}
+PARTS = {"step": measure_steps, "memory": measure_memory, "generation": measure_generation}
 
 
+# ----------------------------------------------------------------------------------- the command
 def bench(args):
     try:
         import diffusers
     except ModuleNotFoundError:
         raise UserError(
-            "bench.py measures diffusers too: pip install -r requirements-test.txt."
+            "tools.bench also measures diffusers: python -m pip install -r requirements-test.txt"
         ) from None
-    device, rows = pick_device(args.device), []
+    device = pick_device(args.device)
     args.size = args.size or ("sd14" if device.type == "cuda" else "toy")
-    cpu = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
-    machine = f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    said = " ".join(["python", "bench.py", *(word for word in sys.argv[1:])])
+    machine = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    machine += f", torch {torch.__version__}, diffusers {diffusers.__version__}"
+    command = shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]])
+    lines = []
     for part in args.parts:
-        before = len(rows)
         with torch.enable_grad():
-            PARTS[part](args, device, rows)
-        for what, figure in rows[before:]:
-            print(f"{what}: {figure}", flush=True)
+            for what, figure in PARTS[part](args, device):
+                print(f"{what}: {figure}", flush=True)
+                today = datetime.date.today()
+                lines.append(f"| {today} | {machine} | {what} | `{command}` | {figure} |\n")
     if args.rows:
-        lines = [
-            f"| {datetime.date.today()} | {machine} | {what} | `{said}` | {figure} |\n"
-            for what, figure in rows
-        ]
-        text = args.rows.read_text(encoding="utf-8") if args.rows.exists() else ""
-        with atomic_write(args.rows) as beside:
-            beside.write_text(text.rstrip("\n") + "\n" + "".join(lines), encoding="utf-8")
+        append_lines(args.rows, lines)
+
+
+def append_lines(file, lines):
+    text = file.read_text(encoding="utf-8").rstrip("\n") + "\n" if file.exists() else ""
+    with atomic_write(file) as temporary:
+        temporary.write_text(text + "".join(lines), encoding="utf-8")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m tools.bench", description=__doc__)
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--size", **one_of(SIZES), help="model (default: sd14 on a GPU, toy on a CPU)"
     )
-    parser.add_argument(
-        "--size", choices=["toy", "sd14"], help="default: sd14 on a GPU, toy on a CPU"
+    group.add_argument(
+        "--parts",
+        nargs="+",
+        **one_of(PARTS),
+        default=[*PARTS],
+        help="measurements (default: all)",
     )
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
-    parser.add_argument(
+    group.add_argument(
         "--only",
         nargs="+",
-        **one_of([*contenders("toy", None)]),
-        help="contenders, as printed; the first is what the others are compared to",
+        type=one_of(NAMES)["type"],
+        default=NAMES,
+        metavar="NAME",
+        help="loops; the others are compared with the first one. Names: "
+        + ", ".join(f'"{name}"' for name in NAMES)
+        + " (default: all)",
     )
-    parser.add_argument(
-        "--rounds", type=positive, default=11, help="timed iterations of each contender"
+    group.add_argument(
+        "--rounds",
+        type=positive,
+        default=11,
+        metavar="N",
+        help="timed iterations of each loop (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--k",
         type=positive,
-        help="denoising steps, always so many; default: half of T (25 for SD 1.4), then a real draw",
+        metavar="K",
+        help="always this number of denoising steps (default: half of T, then random numbers)",
     )
-    parser.add_argument(
-        "--rows", type=Path, metavar="FILE", help="append the figures to a Markdown table"
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="cuda, cuda:1, mps, cpu or auto (default: %(default)s)",
     )
-    parser.add_argument("--device", default="auto")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--rows", type=Path, metavar="FILE", help="append the figures to this Markdown table"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,17 +1,23 @@
-"""The model card of an exported model: what it was made of, what was erased and how, what was measured, what it cannot do."""
+"""The model card of an exported model: base, what was erased and how, figures, limits, licence."""
 
 import hashlib
 import json
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData
+
 import weights
 from support.errors import UserError
 
-LICENCES = {
-    "toy": ("mit", "MIT"),
+LICENCES = {  # (name on the hub, name for people)
     weights.DEFAULT_MODEL: ("creativeml-openrail-m", "CreativeML OpenRAIL-M"),
+    **dict.fromkeys(weights.TOYS, ("mit", "MIT")),
 }
-DETAILS = {
+LAYOUTS = {
+    "diffusers": "a folder in diffusers' layout",
+    "single-file": "one file in the original (CompVis) layout",
+}
+DETAILS = {  # arguments of train.py that are elsewhere in the card, or do not change the result
     "concept",
     "method",
     "model",
@@ -22,98 +28,130 @@ DETAILS = {
     "preview_guidance_scale",
     "save_every",
     "export_every",
-}  # arguments of train.py that stand elsewhere in the card, or do not change the result
-SETTINGS = "suite", "limit", "scheduler", "steps", "guidance_scale", "seed"  # of eval.py
-USE = """```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("THIS FOLDER")
-pipeline("a prompt").images[0].save("picture.png")
-```
-"""
-LIMITS = """## Limits
+    "show_uncensored",
+}
+EVAL_SETTINGS = ("suite", "limit", "scheduler", "steps", "guidance_scale", "seed")  # of eval.py
 
-An erased model answers a concept's prompt about as it answers the empty one: the concept can still turn up as often as it does
-unasked. Other words for it, other languages, other samplers, images as input or further training can bring it back, and what lies
-near it may suffer. It is a safer default, not a proof of safety; measure what you rely on.
+CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+Written by SDD (safe self-distillation, arXiv 2307.05977).
+
+- base model: {{ base }}
+- format: {{ layout }}, {{ dtype }}
+{% if library_name %}
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("THIS FOLDER")
+pipeline("a prompt").images[0].save("image.png")
+```
+{% endif %}
+{{ changes }}
+
+## Licence
+
+{{ licence }}. Converting and erasing do not change it.
 """
+UNPATCHED = "No patch was applied: these are the tensors of {base}."
+PATCHED = """## What was erased, and how
+
+- concepts: {concepts}
+- method: {method}
+- base: {base}, fingerprint of the tensors before training {base_fingerprint}
+- versions: {versions}
+
+Settings of `train.py`:
+
+```json
+{settings}
+```
+
+## Figures
+
+{figures}
+
+## Limits
+
+For a prompt with an erased concept, the model answers about as it does for the empty prompt. So the
+concept can still appear as often as it does without being asked for. Other words for it, other
+languages, other samplers, images as input or further training can bring it back, and similar
+concepts may suffer. It is a safer default, not a proof of safety: measure what you rely on."""
 
 
 def figures(patch_file):
-    """The tables that eval.py wrote in the patch's folder, or in a folder of it, about this patch: it notes the file's hash."""
+    """The tables that eval.py wrote about this patch, next to it or in a folder next to it.
+
+    eval.py notes the file's hash in its settings.
+    """
     digest = hashlib.sha256(patch_file.read_bytes()).hexdigest()[:16]
+    folder = patch_file.parent
     tables = []
-    for file in sorted(
-        [*patch_file.parent.glob("results.json"), *patch_file.parent.glob("*/results.json")]
-    ):
+    for file in sorted([*folder.glob("results.json"), *folder.glob("*/results.json")]):
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
-            if digest in settings["files"].values():
-                about = ", ".join(f"{key} {settings[key]}" for key in SETTINGS)
-                tables.append(
-                    f"`eval.py` ({about}):\n\n{file.with_name('table.md').read_text(encoding='utf-8').strip()}\n"
-                )
+            if digest not in settings["files"].values():
+                continue
+            about = ", ".join(f"{key} {settings[key]}" for key in EVAL_SETTINGS)
+            table = file.with_name("table.md").read_text(encoding="utf-8").strip()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not eval.py's, or of an older one that noted no hash
-    return tables
+            continue  # not eval.py's, or of an older version without hashes
+        tables.append(f"`eval.py` ({about}):\n\n{table}")
+    return "\n\n".join(tables) or "None were measured."
 
 
-def erased(base, patch_file, patch):
-    """The card's sections about a patch. `patch`: its metadata. UserError if that is damaged."""
+def about_patch(base, patch_file, metadata):
+    """The card's sections about a patch. UserError if the metadata is damaged."""
+    settings = {}
     try:
-        settings = {
-            key: value
-            for key, value in json.loads(patch.get("args", "{}")).items()
-            if key not in DETAILS
-        }
+        for key, value in json.loads(metadata.get("args", "{}")).items():
+            if key not in DETAILS:
+                settings[key] = value
     except (ValueError, AttributeError) as e:
         raise UserError(
             f"{patch_file}: its metadata is damaged ({e}): make it again with train.py."
         ) from e
-    noted = {key: patch.get(key, "not noted") for key in ("concepts", "method", "versions")}
-    return [
-        "## What was erased, and how\n",
-        f"- concepts: {noted['concepts']}",
-        f"- method: {noted['method']}",
-        f"- base: {base}, fingerprint of what was trained {patch['base_fingerprint']}",
-        f"- versions: {noted['versions']}\n",
-        "Settings of `train.py`:\n",
-        f"```json\n{json.dumps(settings, indent=1, ensure_ascii=False)}\n```\n",
-        "## Figures\n",
-        *(figures(patch_file) or ["None were measured.\n"]),
-        LIMITS,
-    ]
+    return PATCHED.format(
+        concepts=metadata.get("concepts", "not noted"),
+        method=metadata.get("method", "not noted"),
+        versions=metadata.get("versions", "not noted"),
+        base=base,
+        base_fingerprint=metadata["base_fingerprint"],
+        settings=json.dumps(settings, indent=1, ensure_ascii=False),
+        figures=figures(patch_file),
+    )
 
 
-def card(model, layout, dtype, patch_file=None, patch=None):
-    """The card, in Markdown. `layout`: "diffusers" or "single-file"; `patch`: its metadata, where there is one."""
+def card(model, layout, dtype, patch_file=None, metadata=None):
+    """The card, in Markdown. layout: a key of LAYOUTS; metadata: the patch's, if there is one."""
     base = Path(model).name if Path(model).exists() else model  # no path of this machine
-    tag, licence = LICENCES.get(model, (None, f"As the base weights', {base}: look there"))
-    front = [f"license: {tag}"] * bool(tag) + [f"base_model: {model}"] * (
-        model == base and "/" in model
+    is_hub_id = model == base and "/" in model
+    tag, licence = LICENCES.get(model, (None, f"That of the base model, {base}"))
+    library_name = "diffusers" if layout == "diffusers" else None
+    title = f"{base}, converted"
+    changes = UNPATCHED.format(base=base)
+    if metadata is not None:
+        title = (
+            f"{base} without {metadata.get('concepts', 'concepts that its patch does not name')}"
+        )
+        changes = about_patch(base, patch_file, metadata)
+    card_data = ModelCardData(
+        license=tag,
+        base_model=model if is_hub_id else None,
+        pipeline_tag="text-to-image",
+        library_name=library_name,
     )
-    folder = layout == "diffusers"
-    title = (
-        f"{base} without {patch.get('concepts', 'concepts that its patch does not name')}"
-        if patch
-        else f"{base}, converted"
+    made = ModelCard.from_template(
+        card_data,
+        template_str=CARD,
+        title=title,
+        layout=LAYOUTS[layout],
+        dtype=dtype,
+        base=base,
+        changes=changes,
+        licence=licence,
     )
-    what = (
-        erased(base, patch_file, patch)
-        if patch
-        else [f"No patch was applied: these are the tensors of {base}.\n"]
-    )
-    about = (
-        "a folder in diffusers' layout" if folder else "one file in the original (CompVis) layout"
-    )
-    text = [
-        "---",
-        *front,
-        "pipeline_tag: text-to-image",
-        *["library_name: diffusers"] * folder,
-        f"---\n# {title}\n",
-        f"Written by `convert.py` of SDD (safe self-distillation, arXiv 2307.05977): {about}, {dtype}. Base model: {base}.\n",
-        *[USE] * folder,
-        *what,
-        f"## Licence\n\n{licence}. Converting and erasing do not change it.\n",
-    ]
-    return "\n".join(text)
+    return made.content

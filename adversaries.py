@@ -1,0 +1,206 @@
+"""What attack.py learns or changes to bring an erased concept back: four kinds of attack.
+
+    Word       one new word: its embedding is learned from images (textual inversion)
+    Tokens     a few existing words in front of the prompt are searched
+    Relearn    the trained tensors are fine-tuned on images
+    NoisyDDIM  nothing is learned: the sampler adds noise (attack.py tries 24 ways)
+
+The first three have the same four methods. `states` gives the prompts' embeddings, through which
+`noise_loss` is differentiated; `step` follows its gradient; `tensors` is what a checkpoint holds;
+`report` names what was found.
+
+Where this file differs from the papers:
+
+1. Word (CCE, arXiv 2308.01508): one vector, and one template by default (the word alone). The
+   official code uses some 25 templates and 1000 to 5000 steps.
+2. Tokens (UnlearnDiffAtk, arXiv 2310.11868): t is random in each step; the official code goes from
+   10 to 990 and attacks each prompt and image on its own. Only whole words are used, so the words
+   that are printed give the same tokens. The projection to the simplex is exact, not by bisection.
+3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name.
+4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the
+   concept, so this also succeeds by chance. It repeats the attempts with the empty prompt.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import weights
+from clip_text import tokenize
+from pipeline import check_words
+from presets import TRAIN_PARAMS
+from scheduler import DDIM
+from support.errors import UserError
+
+TABLE = "text_model.embeddings.token_embedding.weight"
+
+
+def encode_with_rows(text_encoder, ids, rows):
+    """Token ids (B, 77) -> states (B, 77, D). Ids beyond the table read the vectors in `rows`."""
+    table = text_encoder.text_model.embeddings.token_embedding.weight
+    return torch.func.functional_call(text_encoder, {TABLE: torch.cat([table, rows])}, (ids,))
+
+
+def add_tokens(tokenizer, names, table):
+    """Adds new tokens, whose ids follow the table's rows."""
+    if len(tokenizer) != len(table):
+        raise UserError("The tokenizer and the text encoder have different numbers of words.")
+    if tokenizer.add_tokens(names) != len(names):
+        raise UserError(f"The tokenizer already knows one of {', '.join(names)}.")
+
+
+class Word:
+    """One new word: its embedding (1, D) is learned, all else is frozen."""
+
+    def __init__(self, model, settings, device):
+        self.model, self.name = model, f"<{settings['concept'].lower().replace(' ', '-')}>"
+        table = model.text_encoder.text_model.embeddings.token_embedding.weight
+        check_words(model, [settings["init"]])
+        first = model.tokenizer(settings["init"], add_special_tokens=False).input_ids
+        self.row = torch.nn.Parameter(table[first].mean(0, keepdim=True).clone())
+        add_tokens(model.tokenizer, [self.name], table)
+        prompts = [text.replace("{}", self.name) for text in settings["template"]]
+        self.ids = tokenize(model.tokenizer, prompts)[0].to(device)
+        self.tensors = {"word": self.row}
+        self.optimizer = torch.optim.AdamW([self.row], settings["lr"])
+
+    def states(self, generator=None):
+        """Embeddings of the prompts, one per template: (P, 77, D), with a gradient."""
+        return encode_with_rows(self.model.text_encoder, self.ids, self.row)
+
+    def step(self):
+        self.optimizer.step()
+
+    def report(self, out):
+        """Saves the word in diffusers' format: one tensor with the name of the word."""
+        weights.save(out / "word.safetensors", {self.name: self.row})
+        return self.name
+
+
+class Tokens:
+    """k words in front of the prompt: a distribution over the vocabulary for each of them.
+
+    Each step draws words from the rows of `simplex` (k, V'). The gradient with respect to the
+    one-hot rows is used as if it were the distributions' own (straight-through).
+    """
+
+    def __init__(self, model, settings, device):
+        self.model = model
+        table = model.text_encoder.text_model.embeddings.token_embedding.weight
+        self.words, allowed = whole_words(model)
+        self.vectors = table[allowed.to(device)]  # (V', D)
+        k = settings["words"]
+        names = [f"<hard-{i}>" for i in range(k)]
+        add_tokens(model.tokenizer, names, table)
+        self.prompt = settings["prompt"]
+        text = " ".join([*names, self.prompt])
+        self.ids = tokenize(model.tokenizer, [text])[0].to(device)
+        simplex = torch.full((k, len(self.words)), 1 / len(self.words), device=device)
+        self.simplex = torch.nn.Parameter(simplex)
+        self.tensors = {"simplex": self.simplex}
+        self.optimizer = torch.optim.AdamW([self.simplex], settings["lr"], weight_decay=0.1)
+
+    def states(self, generator=None):
+        """Embeddings (1, 77, D) of randomly drawn words; without a generator of the likeliest."""
+        if generator is None:
+            picked = self.simplex.argmax(1)
+        else:
+            picked = torch.multinomial(self.simplex.detach().cpu(), 1, generator=generator)[:, 0]
+        one_hot = F.one_hot(picked.to(self.simplex.device), self.simplex.shape[1]).float()
+        self.one_hot = one_hot.requires_grad_(generator is not None)
+        return encode_with_rows(self.model.text_encoder, self.ids, self.one_hot @ self.vectors)
+
+    def step(self):
+        self.simplex.grad = self.one_hot.grad.clamp(-1, 1)
+        self.optimizer.step()
+        self.simplex.data = project_to_simplex(self.simplex.data)
+
+    def report(self, out):
+        found = [self.words[i] for i in self.simplex.argmax(1)]
+        return " ".join([*found, self.prompt])
+
+
+def whole_words(model):
+    """(words, their ids): tokens that are whole words, so that their text gives the same token."""
+    words, ids = [], []
+    candidates = {
+        token[:-4]: i for token, i in model.tokenizer.get_vocab().items() if token.endswith("</w>")
+    }
+    for word, found in zip(candidates, model.tokenizer(list(candidates)).input_ids):
+        try:
+            check_words(model, [word])
+        except UserError:
+            continue
+        if found[1:-1] == [candidates[word]]:
+            words.append(word)
+            ids.append(candidates[word])
+    return words, torch.tensor(ids)
+
+
+def project_to_simplex(x):
+    """The nearest rows with numbers ≥ 0 that sum to 1 (Duchi et al. 2008), x (k, V)."""
+    ordered = x.sort(dim=1, descending=True).values
+    excess = (ordered.cumsum(1) - 1) / torch.arange(1, x.shape[1] + 1, device=x.device)
+    last = (ordered > excess).sum(1, keepdim=True) - 1
+    return (x - excess.gather(1, last)).clamp(min=0)
+
+
+class Relearn:
+    """The tensors that were trained: fine-tuned on images of the concept, with its own name.
+
+    On the untouched model ("none") these are the tensors that SDD trains.
+    """
+
+    def __init__(self, model, settings, device):
+        self.model = model
+        self.prompts = [text.replace("{}", settings["concept"]) for text in settings["template"]]
+        check_words(model, self.prompts)
+        self.ids = tokenize(model.tokenizer, self.prompts)[0].to(device)
+        parameters = dict(model.unet.named_parameters())
+        parameters |= dict(model.text_encoder.named_parameters())
+        names = [name for name in parameters if TRAIN_PARAMS["xattn"](name)]
+        if settings["patch"] != "none":
+            names = sorted(weights.read(settings["patch"])[0])
+        self.tensors = {name: parameters[name].requires_grad_() for name in names}
+        self.optimizer = torch.optim.AdamW(self.tensors.values(), settings["lr"])
+
+    def states(self, generator=None):
+        return self.model.text_encoder(self.ids)
+
+    def step(self):
+        self.optimizer.step()
+
+    def report(self, out):
+        return self.prompts[0]
+
+
+def noise_loss(unet, scheduler, z_0, c, batch_size, generator):
+    """Ordinary training: ‖ε(z_t, t, c) − n‖² for random images, timesteps and prompts."""
+    which = torch.randint(len(z_0), (batch_size,), generator=generator).to(z_0.device)
+    t = torch.randint(len(scheduler.alphas_cumprod), (batch_size,), generator=generator)
+    prompt = torch.randint(len(c), (batch_size,), generator=generator).to(z_0.device)
+    n = torch.randn((batch_size, *z_0.shape[1:]), generator=generator).to(z_0.device)
+    t = t.to(z_0.device)
+    z_t = scheduler.add_noise(z_0[which], n, t)
+    return F.mse_loss(unet(z_t, t, c[prompt]).float(), n)
+
+
+class NoisyDDIM(DDIM):
+    """DDIM with σ = η σ_DDPM and noise times `scale` (Song et al. 2021, eq. 16).
+
+    With η > 1 the term 1 − ᾱ' − σ² can be negative: its absolute value is used, as in the probe.
+    """
+
+    def __init__(self, steps, eta, scale, seed, **schedule):
+        super().__init__(steps, **schedule)
+        self.eta, self.scale = eta, scale
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def step(self, z, e, i):
+        t = self.timesteps[i]
+        alpha, alpha_next = self._alpha(t), self._alpha(t - self.stride)
+        z_0 = (z - (1 - alpha).sqrt() * e) / alpha.sqrt()
+        variance = (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
+        sigma = self.eta * variance.clamp(min=0).sqrt()
+        n = torch.randn(z.shape, generator=self.generator).to(z.device)
+        direction = (1 - alpha_next - sigma**2).abs().sqrt() * e
+        return alpha_next.sqrt() * z_0 + direction + sigma * self.scale * n

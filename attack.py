@@ -1,0 +1,391 @@
+"""Does the concept come back? Attacks on an erased model.
+
+    python attack.py --model toy --concept star --patch runs/0001-star/erased.safetensors
+    python attack.py --model toy --concept star --patch none          the untouched model
+
+The original model generates images of the concept. Then the attack looks for a way to make the
+erased model (--patch) generate it too, and counts how many of its images show the concept:
+
+    word      one new word: its embedding is learned from the images (textual inversion)
+    tokens    a few existing words in front of the prompt are searched
+    relearn   the trained tensors are fine-tuned on the images
+    noise     nothing is learned: the sampler adds noise, the best of 24 ways counts
+
+The output folder receives results.json, curve.png, sheet.png and images/; and word.safetensors, for
+generate.py --word and diffusers' load_textual_inversion. The same command continues after a kill.
+adversaries.py has the attacks themselves, and says where they differ from the papers.
+"""
+
+import support.openmp  # noqa: F401 (before torch)
+
+import hashlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import weights
+from ablation import generate_anchors
+from adversaries import NoisyDDIM, Relearn, Tokens, Word, noise_loss
+from evaluation.attacks import Results, make_detector
+from pipeline import (
+    InferenceUNet,
+    check_words,
+    encode_prompts,
+    generate_images,
+    make_scheduler,
+    patched,
+)
+from support.censor import censoring
+from support.cli import (
+    Parser,
+    add_common_arguments,
+    finite,
+    natural,
+    one_of,
+    pick_device,
+    pick_dtype,
+    positive,
+    refuse_used,
+    run_command,
+)
+from support.errors import UserError
+from support.files import atomic_write, lock_folder
+
+SAVE_SECONDS = 60  # between two checkpoints
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
+KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
+ETAS, SCALES = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85), (1.0, 1.02, 1.03, 1.04)
+NUMBERS = {  # learning rates, and the steps after which images are generated; our choice
+    "word": dict(toy=2e-2, other=5e-3, at=[0, 40, 80, 160, 320]),
+    "tokens": dict(toy=1e-2, other=1e-2, at=[0, 40, 80, 160, 320]),
+    "relearn": dict(toy=1e-4, other=1e-5, at=[0, 5, 10, 20, 40, 80]),
+}
+DEFAULTS = {  # toy model, other models
+    "num_images": (64, 25),
+    "batch_size": (8, 4),
+    "steps": (12, 50),
+    "init": ("shape", "object"),
+}
+
+
+class Attack:
+    """One attack on one model. detect: evaluation.attacks.make_detector's function, or None."""
+
+    def __init__(self, out, settings, model, detect, show_uncensored=False):
+        self.out, self.settings, self.model = out, settings, model
+        self.device = pick_device(settings["device"])
+        self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
+        for part in (model.unet, model.text_encoder, model.vae):
+            part.to(self.device)
+        self.scheduler = make_scheduler(model.scheduler, settings["steps"], "ddim")
+        self.seeds = [settings["seed"] * 100_000 + 50_000 + i for i in range(settings["samples"])]
+        self.detect = detect
+        censor = censoring([settings["concept"], settings["prompt"]], show_uncensored)
+        self.results = Results(out, settings, detect is not None, censor)
+
+    # ------------------------------------------------------------------------------ images
+    def concept_latents(self):
+        """z_0 (m, 4, h, w), images of the concept: from --images, or by the original model."""
+        a, model = self.settings, self.model
+        if a["images"]:
+            return encode_folder(model, Path(a["images"]), a["num_images"], self.device)
+        c_0, c = encode_prompts(model, ["", a["concept"]]).split(1)
+        return generate_anchors(
+            self.out / "concept.safetensors",
+            model,
+            InferenceUNet(model.unet, self.device, self.dtype),
+            c_0,
+            c,
+            self.scheduler,
+            a["num_images"],
+            a["guidance_scale"],
+            a["seed"] * 100_000,
+        )
+
+    @torch.no_grad()
+    def measure(self, c_p, scheduler=None, guidance_scale=None):
+        """Images of the fixed seeds by the prompts c_p (P, 77, D) in turn: (images, found).
+
+        found: which images show the concept; all False where no detector can tell.
+        """
+        a, n = self.settings, len(self.seeds)
+        images = list(
+            generate_images(
+                self.model,
+                InferenceUNet(self.model.unet, self.device, self.dtype),
+                encode_prompts(self.model, [""]),
+                c_p[torch.arange(n) % len(c_p)],
+                self.seeds,
+                scheduler or self.scheduler,
+                a["guidance_scale"] if guidance_scale is None else guidance_scale,
+                self.dtype,
+                batch_size=a["batch_size"],
+            )
+        )
+        return images, self.detect(images) if self.detect else [False] * n
+
+    # ------------------------------------------------------------- word, tokens and relearn
+    def learn(self):
+        """Steps of the noise loss; after the steps in --at, images are generated and counted."""
+        a, results = self.settings, self.results
+        z_0 = self.concept_latents()
+        load_patch(self.model, a["patch"])
+        kind = KINDS[a["kind"]](self.model, a, self.device)
+        generator = torch.Generator("cpu").manual_seed(a["seed"])
+        start, loss = self.restore(kind, generator)
+        results.points = [point for point in results.points if point["step"] < start]
+        if not results.chance:
+            _, found = self.measure(encode_prompts(self.model, [""]), guidance_scale=1.0)
+            results.chance = [dict(step=0, hits=sum(found), n=len(found))]
+        last, saved = a["at"][-1], time.monotonic()
+        bar = tqdm(total=last, initial=start, desc=a["kind"], unit="step", disable=None)
+        for step in range(start, last + 1):
+            if step in a["at"]:
+                self.save(kind, generator, step, loss)
+                with torch.no_grad():
+                    images, found = self.measure(kind.states())
+                results.add(step, images, found, loss=loss, prompt=kind.report(self.out))
+            if step < last:
+                loss = self.train_step(kind, z_0, generator)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self.save(kind, generator, step + 1, loss)
+                saved = time.monotonic()
+        bar.close()
+
+    def train_step(self, kind, z_0, generator):
+        """One step of the attack; returns its loss."""
+        low = self.dtype != torch.float32
+        # cache_enabled=False: a cast of a learned weight would be out of date after each step.
+        with (
+            torch.enable_grad(),
+            torch.autocast(self.device.type, self.dtype, enabled=low, cache_enabled=False),
+        ):
+            c = kind.states(generator)
+            batch = self.settings["batch_size"]
+            loss = noise_loss(self.model.unet, self.scheduler, z_0, c, batch, generator)
+            loss.backward()
+        kind.step()
+        kind.optimizer.zero_grad()
+        return loss.item()
+
+    def save(self, kind, generator, step, loss):
+        groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
+        metadata = {"step": str(step), "loss": json.dumps(loss)}
+        file = self.out / "checkpoint.safetensors"
+        weights.save_checkpoint(file, groups, kind.optimizer, metadata)
+
+    def restore(self, kind, generator):
+        """Reads the checkpoint, if there is one: (the number of steps done, the last loss)."""
+        file = self.out / "checkpoint.safetensors"
+        if not file.exists():
+            return 0, None
+        groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
+        metadata = weights.load_checkpoint(file, groups, kind.optimizer)
+        generator.set_state(groups["generator"]["state"])
+        return int(metadata["step"]), json.loads(metadata["loss"])
+
+    # ------------------------------------------------------------------------------- noise
+    def try_noise(self):
+        """24 attempts. A seed counts from the first attempt on that shows the concept."""
+        a, results = self.settings, self.results
+        load_patch(self.model, a["patch"])
+        c_0, c_p = encode_prompts(self.model, ["", a["prompt"]]).split(1)
+        attempts = [(eta, scale) for eta in ETAS for scale in SCALES]
+        results.chance = results.chance[: len(results.points)]
+        for number, (eta, scale) in enumerate(tqdm(attempts, "noise", disable=None)):
+            if number < len(results.points):
+                continue  # done before a kill
+            seed = a["seed"] * 100_000 + number
+            schedule = {key: x for key, x in self.model.scheduler.items() if key in SCHEDULE}
+            sampler = NoisyDDIM(a["steps"], eta, scale, seed, **schedule)
+            _, found = self.measure(c_0, sampler, guidance_scale=1.0)
+            found = any_of(results.chance, found)
+            results.chance.append(dict(step=number + 1, hits=sum(found), n=len(found), found=found))
+            sampler = NoisyDDIM(a["steps"], eta, scale, seed, **schedule)
+            images, found = self.measure(c_p, sampler)
+            found = any_of(results.points, found)
+            results.add(number + 1, images, found, eta=eta, scale=scale)
+
+
+def any_of(points, found):
+    """Which seeds have shown the concept in this or an earlier attempt."""
+    before = points[-1]["found"] if points else [False] * len(found)
+    return [x or y for x, y in zip(before, found)]
+
+
+def load_patch(model, patch):
+    if patch != "none":
+        weights.load_patch(patch, model.unet, model.text_encoder)
+
+
+@torch.no_grad()
+def encode_folder(model, folder, n, device):
+    """The first n images of a folder as latents, resized to the model's resolution."""
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in kinds)[:n]
+    if not files:
+        raise UserError(f"--images {folder} is not a folder with images (PNG, JPEG or WebP).")
+    size, latents = (model.resolution, model.resolution), []
+    for file in files:
+        try:
+            image = np.asarray(Image.open(file).convert("RGB").resize(size))
+        except (OSError, ValueError) as e:
+            raise UserError(f"--images: {file} cannot be read ({e}): remove it.") from None
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+        latents.append(model.vae.encode(x.to(device)))
+    return torch.cat(latents)
+
+
+# ---------------------------------------------------------------------------------- the command
+def settle(args):
+    """{argument: value} with the defaults of kind and model; rejects what has no effect."""
+    a = {key: value for key, value in vars(args).items() if key not in ("out", "show_uncensored")}
+    patches = [] if args.patch == "none" else [args.patch]
+    a["model"] = weights.choose_model(args.model, patches)
+    for patch in patches:
+        weights.read(patch)  # a missing or damaged file ends here
+        a["patch_sha256"] = hashlib.sha256(Path(patch).read_bytes()).hexdigest()
+    reject_unused_flags(args)
+    toy = a["model"] in weights.TOYS
+    for key, (small, large) in DEFAULTS.items():
+        if a[key] is None:
+            a[key] = small if toy else large
+    if args.kind in NUMBERS:
+        numbers = NUMBERS[args.kind]
+        a["at"] = sorted(set(args.at or numbers["at"]))
+        if a["lr"] is None:
+            a["lr"] = numbers["toy"] if toy else numbers["other"]
+        if not 0 < a["lr"] <= 1e3:
+            raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
+    if a["prompt"] is None:
+        a["prompt"] = args.concept
+    a["words"] = args.words or 3
+    a["template"] = args.template or ["{}"]
+    a["images"] = str(args.images) if args.images else None
+    for text in a["template"]:
+        if "{}" not in text:
+            raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
+    if not args.concept.strip():
+        raise UserError("The concept is empty: use --concept WORD.")
+    if args.seed > 10**12:
+        raise UserError(f"--seed {args.seed} is out of range (0 to 10^12).")
+    return a
+
+
+def reject_unused_flags(args):
+    """Rejects flags that have no effect with this kind of attack."""
+    unused = []
+    if args.kind != "word":
+        unused.append("init")
+    if args.kind != "tokens":
+        unused.append("words")
+    if args.kind in ("word", "relearn"):
+        unused.append("prompt")
+    else:
+        unused.append("template")
+    if args.kind == "noise":
+        unused += ["lr", "at", "images", "num_images"]
+    given = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key) is not None]
+    if given:
+        raise UserError(f"{', '.join(given)} has no effect with --kind {args.kind}: remove it.")
+
+
+def default_folder(args):
+    """attacks/KIND-CONCEPT-PATCH, where a patch erased.safetensors is named after its folder."""
+    patch = Path(args.patch)
+    name = patch.absolute().parent.name if patch.name == "erased.safetensors" else patch.stem
+    return Path("attacks") / re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]
+
+
+def open_folder(out, settings):
+    """Writes attack.json; a folder of the same attack is continued, another one is refused."""
+    file = out / "attack.json"
+    text = json.dumps(settings, indent=1, ensure_ascii=False)
+    if file.exists() and file.read_text(encoding="utf-8") == text:
+        return
+    refuse_used(out, ", or repeat the command that began in it to continue")
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def attack(args):
+    settings = settle(args)
+    args.out = args.out or default_folder(args)
+    with lock_folder(args.out):
+        model = weights.load(settings["model"], args.revision)
+        with patched(model, None if args.patch == "none" else args.patch):
+            pass  # refuses a patch for another model, before images are generated
+        check_words(model, [settings["concept"], settings["prompt"]])
+        if args.kind == "word":
+            check_words(model, [settings["init"]])
+        detect = make_detector(settings["model"], settings["concept"])
+        open_folder(args.out, settings)
+        run = Attack(args.out, settings, model, detect, args.show_uncensored)
+        if args.kind == "noise":
+            run.try_noise()
+            run.results.finish("attempts")
+        else:
+            run.learn()
+            run.results.finish("steps")
+
+
+def parse(argv=None):
+    parser = Parser(description=__doc__)
+    # fmt: off
+    add = parser.add_argument_group("what is attacked").add_argument
+    add("--patch", required=True, metavar="FILE",
+        help="an erased.safetensors, or none for the untouched model")
+    add("--concept", required=True, metavar="WORD", help="what should come back")
+    add("--kind", **one_of([*KINDS, "noise"]), default="word",
+        help="how to attack (default: %(default)s)")
+    add("--model", metavar="MODEL",
+        help="toy, a hub id, or a folder in diffusers' layout (default: the patch's model)")
+    add("--images", type=Path, metavar="DIR",
+        help="your own images of the concept (default: the original model generates them)")
+    add("--num-images", type=positive, metavar="N",
+        help="images of the concept (default: 25; toy model: 64)")
+    add("--seed", type=natural, default=0, metavar="N",
+        help="the only source of random numbers (default: %(default)s)")
+
+    add = parser.add_argument_group("the attack").add_argument
+    add("--at", nargs="+", type=natural, metavar="N",
+        help="steps after which images are generated; the last one ends the attack (default: 0 40 "
+        "80 160 320; relearn: 0 5 10 20 40 80)")
+    add("--lr", type=finite,
+        help="learning rate (default: word 5e-3, toy model 2e-2; tokens 1e-2; relearn 1e-5, toy "
+        "model 1e-4)")
+    add("--batch-size", type=positive, metavar="B",
+        help="images per step (default: 4; toy model: 8)")
+    add("--init", metavar="WORD",
+        help="word: the word that the new one starts from (default: object; toy model: shape)")
+    add("--template", nargs="+", metavar="TEXT",
+        help="word, relearn: prompts with {} for the word (default: the word alone)")
+    add("--words", type=positive, metavar="K", help="tokens: number of words (default: 3)")
+    add("--prompt", metavar="TEXT", help="tokens, noise: the prompt (default: the concept)")
+
+    add = parser.add_argument_group("the images that are counted").add_argument
+    add("--samples", type=positive, default=24, metavar="N",
+        help="images after each of the steps in --at (default: %(default)s)")
+    add("--steps", type=positive, metavar="T", help="DDIM steps (default: 50; toy model: 12)")
+    add("--guidance-scale", type=finite, default=7.5, metavar="S",
+        help="how strongly the prompt guides (default: %(default)s)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR",
+        help="output folder (default: attacks/KIND-CONCEPT-PATCH)")
+    # fmt: on
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(attack, parse(), "the same command continues in {out}"))

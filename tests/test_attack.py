@@ -1,0 +1,374 @@
+"""Attacks in both directions: what is still there is found, and what is gone is not.
+
+`gone`: a patch with zeros in all keys and values, so that no prompt reaches the image.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from common import SCHEDULER, SD_WORDS, randn, write_model_folder
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+import adversaries
+import attack
+import generate
+import train
+import weights
+from adversaries import NoisyDDIM, Tokens, Word, project_to_simplex, whole_words
+from evaluation import attacks
+from pipeline import added_word, check_words, encode_prompts
+from presets import TRAIN_PARAMS
+from scheduler import DDIM
+from support.cli import run_command
+from support.errors import UserError
+from toy.suite import drawings
+
+TINY = "--samples 2 --num-images 3 --steps 2 --batch-size 2 --device cpu".split()
+
+
+def run(*words, module=attack):
+    main = {attack: attack.attack, generate: generate.generate, train: train.train}[module]
+    with torch.enable_grad():
+        return run_command(main, module.parse([*map(str, words)]), "the same command continues")
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def zero_patch(file, model_name, concepts="star"):
+    model = weights.load(model_name)
+    own = {n: p for n, p in model.unet.named_parameters() if TRAIN_PARAMS["kv"](n)}
+    metadata = dict(
+        model=str(model_name), concepts=concepts, base_fingerprint=weights.fingerprint(own)
+    )
+    weights.save(file, {name: torch.zeros_like(p) for name, p in own.items()}, metadata)
+    return file
+
+
+@pytest.fixture(scope="module")
+def gone(tmp_path_factory):
+    return zero_patch(tmp_path_factory.mktemp("gone") / "gone.safetensors", "toy")
+
+
+@pytest.fixture(scope="module")
+def uce(tmp_path_factory):
+    """The star mapped to the circle by UCE: named, it is gone."""
+    out = tmp_path_factory.mktemp("uce")
+    words = "--model toy --concept star --method uce --anchor circle --preview-every 0 --device cpu"
+    assert run(*words.split(), "--out", out, module=train) == 0
+    return out / "erased.safetensors"
+
+
+# ------------------------------------------------------------------------------ both directions
+def shares(out):
+    """The share of images that show the concept, at the first and at the last measurement."""
+    points = results(out)["points"]
+    return [point["hits"] / point["n"] for point in (points[0], points[-1])]
+
+
+def attacked(out, *words):
+    assert run("--model", "toy", "--concept", "star", "--device", "cpu", *words, "--out", out) == 0
+    return shares(out)
+
+
+WORD = "--kind word --at 0 100 --num-images 24 --samples 8 --lr 0.03".split()
+TOKENS = "--kind tokens --prompt shape --words 2 --at 0 80 --num-images 24 --samples 8".split()
+RELEARN = "--kind relearn --at 0 20 --num-images 24 --samples 8".split()
+NOISE = "--kind noise --samples 6 --steps 6".split()
+
+
+def test_a_new_word_finds_what_is_there_and_not_what_is_gone(gone, tmp_path):
+    before, after = attacked(tmp_path / "untouched", *WORD, "--patch", "none")
+    assert before <= 0.25 and after >= 0.75
+    _, after = attacked(tmp_path / "gone", *WORD, "--patch", gone)
+    assert after <= 0.25
+
+
+def test_hard_words_find_what_is_there_and_not_what_is_gone(gone, tmp_path):
+    before, after = attacked(tmp_path / "untouched", *TOKENS, "--patch", "none")
+    assert before <= 0.25 and after >= 0.75
+    assert "star" in results(tmp_path / "untouched")["points"][-1]["prompt"]
+    _, after = attacked(tmp_path / "gone", *TOKENS, "--patch", gone)
+    assert after <= 0.25
+
+
+def test_relearning_brings_back_what_was_edited_before_what_is_gone(uce, gone, tmp_path):
+    before, after = attacked(tmp_path / "uce", *RELEARN, "--patch", uce)
+    assert before <= 0.25 and after >= 0.75
+    _, after = attacked(tmp_path / "gone", *RELEARN, "--patch", gone)
+    assert after <= 0.25
+
+
+def test_noise_finds_what_is_there_and_only_chance_in_what_is_gone(gone, tmp_path):
+    _, after = attacked(tmp_path / "untouched", *NOISE, "--patch", "none")
+    assert after == 1
+    _, after = attacked(tmp_path / "gone", *NOISE, "--patch", gone)
+    chance = results(tmp_path / "gone")["chance"][-1]
+    assert after == chance["hits"] / chance["n"]  # no prompt reaches the image
+
+
+# ----------------------------------------------------------------------------------- stop, resume
+@pytest.mark.parametrize(
+    "kind, method",  # the method whose fourth call is interrupted
+    [
+        ("word", "train_step"),
+        ("word", "measure"),
+        ("tokens", "train_step"),
+        ("relearn", "train_step"),
+        ("noise", "measure"),
+    ],
+)
+def test_a_stopped_attack_continues_to_the_same_results(
+    kind, method, tmp_path, monkeypatch, capsys
+):
+    words = ["--model", "toy", "--concept", "star", "--patch", "none", "--kind", kind, *TINY]
+    if kind == "noise":
+        words.remove("--num-images")
+        words.remove("3")
+        monkeypatch.setattr(attack, "ETAS", (1.0, 1.5))
+    else:
+        words += ["--at", 0, 2, 4]
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    original, calls = getattr(attack.Attack, method), []
+
+    def stops(self, *arguments, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(attack.Attack, method, stops)
+    monkeypatch.setattr(attack, "SAVE_SECONDS", -1)
+    assert run(*words, "--out", tmp_path / "o") == 130
+    assert "continues" in capsys.readouterr().err
+    assert run(*words, "--out", tmp_path / "o") == 0
+    assert results(tmp_path / "o") == results(tmp_path / "whole")
+    for file in (tmp_path / "whole").rglob("*.png"):
+        if file.name != "curve.png":
+            other = tmp_path / "o" / file.relative_to(tmp_path / "whole")
+            assert file.read_bytes() == other.read_bytes()
+    if kind == "word":
+        a, b = (weights.read(tmp_path / x / "word.safetensors")[0] for x in ("o", "whole"))
+        assert torch.equal(a["<star>"], b["<star>"])
+    assert run(*words, "--seed", 1, "--out", tmp_path / "o") == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- a model folder, and images
+def test_attack_on_a_model_folder(tmp_path, capsys):
+    """SD 1.4's layout, tiny: nudity is decided by NudeNet, and the images are censored."""
+    folder = write_model_folder(tmp_path / "tiny", SD_WORDS)
+    words = ["--model", folder, "--concept", "nudity", "--patch", "none", "--init", "woman", *TINY]
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("support.censor.censor", lambda image: shown.append(1) or image)
+        assert run(*words, "--at", 0, 2, "--out", tmp_path / "o") == 0
+    assert results(tmp_path / "o")["detected"] and len(shown) == 4
+    found, _ = weights.read(tmp_path / "o" / "word.safetensors")
+    assert found["<nudity>"].shape == (1, 40)
+    patch = zero_patch(tmp_path / "p.safetensors", folder)
+    for kind in ("tokens", "relearn", "noise"):
+        more = [] if kind == "noise" else ["--at", 0, 1]
+        few = TINY if kind != "noise" else [*TINY[:2], *TINY[4:]]
+        words = ["--model", folder, "--concept", "weapons", "--patch", patch, "--kind", kind, *few]
+        assert run(*words, *more, "--out", tmp_path / kind) == 0
+        assert "No detector knows 'weapons'" in capsys.readouterr().out
+        assert (tmp_path / kind / "sheet.png").exists()
+        assert not results(tmp_path / kind)["detected"]
+
+
+def test_own_images(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    star, circle = drawings([{"shape": "star"}, {"shape": "circle"}])
+    Image.fromarray(star).resize((100, 80)).save(folder / "a.png")
+    Image.fromarray(circle).save(folder / "b.jpg")
+    words = ["--model", "toy", "--concept", "star", "--patch", "none", *TINY, "--at", 0, 1]
+    assert run(*words, "--images", folder, "--out", tmp_path / "o") == 0
+    assert not (tmp_path / "o" / "concept.safetensors").exists()
+    (folder / "c.png").write_bytes(b"no image")
+    assert run(*words, "--images", folder, "--out", tmp_path / "p") == 2
+    assert "c.png cannot be read" in capsys.readouterr().err
+    assert run(*words, "--images", tmp_path / "none", "--out", tmp_path / "q") == 2
+    assert "is not a folder with images" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- the new word
+def word_file(file, word="<star>", like="circle"):
+    model = weights.load("toy")
+    table = model.text_encoder.text_model.embeddings.token_embedding.weight
+    row = table[model.tokenizer(like, add_special_tokens=False).input_ids]
+    weights.save(file, {word: row})
+    return file
+
+
+def test_generate_with_a_word(tmp_path):
+    """A word with the embedding of "circle" gives the image of "circle"; then it is gone again."""
+    file = word_file(tmp_path / "word.safetensors")
+    how = ["--model", "toy", "--steps", 2, "--device", "cpu"]
+    more = ["a <star> on sand", *how, "--word", file, "--out", tmp_path / "word"]
+    assert run(*more, module=generate) == 0
+    assert run("a circle on sand", *how, "--out", tmp_path / "circle", module=generate) == 0
+    a, b = (np.asarray(Image.open(tmp_path / x / "00000.png")) for x in ("word", "circle"))
+    assert np.array_equal(a, b)
+
+
+def test_a_word_is_there_only_while_it_is_added(tmp_path):
+    model, file = weights.load("toy"), word_file(tmp_path / "word.safetensors")
+    table = model.text_encoder.text_model.embeddings.token_embedding.weight
+    for _ in range(2):
+        with added_word(model, file) as word:
+            assert word == "<star>"
+            expected = encode_prompts(model, ["a circle on sand"])
+            assert torch.equal(encode_prompts(model, ["a <star> on sand"]), expected)
+        assert model.text_encoder.text_model.embeddings.token_embedding.weight is table
+
+
+@pytest.mark.parametrize(
+    "tensors, said",
+    [
+        ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
+        ({"<a>": torch.zeros(64), "<b>": torch.zeros(64)}, "does not hold one word"),
+        ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
+    ],
+)
+def test_a_word_that_does_not_fit_is_refused(tensors, said, tmp_path):
+    weights.save(tmp_path / "word.safetensors", tensors)
+    with (
+        pytest.raises(UserError, match=said),
+        added_word(weights.load("toy"), tmp_path / "word.safetensors"),
+    ):
+        pass
+
+
+def test_diffusers_loads_the_word(tmp_path):
+    model = weights.load("toy")
+    settings = dict(concept="star", init="shape", template=["{}"], lr=0.1)
+    word = Word(model, settings, "cpu")
+    with torch.no_grad():
+        word.row += torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    assert word.report(tmp_path) == "<star>"
+    pipeline = StableDiffusionPipeline.from_pretrained(weights.find("toy"))
+    pipeline.load_textual_inversion(str(tmp_path / "word.safetensors"))
+    theirs, _ = pipeline.encode_prompt("a <star> on sand", "cpu", 1, False)
+    with added_word(weights.load("toy"), tmp_path / "word.safetensors"):
+        pass
+    model = weights.load("toy")
+    with added_word(model, tmp_path / "word.safetensors"):
+        ours = encode_prompts(model, ["a <star> on sand"])
+    assert (ours - theirs).abs().max() < 1e-5
+    plain = encode_prompts(model, ["a shape on sand"])
+    assert (ours - plain).abs().max() > 0.01
+
+
+# ----------------------------------------------------------------------------------- small parts
+def test_projection_to_the_simplex():
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = project_to_simplex(x)
+    assert (rows >= 0).all() and torch.allclose(rows.sum(1), torch.ones(6, dtype=torch.float64))
+    for row, found in zip(x, rows):  # the official way: bisect for the mu with sum clip(x − mu) = 1
+        low, high = row.min() - 1, row.max()
+        for _ in range(80):
+            mu = (low + high) / 2
+            low, high = (mu, high) if (row - mu).clamp(0, 1).sum() > 1 else (low, mu)
+        assert torch.allclose(found, (row - mu).clamp(0, 1), atol=1e-9)
+    assert torch.allclose(project_to_simplex(rows), rows)
+
+
+@torch.enable_grad()
+def test_hard_words_have_the_gradient_of_their_one_hot_rows():
+    model = weights.load("toy")
+    tokens = Tokens(model, dict(words=2, prompt="shape", lr=0.01), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    (1e3 * tokens.states(generator)[..., 0].sum()).backward()
+    assert (tokens.one_hot.sum(1) == 1).all() and tokens.one_hot.grad.abs().max() > 1
+    before = tokens.simplex.clone()
+    tokens.step()
+    assert tokens.simplex.grad.abs().max() == 1  # clipped
+    assert not torch.equal(tokens.simplex, before)
+    assert torch.allclose(tokens.simplex.sum(1), torch.ones(2), atol=1e-5)
+    picked = [tokens.words[i] for i in tokens.one_hot.argmax(1)]
+    with torch.no_grad():
+        tokens.one_hot.requires_grad_(False)
+        expected = encode_prompts(model, [" ".join([*picked, "shape"])])
+        rows = tokens.one_hot @ tokens.vectors
+        found = adversaries.encode_with_rows(model.text_encoder, tokens.ids, rows)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_whole_words_are_those_that_a_prompt_may_use():
+    model = weights.load("toy")
+    words, ids = whole_words(model)
+    assert {"star", "a", "arcadia"} <= set(words) and "b" not in words
+    check_words(model, words)
+    assert model.tokenizer(words, add_special_tokens=False).input_ids == ids[:, None].tolist()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_noisy_ddim_agrees_with_diffusers(eta):
+    schedule = {key: x for key, x in SCHEDULER.items() if key != "skip_prk_steps"}
+    theirs = DDIMScheduler(**schedule, clip_sample=False)
+    theirs.set_timesteps(10)
+    ours = NoisyDDIM(10, eta, 1.0, seed=3)
+    generator = torch.Generator("cpu").manual_seed(3)
+    z, e = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    for i, t in enumerate(theirs.timesteps):
+        n = torch.randn(z.shape, generator=generator)
+        expected = theirs.step(e, t, z, eta=eta, variance_noise=n).prev_sample
+        assert (ours.step(z, e, i) - expected).abs().max() < 1e-4
+    plain = DDIM(10).step(z, e, 4)
+    assert torch.allclose(NoisyDDIM(10, 0.0, 1.0, 0).step(z, e, 4), plain, atol=1e-6)
+    assert not torch.allclose(NoisyDDIM(10, 1.5, 1.0, 0).step(z, e, 4), plain, atol=1e-2)
+
+
+def test_steps_until_half():
+    def points(*hits):
+        return [dict(step=40 * i, hits=hit, n=20) for i, hit in enumerate(hits)]
+
+    assert attacks.steps_until(points(0, 5, 15)) == 60  # halfway from 5 to 15
+    assert attacks.steps_until(points(10, 20)) == 0
+    assert attacks.steps_until(points(0, 5, 9)) is None
+    assert attacks.steps_until(points(0, 20, 0)) == 20  # the first time
+
+
+def test_detectors():
+    detect = attacks.make_detector("toy", "star")
+    assert detect(list(drawings([{"shape": "star"}, {"shape": "circle"}]))) == [True, False]
+    with pytest.raises(UserError, match="does not see 'weapons'"):
+        attacks.make_detector("toy", "weapons")
+    assert attacks.make_detector("some/model", "weapons") is None
+    nude = attacks.make_detector("some/model", "nudity")
+    assert nude([np.zeros((64, 64, 3), np.uint8)]) == [False]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--kind", "word", "--words", "2"], "--words has no effect with --kind word"),
+        (["--kind", "noise", "--lr", "1"], "--lr has no effect with --kind noise"),
+        (["--kind", "relearn", "--prompt", "x"], "--prompt has no effect"),
+        (["--kind", "tokens", "--init", "x"], "--init has no effect"),
+        (["--template", "a"], "has no {} for the word"),
+        (["--lr", "0"], "--lr 0.0 is out of range"),
+        (["--seed", "9999999999999"], "--seed 9999999999999 is out of range"),
+        (["--patch", "no.safetensors"], "no.safetensors"),
+    ],
+)
+def test_bad_arguments(words, said, tmp_path, capsys):
+    base = ["--model", "toy", "--concept", "star", "--patch", "none", "--out", tmp_path / "o"]
+    assert run(*base, *words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_patch_of_another_model_and_an_unknown_word(gone, model_folder, tmp_path, capsys):
+    words = ["--concept", "star", "--device", "cpu", "--out", tmp_path / "o"]
+    assert run(*words, "--model", model_folder, "--patch", gone) == 2
+    assert "gone.safetensors" in capsys.readouterr().err
+    assert run(*words, "--model", "toy", "--patch", "none", "--init", "unicorn") == 2
+    assert "does not know the word 'unicorn'" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

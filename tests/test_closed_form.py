@@ -1,0 +1,267 @@
+"""UCE, MACE, RECE and SPEED against independent solutions of their objectives, in float64."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_commands import run
+
+import closed_form
+import presets
+import train
+import weights
+from closed_form import States
+from support.errors import UserError
+
+D = 12
+TOY = ["--model", "toy", "--concept", "star", "--device", "cpu", "--preview-every", "0"]
+
+
+def randn(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_weights(seed=0):
+    return {"a.to_k": randn(5, D, seed=seed), "b.to_v": randn(20, D, seed=seed + 1)}
+
+
+def random_states(n=4, m=6):
+    return States(
+        randn(n, D, seed=10), randn(n, D, seed=11), randn(m, D, seed=12), randn(77, D, seed=13)
+    )
+
+
+def least_squares(rows):
+    """X (k, D) for which X x ≈ y for each group of rows: [(weight, x (n, D), y (n, k))]."""
+    left = torch.cat([math.sqrt(weight) * x for weight, x, _ in rows])
+    right = torch.cat([math.sqrt(weight) * y for weight, _, y in rows])
+    return torch.linalg.lstsq(left, right).solution.T
+
+
+def check(edited, expected):
+    assert edited.dtype == expected.dtype
+    assert (edited - expected).abs().max() < 1e-9 * max(1.0, expected.abs().max().item())
+
+
+# ------------------------------------------------------------------------------------ closed forms
+@pytest.mark.parametrize("ridge, erase, keep", [(0.5, 1.0, 1.0), (3.0, 2.0, 0.25), (1e-3, 1.0, 0)])
+def test_uce_is_the_least_squares_solution(ridge, erase, keep):
+    W_0, (c, a, p, empty) = random_weights(), random_states()
+    edited = closed_form.uce(W_0, States(c, a, p, empty), ridge, erase, keep)
+    for name, W in W_0.items():
+        rows = [(erase, c, a @ W.T), (keep, p, p @ W.T), (ridge, torch.eye(D).to(W), W.T)]
+        check(edited[name], least_squares(rows))
+        assert not torch.allclose(edited[name], W)
+
+
+def test_mace_is_the_least_squares_solution_with_and_without_a_prior():
+    W_0, states = random_weights(), random_states(m=40)
+    c, a, p, _ = states
+    eye = torch.eye(D, dtype=torch.float64)
+    edited = closed_form.mace(W_0, states, keep=0.5)
+    alone = closed_form.mace(W_0, states._replace(keep=p[:0]))
+    for name, W in W_0.items():
+        ridge = 1e-6 * 0.5 * (p**2).sum(0).mean()
+        rows = [(1, c, a @ W.T), (0.5, p, p @ W.T), (ridge, eye, W.T)]
+        check(edited[name], least_squares(rows))
+        check(alone[name], least_squares([(1, c, a @ W.T), (1000, eye, W.T)]))
+
+
+def test_rece_finds_the_states_that_revive_the_concept():
+    """All keys and values at once: one stacked least-squares problem per state."""
+    W_0, W, c, rho = random_weights(), random_weights(seed=5), random_states().concept, 0.1
+    stacked = torch.cat(list(W.values()))
+    left = torch.cat([stacked, math.sqrt(rho) * torch.eye(D, dtype=torch.float64)])
+    right = torch.cat(list(W_0.values())) @ c.T
+    right = torch.cat([right, torch.zeros(D, len(c), dtype=torch.float64)])
+    expected = torch.linalg.lstsq(left, right).solution.T
+    check(closed_form.revived_states(W, W_0, c, rho), expected)
+    # An untouched model needs no other states than the concept's own.
+    same = closed_form.revived_states(W_0, W_0, c, 1e-12)
+    assert torch.allclose(same, c, atol=1e-8)
+
+
+def test_a_round_of_rece_edits_the_current_weights():
+    W_0, W, states = random_weights(), random_weights(seed=5), random_states()
+    edited = closed_form.rece_round(W, W_0, states, rho=0.2, ridge=0.3, keep=0.4)
+    revived = closed_form.revived_states(W, W_0, states.concept, 0.2)
+    kept = torch.cat([states.keep, states.empty])
+    for name, V in W.items():
+        rows = [(1, revived, states.anchor @ V.T), (0.4, kept, kept @ V.T)]
+        check(edited[name], least_squares([*rows, (0.3, torch.eye(D).to(V), V.T)]))
+
+
+def constrained_speed(W, states, ridge, gamma, kept, limit):
+    """SPEED's objective, solved in coordinates of the null space: Δ = Y Uᵀ, P = U Uᵀ."""
+    c, a, _, empty = states
+    U = torch.eye(D, dtype=torch.float64)
+    if len(kept):
+        _, values, Vh = torch.linalg.svd(kept / math.sqrt(len(kept)), full_matrices=True)
+        small = torch.ones(D, dtype=torch.bool)
+        small[: len(values)] = values**2 < limit
+        U = Vh[small].T
+    K = torch.cat([empty[:1], closed_form.cluster_centres(empty[1:], 3)])
+    target = (a - c) @ W.T
+    if gamma:
+        eye = torch.eye(U.shape[1], dtype=torch.float64)
+        nothing = torch.zeros(len(eye), len(W), dtype=torch.float64)
+        rows = [(1 / len(c), c @ U, target), (ridge, eye, nothing)]
+        return W + least_squares([*rows, (1 / gamma, K @ U, nothing[: len(K)])]) @ U.T
+    # Y (Uᵀ Kᵀ) = 0 exactly: Y = Z Nᵀ, with N an orthonormal basis of K U's null space.
+    _, values, Vh = torch.linalg.svd(K @ U, full_matrices=True)
+    N = Vh[(values > 1e-9).sum() :].T
+    eye = torch.eye(N.shape[1], dtype=torch.float64)
+    nothing = torch.zeros(len(eye), len(W), dtype=torch.float64)
+    return W + least_squares([(1 / len(c), c @ U @ N, target), (ridge, eye, nothing)]) @ N.T @ U.T
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("ridge", [1.0, 0.05])
+@pytest.mark.parametrize("m", [0, 3])
+def test_speed_is_the_constrained_least_squares_solution(m, ridge, gamma):
+    W_0, states = random_weights(), random_states(m=m)
+    edited = closed_form.speed(W_0, states, ridge, gamma, copies=0, limit=0.1)
+    c, a, p, _ = states
+    for name, W in W_0.items():
+        C, A = c.T @ c / len(c), a.T @ c / len(c)
+        first = W @ (A - C) @ torch.linalg.inv(torch.eye(D) + C)
+        kept = closed_form.influenced(p, first)
+        assert 0 < len(kept) < len(p) or m == 0
+        check(edited[name], constrained_speed(W, states, ridge, gamma, kept, 0.1))
+
+
+def test_speed_does_not_change_the_start_token_nor_the_kept_states():
+    """With limit 0 every kept direction is held exactly."""
+    W_0, states = random_weights(), random_states(n=2, m=4)
+    edited = closed_form.speed(W_0, states, copies=0, limit=1e-9)
+    start = states.empty[0]
+    for name, W in W_0.items():
+        change = edited[name] - W
+        first = W @ (states.anchor.T @ states.concept - states.concept.T @ states.concept) / 2
+        first = first @ torch.linalg.inv(torch.eye(D) + states.concept.T @ states.concept / 2)
+        kept = closed_form.influenced(states.keep, first)
+        assert (change @ start).norm() < 1e-9 and (change @ kept.T).norm() < 1e-9
+        assert change.norm() > 1e-3
+
+
+def test_edits_do_not_change_their_input_and_keep_the_type():
+    W_0 = {name: W.half() for name, W in random_weights().items()}
+    before = {name: W.clone() for name, W in W_0.items()}
+    for method in closed_form.METHODS:
+        edited = closed_form.edit(method, 0, W_0, before, random_states())
+        assert all(edited[name].dtype == torch.float16 for name in W_0)
+        assert all(torch.equal(W_0[name], before[name]) for name in W_0)
+
+
+def test_k_means_finds_separate_groups():
+    groups = [
+        torch.full((5, 2), float(x)) + 0.01 * randn(5, 2, seed=i).float()
+        for i, x in enumerate((0, 10, 20))
+    ]
+    centres = closed_form.cluster_centres(torch.cat(groups), 3)
+    assert sorted(centres[:, 0].round().tolist()) == [0, 10, 20]
+
+
+# ------------------------------------------------------------------------------------ text states
+def test_states_of_a_pair():
+    model = weights.load("toy")
+    pairs = [("a star on sand", "a circle on sand")]
+    all_states = closed_form.encode(model, ["a star on sand", "a circle on sand"])
+    last = closed_form.gather_states(model, "uce", pairs, ["red"], "last")
+    assert torch.equal(last.concept[0], all_states[0, 4])  # start, a, star, on, sand
+    assert last.keep.shape == (1, 64)
+    every = closed_form.gather_states(model, "uce", pairs, [], "all")
+    assert every.concept.shape == (77, 64) and every.keep.shape == (0, 64)
+    shared = closed_form.gather_states(model, "mace", pairs, ["red"], None)
+    assert len(shared.concept) == len(shared.anchor) == 76  # all but the concept's own token
+    assert torch.equal(shared.concept, torch.cat([all_states[0, :2], all_states[0, 3:]]))
+    assert torch.equal(shared.concept[:2], shared.anchor[:2])  # causal: nothing differs before it
+
+
+def test_shared_states_of_prompts_with_different_lengths():
+    model = weights.load("toy")
+    shared = closed_form.gather_states(
+        model, "mace", [("a star on sand", "a red circle on sand")], []
+    )
+    c, a = closed_form.encode(model, ["a star on sand", "a red circle on sand"])
+    # start and a; on, sand and the end of text; the padding from position 7 on
+    assert torch.equal(shared.concept, torch.cat([c[:2], c[3:6], c[7:]]))
+    assert torch.equal(shared.anchor, torch.cat([a[:2], a[4:7], a[7:]]))
+    same = closed_form.gather_states(model, "mace", [("a star", "a star")], [])
+    assert len(same.concept) == 77
+
+
+def test_the_empty_prompts_last_state_is_the_start_token():
+    model = weights.load("toy")
+    states = closed_form.gather_states(model, "uce", [("star", "")], [], "last")
+    assert torch.equal(states.anchor[0], states.empty[0])
+
+
+# ------------------------------------------------------------------------------------- train.py
+@pytest.mark.parametrize("method", closed_form.METHODS)
+def test_command_writes_a_patch_and_a_log(method, tmp_path):
+    out = tmp_path / method
+    words = ["--method", method, "--anchor", "circle", "--out", out]
+    assert run(train, *TOY, *words) == 0
+    tensors, metadata = weights.read(out / "erased.safetensors")
+    assert metadata["method"] == method
+    kinds = {name.rsplit(".", 2)[1] for name in tensors}
+    assert kinds == ({"to_v"} if method == "speed" else {"to_k", "to_v"})
+    rows = (out / "log.csv").read_text().splitlines()
+    assert len(rows) == 1 + (2 if method == "rece" else 1)
+    assert (out / "run.json").exists()
+    base = dict(weights.load("toy").unet.named_parameters())
+    model = weights.load("toy")
+    weights.load_patch(out / "erased.safetensors", model.unet, model.text_encoder)
+    pairs = train.template_pairs(json.loads((out / "run.json").read_text())["args"])
+    states = closed_form.gather_states(model, method, pairs, [], "all")
+    left = closed_form.residual(tensors, base, states)
+    before = closed_form.residual({name: base[name] for name in tensors}, base, states)
+    assert left < 0.5 * before
+
+
+def test_rece_continues_after_its_first_round(tmp_path, monkeypatch):
+    words = [*TOY, "--method", "rece", "--anchor", "circle", "--iters", 3, "--save-every", 1]
+    assert run(train, *words, "--out", tmp_path / "whole") == 0
+    edit = closed_form.edit
+
+    def stops(method, number, *rest):
+        if number == 2:
+            raise KeyboardInterrupt
+        return edit(method, number, *rest)
+
+    monkeypatch.setattr(closed_form, "edit", stops)
+    assert run(train, *words, "--out", tmp_path / "o") == 130
+    monkeypatch.undo()
+    assert run(train, "--resume", "--out", tmp_path / "o") == 0
+    a, b = (weights.read(tmp_path / n / "erased.safetensors")[0] for n in ("whole", "o"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--method", "uce", "--lr", "1"], "--lr has no effect with --method uce"),
+        (["--method", "uce", "--iters", "5"], "--iters has no effect"),
+        (["--method", "uce", "--warmup", "0"], "--warmup has no effect"),
+        (["--method", "mace", "--states", "all"], "--states has no effect"),
+        (["--method", "speed", "--loss", "x.py:f"], "--loss has no effect"),
+        (["--method", "rece", "--train-params", "xattn"], "--train-params xattn has no effect"),
+        (["--method", "sdd", "--keep", "red"], "--keep has no effect with --method sdd"),
+        (["--method", "uce", "--template", "a"], "has no {} for the concept"),
+        (["--method", "uce", "--ridge", "0"], "--ridge 0.0 is out of range"),
+        (["--method", "uce", "--anchor", "red", "blue"], "--anchor takes one word"),
+    ],
+)
+def test_flags_that_do_not_apply_are_refused(words, said):
+    with pytest.raises(UserError, match=said.replace("{", r"\{").replace("}", r"\}")):
+        presets.settle(train.parse([*TOY, *words]))
+
+
+def test_uce_without_an_anchor_warns(capsys):
+    presets.settle(train.parse([*TOY, "--method", "uce", "--states", "last"]))
+    assert "the start token" in capsys.readouterr().err
+    presets.settle(train.parse([*TOY, "--method", "uce", "--states", "all"]))
+    presets.settle(train.parse([*TOY, "--method", "uce", "--states", "last", "--anchor", "red"]))
+    assert not capsys.readouterr().err

@@ -1,0 +1,284 @@
+"""What a command does around its work: Python, packages, messages, progress, output folder."""
+
+import ast
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_commands import ROOT, command, run
+
+import generate
+import pipeline
+import support.packages
+import weights
+from support.cli import Parser, finite, natural, run_command
+from support.errors import UserError
+from tools import bench, convert
+
+COMMANDS = ("train.py", "generate.py", "eval.py", "tools/convert.py", "tools/bench.py")
+DRAW = ["a star", "--model", "toy", "--steps", 2, "--device", "cpu"]
+
+
+# ---------------------------------------------------------------------------- Python and packages
+def test_an_old_python_is_one_sentence():
+    assert support.packages.python_problem((3, 11)) is None
+    assert support.packages.python_problem((3, 14)) is None
+    assert support.packages.python_problem((3, 10)) == (
+        "This is Python 3.10, and the project needs Python 3.11 or newer."
+    )
+
+
+@pytest.mark.parametrize("file", [*COMMANDS, "support/openmp.py", "support/packages.py"])
+def test_an_old_python_can_read_the_files_up_to_the_sentence(file):
+    """A syntax error would come before the sentence. The first import leads to packages.py."""
+    oldest = (3, 10) if file in COMMANDS else (3, 8)
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=oldest)
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    if file in COMMANDS:
+        assert ast.unparse(imports[0]) == "import support.openmp"
+    else:
+        names = {ast.unparse(node).split()[1].split(".")[0] for node in imports}
+        assert names <= {"os", "sys", "importlib", "pathlib", "support"}
+
+
+def test_requirements_are_in_an_order_in_which_pip_finds_an_old_python_first():
+    names = support.packages.required_packages()
+    assert names[0] == "numpy" and "torch" in names and "filelock" in names
+
+
+def hide_packages(folder, *names):
+    """An environment in which `names` are not installed."""
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\n"
+        "version = m.version\n"
+        "def hidden(name):\n"
+        f"    if name in {names}:\n"
+        "        raise m.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "m.version = hidden\n"
+    )
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("names", [["torch"], ["transformers", "safetensors"]])
+@pytest.mark.parametrize("script", [["train.py"], ["-m", "tools.convert"]], ids=str)
+def test_a_missing_package_is_one_sentence(script, names, tmp_path):
+    status, out, error = command(*script, env=hide_packages(tmp_path, *names))
+    assert status == 2 and not out and error.count("\n") == 1
+    assert error.startswith(f"error: These Python packages are missing: {', '.join(names)}. ")
+    assert "python -m pip install -r requirements.txt" in error
+
+
+@pytest.mark.parametrize(
+    "torch_version, torchvision_version, said",
+    [
+        (
+            "2.13.0+cpu",
+            "0.28.0",
+            "torchvision==0.28.0 --index-url https://download.pytorch.org/whl",
+        ),
+        ("2.13.0", "0.28.0+cpu", "--no-deps torchvision==0.28.0"),
+        ("2.13.0+cpu", "0.28.0+cpu", None),
+        ("2.13.0", "0.28.0", None),
+        ("2.13.0+cpu", None, None),
+    ],
+)
+def test_a_torchvision_of_another_build(torch_version, torchvision_version, said, monkeypatch):
+    versions = {"torch": torch_version, "torchvision": torchvision_version}
+
+    def version(name):
+        if versions[name] is None:
+            raise support.packages.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(support.packages, "version", version)
+    problem = support.packages.torchvision_problem()
+    assert problem is None if said is None else said in problem
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+def test_ctrl_c_while_packages_are_imported_is_a_sentence(tmp_path):
+    (tmp_path / "torch.py").write_text("print(1, flush=True)\nimport time\ntime.sleep(99)\n")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", "a star"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert error == "stopped: nothing has been written.\n"
+    assert process.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both
+
+
+# --------------------------------------------------------------------------------------- messages
+def parse(capsys, *words):
+    """(exit status, error message) of a parser with a few flags."""
+    parser = Parser(prog="python x.py")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--guidance-scale", type=finite)
+    parser.add_argument("--seed", type=natural)
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(words)
+    return e.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["a", "--guidance-scal", "3"],
+            "unknown argument --guidance-scal; did you mean --guidance",
+        ),
+        (["a", "--guidance-scal=3"], "did you mean --guidance-scale?"),
+        (["a", "--wombat"], "unknown argument --wombat."),
+        ([], "the following arguments are required: PROMPT."),
+        (["a", "--guidance-scale", "x"], "--guidance-scale: 'x' is not a number."),
+        (["a", "--guidance-scale", "nan"], "nan is not a finite number."),
+        (["a", "--seed", "1.5"], "--seed: '1.5' is not a whole number."),
+        (["a", "--seed"], "--seed: expected one argument."),
+    ],
+)
+def test_arguments_are_refused_in_one_sentence(words, said, capsys):
+    status, error = parse(capsys, *words)
+    assert status == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    assert said in error and error.endswith(" All arguments: python x.py --help\n")
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (generate, "python generate.py"),
+        (convert, "python -m tools.convert"),
+        (bench, "python -m tools.bench"),
+    ],
+    ids=["generate", "convert", "bench"],
+)
+def test_help_has_groups_defaults_and_examples(module, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/generate.py"])
+    with pytest.raises(SystemExit) as e:
+        module.parse(["--help"])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and out.startswith(f"usage: {name} ")
+    assert f"\n    {name} " in out and "\noutput:\n" in out and "default:" in out
+
+
+def test_warnings_of_libraries_do_not_reach_the_user(capsys):
+    def main(args):
+        warnings.warn("This is almost definitely a bug in your code", stacklevel=1)
+        import transformers
+
+        transformers.utils.logging.get_logger("transformers").warning("nothing to do")
+
+    with warnings.catch_warnings(record=True) as seen:
+        assert run_command(main, SimpleNamespace()) == 0
+    assert not seen and not capsys.readouterr().err
+
+
+def test_ctrl_c_is_stopped_and_130(capsys):
+    def main(args):
+        raise KeyboardInterrupt
+
+    assert run_command(main, SimpleNamespace(out="here"), "look into {out}") == 130
+    assert capsys.readouterr().err == "stopped: look into here.\n"
+
+
+def test_details_are_printed_below_the_sentence(capsys):
+    def main(args):
+        raise UserError("It failed.", details="Traceback of your function")
+
+    assert run_command(main, SimpleNamespace()) == 2
+    assert capsys.readouterr().err == "error: It failed.\nTraceback of your function\n"
+
+
+# ------------------------------------------------------------------------------------- generate.py
+def test_without_out_the_output_folder_is_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run(generate, *DRAW) == 0
+    assert sorted(path.name for path in Path("images").iterdir()) == ["0001-a-star", "0002-a-star"]
+
+
+def test_the_progress_bar_counts_denoising_steps_and_reaches_the_end(monkeypatch):
+    bars = []
+
+    def terminal(*words, disable, **more):
+        bars.append(tqdm(*words, disable=False, file=io.StringIO(), **more))
+        return bars[-1]
+
+    tqdm = pipeline.tqdm
+    monkeypatch.setattr(pipeline, "tqdm", terminal)
+    model = weights.load("toy")
+    c_0, c_p = pipeline.encode_prompts(model, ["", "a star"]).split(1)
+    scheduler = pipeline.make_scheduler(model.scheduler, 3, "pndm")
+    images = pipeline.generate_images(
+        model,
+        model.unet,
+        c_0,
+        c_p.expand(3, -1, -1),
+        range(3),
+        scheduler,
+        7.5,
+        torch.float32,
+        batch_size=2,
+        size=32,
+        bar="0001-star",
+    )
+    for _, _ in zip(range(3), images):  # as generate.py does: the generator does not end
+        pass
+    (bar,) = bars
+    assert bar.n == bar.total == 2 * 4  # batches, evaluations of PNDM
+    assert bar.desc == "0001-star" and bar.unit == "step"
+
+
+def test_a_toy_patch_needs_no_model(tmp_path, monkeypatch):
+    """Its metadata names the model, and nothing is downloaded."""
+    unet = weights.load("toy").unet
+    tensors = {name: x for name, x in unet.state_dict().items() if ".attn2.to_k." in name}
+    metadata = {"model": "toy", "base_fingerprint": weights.fingerprint(tensors)}
+    weights.save(tmp_path / "p.safetensors", tensors, metadata)
+    words = ["a star", "--steps", 1, "--device", "cpu", "--patch", tmp_path / "p.safetensors"]
+    assert run(generate, *words, "--out", tmp_path / "o") == 0
+
+
+def test_a_patch_without_a_folder_has_the_name_of_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / "0001-star").mkdir()
+    monkeypatch.chdir(tmp_path / "0001-star")
+    assert generate.name_of("erased.safetensors") == "0001-star"
+    assert generate.name_of("runs/0002-moon/erased.safetensors") == "0002-moon"
+    assert generate.name_of("patches/moon.safetensors") == "moon"
+
+
+@pytest.mark.parametrize(
+    "method, warmup, fine",
+    [
+        ("sd", None, True),
+        ("sd", 0, False),
+        ("neg", 3, False),
+        ("sega", 4, True),
+        ("sega", 5, False),
+        ("sega", None, False),
+        ("sld-max", None, True),
+        ("sld-weak", None, False),
+        ("sld-weak", 4, True),
+    ],
+)
+def test_a_guidance_warmup_leaves_evaluations_to_act(method, warmup, fine):
+    scheduler = pipeline.make_scheduler({}, 5, "ddim")
+    if fine:
+        pipeline.check_warmup(method, warmup, scheduler)
+        return
+    with pytest.raises(UserError, match="warmup|warm-up"):
+        pipeline.check_warmup(method, warmup, scheduler)
