@@ -28,6 +28,7 @@ SHORT = {  # flags that make a command short
     "train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2",
     "generate.py": "--steps 2",
     "eval.py": "--limit 3 --steps 2",
+    "attack.py": "--at 0 1 --samples 2 --num-images 4 --steps 2",
     "-m tools.convert": "",
     "-m report.page": "",
 }
@@ -82,7 +83,8 @@ def shortened(script, words, model):
         words[words.index("losses.py:sdd_loss")] = f"{ROOT / 'losses.py'}:sdd_loss"
     if "--help" in words or "--resume" in words or script == "-m report.page":
         return words
-    words += SHORT[script].split()
+    closed_form = "uce" in words  # it has no loop, and rejects the flags of one
+    words += ["--preview-steps", "2"] if closed_form else SHORT[script].split()
     if not {"toy", "--model", "--patch"} & set(words):  # a patch names its model
         words += ["--model", str(model)]
     if script != "-m tools.convert" and "--device" not in words:
