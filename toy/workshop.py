@@ -27,8 +27,9 @@ from guidance import cfg, sample
 from pipeline import encode_prompts, generate_images, initial_noise, make_scheduler
 from presets import PRESETS, TRAIN_PARAMS
 from support.images import grid
-from toy.draw import prompts
+from toy import shapes
 from toy.suite import see, shown
+from toy.worlds import prompts
 
 SHORT = bool(os.environ.get("WORKSHOP_SHORT"))
 TOY = PRESETS["toy"]  # the numbers of `python train.py --model toy`
@@ -95,7 +96,7 @@ def heat(values):
 
 def count(images, word):
     """The number of images in which the probe, a classifier of such images, sees `word`."""
-    return shown(images, word)[0]
+    return shown(shapes, images, word)[0]
 
 
 def distance(a, b):
@@ -106,9 +107,9 @@ def distance(a, b):
 def others_right(model, unet, n=24):
     """Generates n prompts without "star". Counts the images that show all that was asked for."""
     n = min(n, 4) if SHORT else n
-    pairs = prompts("other", ("star",), n, seed=5)  # [(prompt, {attribute: word})]
+    pairs = prompts(shapes, "other", ("star",), n, seed=5)  # [(prompt, {attribute: word})]
     c_0, c_p = encode_prompts(model, [""]), encode_prompts(model, [prompt for prompt, _ in pairs])
-    seen = see(generate_all(model, unet, c_0, c_p, range(100, 100 + n)))
+    seen = see(shapes, generate_all(model, unet, c_0, c_p, range(100, 100 + n)))
     right = 0
     for i, (_, asked) in enumerate(pairs):
         if all(seen[attribute][i] == word for attribute, word in asked.items()):
