@@ -766,7 +766,8 @@ def test_the_target_carries_no_gradient():
 
 
 @pytest.mark.parametrize(
-    "loss", [method.loss for method in presets.METHODS.values() if method.latents != "anchor"]
+    "loss",
+    [x.loss for x in presets.METHODS.values() if x.loss is not None and x.latents != "anchor"],
 )
 def test_gradient_reaches_the_trained_tensors_only(loss):
     ours, with_grad = Ours(CASE | dict(preserve=0.5, loss=loss)), []
