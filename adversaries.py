@@ -197,7 +197,7 @@ class NoisyDDIM(DDIM):
 
     def step(self, z, e, i):
         t = self.timesteps[i]
-        alpha, alpha_next = self._alpha(t), self._alpha(t - self.stride)
+        alpha, alpha_next = self.alpha(t), self.alpha(t - self.stride)
         z_0 = (z - (1 - alpha).sqrt() * e) / alpha.sqrt()
         variance = (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
         sigma = self.eta * variance.clamp(min=0).sqrt()
