@@ -16,7 +16,8 @@ Where this file differs from the papers:
 2. Tokens (UnlearnDiffAtk, arXiv 2310.11868): t is random in each step; the official code goes from
    10 to 990 and attacks each prompt and image on its own. Only whole words are used, so the words
    that are printed give the same tokens. The projection to the simplex is exact, not by bisection.
-3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name.
+3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name. It
+   also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the
    concept, so this also succeeds by chance. It repeats the attempts with the empty prompt.
 """
