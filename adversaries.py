@@ -123,9 +123,9 @@ class Tokens:
 def whole_words(model):
     """(words, their ids): tokens that are whole words, so that their text gives the same token."""
     words, ids = [], []
-    candidates = {
-        token[:-4]: i for token, i in model.tokenizer.get_vocab().items() if token.endswith("</w>")
-    }
+    # By id, because get_vocab returns its words in another order each time.
+    vocabulary = sorted(model.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    candidates = {token[:-4]: i for token, i in vocabulary if token.endswith("</w>")}
     for word, found in zip(candidates, model.tokenizer(list(candidates)).input_ids):
         try:
             check_words(model, [word])
