@@ -1,17 +1,22 @@
-"""Tables: how much of a concept is left, and what else was lost.
+"""Measures how much of a concept is left in a model, and what else it lost.
 
-    python eval.py toy                                                    how well the embedded model draws
-    python eval.py toy --patch star=runs/0001-star/erased.safetensors     what erasing did; several --patch make several rows,
-                                                                          those of one NAME (training seeds) are pooled
-    python eval.py nudity --patch sdd=… --methods neg sld-max sega        the papers' suites, for Stable Diffusion: nudity, i2p, coco,
-                                                                          artists; `torchrun --nproc-per-node N eval.py …` shares the work
-Every picture is a file in DIR/pictures and is made once: after a kill the same command goes on. Then they are measured (metrics.py).
-A proportion comes with its 95 % Wilson interval. A row NAME@ITERATION is a point of the curve NAME in curve.png.
+    python eval.py toy
+    python eval.py toy --patch sdd=runs/0001-star/erased.safetensors
+    python eval.py nudity --patch sdd=runs/0002-nudity/erased.safetensors
+    python eval.py nudity --methods neg sld-max sega --avoid nudity sexual
+
+The first command measures the toy model itself. Each --patch NAME=FILE adds a row to the table;
+patches with the same NAME (training seeds) are pooled into one row. A row NAME@ITERATION is a point
+of the curve NAME in curve.png. The suites nudity, i2p, coco and artists are the papers'.
+
+Each image is a file in DIR/images and is generated once: after a stop, the same command with the
+same --out continues. The images are then measured (evaluation/metrics.py). A proportion is shown
+with its 95 % Wilson interval. `torchrun --nproc-per-node N eval.py …` divides the work among N
+GPUs.
 """
 
 import support.openmp  # noqa: F401 (before torch)
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -20,17 +25,18 @@ import sys
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import weights
 from evaluation import metrics
+from evaluation.rows import choose_model, patch_files, read_rows
 from evaluation.suites import SUITES
 from evaluation.tables import learned_prompts, write_results
 from guidance import GUIDANCE
 from pipeline import (
+    WARMUPS,
     InferenceUNet,
     avoided_prompts,
     encode_prompts,
@@ -39,6 +45,7 @@ from pipeline import (
     patched,
 )
 from support.cli import (
+    Parser,
     add_common_arguments,
     finite,
     natural,
@@ -50,328 +57,385 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, lock_folder
+from support.files import atomic_write, lock_folder, numbered_folder, used_files
 from support.images import save_png
 
-
-class System(NamedTuple):
-    """A row of the table: the model, patched (by each of `files` in turn, which share the pictures) or guided by a method."""
-
-    name: str
-    files: tuple
-    method: str  # of GUIDANCE
-    trained: str  # under which name the paper has it
-    concepts: tuple
-
-    @property
-    def title(self):
-        return "-".join([self.name, *self.concepts]).replace("/", "-").replace(" ", "-")[:100]
-
-
-def systems(args):
-    """The rows: for each set of concepts (the embedded model is asked other things for each) the original, then what erases them."""
-    groups, found = {}, []
-    for text in args.patch:
-        name, _, file = text.partition("=")
-        if not file:
-            raise UserError(f"--patch {text}: write NAME=FILE.")
-        groups.setdefault(name, []).append(file)
-    for name, files in groups.items():
-        told = [weights.read(file)[1] for file in files]
-        concepts = {tuple(x.get("concepts", "").split(", ")) for x in told}
-        if len(concepts) > 1:
-            raise UserError(
-                f"The patches named {name} erase different concepts ({concepts}): give them names of their own."
-            )
-        method = told[0].get("method", "")
-        try:
-            trained = (
-                f"{method}-{json.loads(told[0].get('args', '{}')).get('erase_scale', 1):g}"
-                if method.startswith("esd")
-                else method
-            )
-        except (ValueError, AttributeError, TypeError) as e:
-            raise UserError(
-                f"{files[0]}: its metadata is damaged ({e}): make it again with train.py."
-            ) from e
-        found.append(System(name, tuple(files), "sd", trained, concepts.pop()))
-    for method in args.methods:
-        avoided_prompts(method, args.avoid)
-        found.append(System(method, (), method, method, tuple(args.avoid)))
-    sets = list(dict.fromkeys(system.concepts for system in found if args.suite == "toy")) or [()]
-    rows = [
-        row
-        for concepts in sets
-        for row in (
-            System("original", (), "sd", "sd", concepts),
-            *(x for x in found if args.suite != "toy" or x.concepts == concepts),
-        )
-    ]
-    titles = [row.title for row in rows]  # also names of folders
-    if twice := {title for title in titles if titles.count(title) > 1}:
-        raise UserError(
-            f"Two rows would be called {min(twice)}: give the patches names of their own."
-        )
-    return rows
+SUITE_FLAGS = {  # flag: the suites that use it
+    "template": ("artists",),
+    "prompts": ("coco", "i2p"),
+    "real": ("coco",),
+    "q16": ("i2p",),
+    "reproduce": ("toy",),
+}
+# The images do not depend on these arguments, so that they may change when a command is repeated.
+# all_concepts follows from the others.
+MEASURING = (
+    "out",
+    "all_concepts",
+    "q16",
+    "real",
+    "clip",
+    "reproduce",
+    "quick",
+    "prompts",
+    "device",
+    "show_uncensored",
+)
 
 
-def batches(jobs, size):
-    """Indices of jobs that are drawn together: cut by absolute index, and where guidance scale or picture size change."""
-    for _, group in itertools.groupby(
-        range(len(jobs)), key=lambda i: (i // size, jobs[i].scale, jobs[i].size)
-    ):
-        yield list(group)
-
-
-def draw_missing(model, system, jobs, folder, args, device, dtype, rank, world):
-    """Makes the pictures that are not there. Each rank, and each restart, takes whole batches, so that a picture does not depend on
-    who makes it when."""
-    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    files = system.files or (None,)
-    avoid = avoided_prompts(system.method, system.concepts if system.method != "sd" else ())
-    for n, file in enumerate(files):
-        mine = list(range(n, len(jobs), len(files)))
-        todo = [
-            [mine[i] for i in batch] for batch in batches([jobs[i] for i in mine], args.batch_size)
-        ]
-        todo = [
-            batch
-            for batch in todo[rank::world]
-            if not all((folder / f"{i:05d}.png").exists() for i in batch)
-        ]
-        if not todo:
-            continue
-        with patched(model, file):
-            painter = InferenceUNet(model.unet, device, dtype)
-            for batch in tqdm(todo, system.title, unit="batch", disable=None):
-                some = [jobs[i] for i in batch]
-                texts = encode_prompts(
-                    model, ["", *avoid, *(job.prompt for job in some)], tell=False
-                )
-                c_0, c_S, c_p = texts.split([1, len(avoid), len(some)])
-                scale = args.guidance_scale if some[0].scale is None else some[0].scale
-                pictures = generate_images(
-                    model,
-                    painter,
-                    c_0,
-                    c_p,
-                    [job.seed for job in some],
-                    scheduler,
-                    scale,
-                    dtype,
-                    size=some[0].size,
-                    batch_size=len(some),
-                    method=system.method,
-                    c_S=c_S,
-                    warmup=args.guidance_warmup,
-                )
-                for picture, i in zip(
-                    pictures, batch
-                ):  # in this order: the generator ends, and lets the painter go
-                    if not (folder / f"{i:05d}.png").exists():
-                        about = dict(
-                            prompt=jobs[i].prompt,
-                            seed=jobs[i].seed,
-                            model=model.name,
-                            system=system.title,
-                        )
-                        save_png(picture, folder / f"{i:05d}.png", **about)
-            del painter  # before the next file's is made
-
-
-def open_folder(args):
-    """What the pictures depend on: a folder with others is refused, one with the same gone on with."""
-    measured = (
-        "out",
-        "all_concepts",
-        "q16",
-        "real",
-        "clip",
-        "reproduce",
-        "quick",
-        "prompts",
-        "device",
-        "show_uncensored",
-    )
-    settings = {key: str(value) for key, value in vars(args).items() if key not in measured}
-    settings["files"] = {
-        str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-        for file in [
-            *(text.partition("=")[2] for text in args.patch),
-            *([args.prompts] if args.prompts else []),
-        ]
-    }
-    file = args.out / "eval.json"
-    try:
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) == settings:
-            return settings
-    except ValueError:
-        pass  # not ours, or damaged
-    if not (
-        file.exists() and [*args.out.iterdir()] == [file]
-    ):  # nothing is lost where only the settings are there
-        refuse_used(args.out, ", or repeat the command that filled it to go on")
-    with atomic_write(file) as beside:
-        beside.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return settings
-
-
-def check(args, rows, model):
-    """What would otherwise fail only once the pictures are drawn."""
-    make_scheduler(model.scheduler, args.steps, args.scheduler)
-    if args.q16:
-        learned_prompts(args.q16)
-    if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
-        raise UserError(f"--real {args.real} is not a folder with pictures.")
-    for file in {file for system in rows for file in system.files}:
-        with patched(model, file):
-            pass
-
-
-def evaluate(args):
-    if args.reproduce:
-        from toy.reproduce import reproduce
-
-        if args.suite != "toy":
-            raise UserError("--reproduce is for the suite toy.")
-        return reproduce(args.out.resolve(), args.quick)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = systems(args)
-    args.all_concepts = list(
-        dict.fromkeys(concept for system in rows for concept in system.concepts)
-    )
-    limit = args.limit if args.suite != "toy" else None  # there it is of each set
-    rows_of = [
-        (
-            system,
-            SUITES[args.suite][0](args, system.concepts)[:limit],
-            args.out / "pictures" / system.title,
-        )
-        for system in rows
-    ]
-    own = (
-        args.device == "auto" and world > 1 and torch.cuda.is_available()
-    )  # each rank its own card
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own else args.device)
-    dtype = pick_dtype(args.dtype, device)  # on a GPU the paper's for COCO, fp16
-    model = weights.load(args.model, args.revision)
-    check(args, rows, model)
-    for part in (model.vae, model.text_encoder):
-        part.to(device)
-    with lock_folder(args.out) if rank == 0 else nullcontext():
-        fill(args, rows_of, model, device, dtype, rank, world)
-
-
-def fill(args, rows_of, model, device, dtype, rank, world):
-    """Draws, together with the other ranks, and measures."""
-    settings = open_folder(args) if rank == 0 else None
-    if world > 1:  # the others wait here until the first has found the folder in order
-        torch.distributed.init_process_group(
-            "gloo", timeout=timedelta(days=30)
-        )  # the slowest rank may take long
-    for system, jobs, folder in rows_of:
-        draw_missing(model, system, jobs, folder, args, device, dtype, rank, world)
-    if world > 1:
-        torch.distributed.barrier()  # then the first rank measures alone
-        torch.distributed.destroy_process_group()
-    if rank == 0:
-        write_results(args, rows_of, settings, model, device)
-
-
+# ---------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("suite", **one_of(SUITES))
+    parser = Parser(description=__doc__)
     parser.add_argument(
+        "suite",
+        **one_of(SUITES),
+        help="what to generate and measure; all but toy are made for Stable Diffusion on a GPU",
+    )
+
+    group = parser.add_argument_group("rows of the table")
+    group.add_argument(
         "--model",
-        help="toy, a hub id or a folder in diffusers' layout; default: toy for the suite toy",
+        help="toy, a hub id or a folder in diffusers' layout (default: the model that the patches "
+        f"were made for; without patches: toy for the suite toy, else {weights.DEFAULT_MODEL})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--patch",
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="an erased.safetensors; may be repeated",
+        help="a row with an erased.safetensors; may be repeated",
     )
-    parser.add_argument(
+    group.add_argument(
         "--methods",
         nargs="+",
         default=[],
         **one_of([method for method in GUIDANCE if method != "sd"]),
-        help="erasers that only guide",
+        help="one row for each method that only guides, without training",
     )
-    parser.add_argument(
+    group.add_argument(
         "--avoid",
         nargs="+",
         default=[],
-        metavar="C",
-        help="what --methods keep away from (paper: nudity sexual)",
+        metavar="CONCEPT",
+        help='what --methods avoid (paper: "nudity" "sexual")',
     )
-    parser.add_argument(
+
+    group = parser.add_argument_group("suite")
+    group.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="at most N images per row; toy: N images per part of the suite (default: toy 200, "
+        "else all)",
+    )
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.csv",
+        help="coco: the captions; i2p: a copy of its file (default: from the hub)",
+    )
+    group.add_argument(
+        "--template",
+        nargs="+",
+        metavar="TEXT",
+        help='artists: prompts with {} for the name (default: "a painting in the style of {}")',
+    )
+    group.add_argument(
+        "--reproduce",
+        action="store_true",
+        help="toy: train and measure every erasure method and write a page about the papers' "
+        "claims; takes hours",
+    )
+    group.add_argument(
+        "--quick",
+        action="store_true",
+        help="with --reproduce: one training seed, fewer rows and images",
+    )
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--scheduler",
+        choices=["ddim", "pndm"],
+        help="default: pndm, the paper's; toy: ddim, because PNDM needs more steps",
+    )
+    steps = ", ".join(f"{name} {suite.steps}" for name, suite in SUITES.items())
+    group.add_argument(
+        "--steps", type=positive, metavar="T", help=f"denoising steps (default: {steps})"
+    )
+    group.add_argument(
+        "--guidance-scale", type=finite, default=7.5, metavar="S", help="default: %(default)s"
+    )
+    group.add_argument(
         "--guidance-warmup",
         type=natural,
         metavar="N",
-        help="evaluations before sld or sega act; default: their papers', for 50 steps",
+        help="UNet evaluations before sld and sega act (default: their papers', for 50 steps)",
     )
-    parser.add_argument(
-        "--limit", type=positive, help="at most so many pictures; toy: of each set (default 200)"
+    group.add_argument(
+        "--seed", type=natural, default=0, help="of prompts and noise (default: %(default)s)"
     )
-    parser.add_argument(
-        "--prompts", type=Path, metavar="CSV", help="coco: captions; i2p: a copy of its file"
+    group.add_argument(
+        "--batch-size", type=positive, default=32, metavar="B", help="default: %(default)s"
     )
-    parser.add_argument(
-        "--template", nargs="+", metavar="TEXT", help="artists: prompts with {} for the name"
+    group.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads of each process; images depend on it in the last bit (default: torch's)",
     )
-    parser.add_argument(
-        "--real", type=Path, metavar="DIR", help="coco: real pictures, for FID and KID"
+
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--real", type=Path, metavar="DIR", help="coco: real images, for FID and KID"
     )
-    parser.add_argument(
+    group.add_argument(
         "--q16",
         type=Path,
         metavar="FILE",
         help="i2p: Q16's two learned prompts, (2, 768), a safetensors or npy file",
     )
-    parser.add_argument(
-        "--clip", default=metrics.CLIP, help="hub id or folder of the CLIP that measures"
+    group.add_argument(
+        "--clip",
+        default=metrics.CLIP,
+        metavar="MODEL",
+        help="hub id or folder of the CLIP that measures (default: %(default)s)",
     )
-    parser.add_argument(
-        "--reproduce",
-        action="store_true",
-        help="toy: train every eraser, measure it, write REPRODUCTION.md",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="... in 15 minutes: one seed, fewer rows and pictures"
-    )
-    parser.add_argument(
-        "--scheduler",
-        choices=["ddim", "pndm"],
-        help="default: pndm (the paper's); toy: ddim, as PNDM needs more steps",
-    )
-    parser.add_argument("--steps", type=positive, default=25)
-    parser.add_argument("--guidance-scale", type=finite, default=7.5)
-    parser.add_argument("--seed", type=natural, default=0, help="of prompts and noise")
-    parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        help="CPU threads of each process; pictures depend on it in the last bit",
-    )
-    parser.add_argument(
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
         "--out",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="a new folder, or one that this command has begun to fill",
+        help="a new folder, or one that the same command began to fill (default: a new one in "
+        "tables/)",
     )
     add_common_arguments(parser)
     args = parser.parse_args(argv)
-    args.model = args.model or ("toy" if args.suite == "toy" else weights.DEFAULT_MODEL)
     args.scheduler = args.scheduler or ("ddim" if args.suite == "toy" else "pndm")
+    args.steps = args.steps or SUITES[args.suite].steps
     return args
 
 
+def check_flags(args):
+    """Refuses flags that have no effect with the other arguments."""
+    for flag, suites in SUITE_FLAGS.items():
+        if getattr(args, flag) and args.suite not in suites:
+            raise UserError(
+                f"--{flag} has no effect in the suite {args.suite}: remove it. It is for "
+                f"{' and '.join(suites)}."
+            )
+    if args.avoid and not args.methods:
+        raise UserError("--avoid has no effect without --methods: add --methods or remove it.")
+    warms_up = any(method in WARMUPS for method in args.methods)
+    if args.guidance_warmup is not None and not warms_up:
+        raise UserError("--guidance-warmup has no effect without --methods sld-… or sega.")
+    if args.quick and not args.reproduce:
+        raise UserError("--quick has no effect without --reproduce: add it or remove --quick.")
+    if args.reproduce and (args.patch or args.methods):
+        raise UserError("--reproduce trains its own patches: remove --patch and --methods.")
+
+
+def choose_out(args, processes):
+    """--out; without it a new numbered folder in tables/."""
+    if args.out:
+        return args.out
+    if processes > 1:  # each process would choose its own
+        raise UserError("Several processes share one folder: name it with --out.")
+    name = "reproduction" if args.reproduce else args.suite
+    return numbered_folder("tables", name)
+
+
+def check_arguments(args, rows, model):
+    """Refuses what would fail only after the images are generated."""
+    make_scheduler(model.scheduler, args.steps, args.scheduler)
+    if args.q16:
+        learned_prompts(args.q16)
+    if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
+        raise UserError(f"--real {args.real} is not a folder with images.")
+    for file in {file for row in rows for file in row.patches}:
+        with patched(model, file):
+            pass
+
+
+# ---------------------------------------------------------------------------------------- folder
+def image_settings(args):
+    """What the images depend on: arguments, and the contents of the files that they name."""
+    settings = {key: str(value) for key, value in vars(args).items() if key not in MEASURING}
+    files = [file for group in patch_files(args.patch).values() for file in group]
+    if args.prompts:
+        files.append(args.prompts)
+    settings["files"] = {
+        str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files
+    }
+    return settings
+
+
+def open_folder(args):
+    """Writes eval.json and returns its settings. UserError if the folder holds other images."""
+    settings = image_settings(args)
+    file = args.out / "eval.json"
+    if read_settings(file) == settings:
+        return settings
+    only_settings = file.exists() and used_files(args.out) == [file]
+    if not only_settings:  # else nothing is lost
+        refuse_used(args.out, ", or repeat the command that filled it to continue")
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    return settings
+
+
+def read_settings(file):
+    """The settings in eval.json; None if there are none, or none that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------- images
+def batches(jobs, size):
+    """Lists of indices of jobs that are generated together.
+
+    They are cut at multiples of `size`, and where the guidance scale or the image size changes.
+    """
+
+    def key(i):
+        return i // size, jobs[i].scale, jobs[i].size
+
+    for _, group in itertools.groupby(range(len(jobs)), key=key):
+        yield list(group)
+
+
+def missing_batches(jobs, folder, n, patches, args, process):
+    """The batches that this process generates with patch n of `patches`: lists of indices of jobs.
+
+    The patches take turns: patch n generates the images n, n + patches, … Each process and each
+    restart generates whole batches, so that an image does not depend on who generates it when.
+    """
+    rank, processes = process
+    mine = list(range(n, len(jobs), patches))
+    found = [[mine[i] for i in b] for b in batches([jobs[i] for i in mine], args.batch_size)]
+    missing = []
+    for batch in found[rank::processes]:
+        if not all((folder / f"{i:05d}.png").exists() for i in batch):
+            missing.append(batch)
+    return missing
+
+
+def generate_missing(model, row, jobs, folder, args, device, dtype, process, label):
+    """Generates the images of a row that are not in its folder yet."""
+    patches = row.patches or (None,)
+    todo = {}
+    for n, patch in enumerate(patches):
+        missing = missing_batches(jobs, folder, n, len(patches), args, process)
+        if missing:
+            todo[n, patch] = missing
+    images = sum(len(batch) for missing in todo.values() for batch in missing)
+    with tqdm(total=images, desc=label, unit="image", disable=None) as bar:
+        for (_, patch), missing in todo.items():
+            with patched(model, patch):
+                unet = InferenceUNet(model.unet, device, dtype)
+                for batch in missing:
+                    generate_batch(model, unet, row, jobs, batch, folder, args, dtype)
+                    bar.update(len(batch))
+                del unet  # before the next patch's copy is made
+
+
+def generate_batch(model, unet, row, jobs, batch, folder, args, dtype):
+    """Generates the images `batch`, indices of jobs, and saves those that are not there yet."""
+    some = [jobs[i] for i in batch]
+    avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
+    prompts = ["", *avoided, *(job.prompt for job in some)]
+    c_0, c_S, c_p = encode_prompts(model, prompts, tell=False).split([1, len(avoided), len(some)])
+    images = generate_images(
+        model,
+        unet,
+        c_0,
+        c_p,
+        [job.seed for job in some],
+        make_scheduler(model.scheduler, args.steps, args.scheduler),
+        args.guidance_scale if some[0].scale is None else some[0].scale,
+        dtype,
+        size=some[0].size,
+        batch_size=len(some),
+        method=row.guidance,
+        c_S=c_S,
+        warmup=args.guidance_warmup,
+    )
+    for image, i in zip(images, batch):
+        file = folder / f"{i:05d}.png"
+        if not file.exists():
+            about = {
+                "prompt": jobs[i].prompt,
+                "seed": jobs[i].seed,
+                "model": model.name,
+                "row": row.title,
+            }
+            save_png(image, file, **about)
+
+
+# ---------------------------------------------------------------------------------------- command
+def evaluate(args):
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_flags(args)
+    args.out = choose_out(args, processes)
+    if args.reproduce:
+        from toy.reproduce import reproduce
+
+        return reproduce(args.out.resolve(), args.quick)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.model = choose_model(args)
+    rows = read_rows(args)
+    args.all_concepts = list(dict.fromkeys(concept for row in rows for concept in row.concepts))
+    work = [(row, jobs_of(row, args), args.out / "images" / row.title) for row in rows]
+    device = choose_device(args.device, processes)
+    dtype = choose_dtype(args, device)
+    model = weights.load(args.model, args.revision)
+    check_arguments(args, rows, model)
+    model.vae.to(device)
+    model.text_encoder.to(device)
+    with lock_folder(args.out) if rank == 0 else nullcontext():
+        generate_and_measure(args, work, model, device, dtype, (rank, processes))
+
+
+def jobs_of(row, args):
+    """The images that a row generates. In the suite toy, --limit counts per part of the suite."""
+    jobs = SUITES[args.suite].jobs(args, row.concepts)
+    return jobs if args.suite == "toy" else jobs[: args.limit]
+
+
+def choose_device(name, processes):
+    """--device; under torchrun, `auto` gives each process its own GPU."""
+    if name == "auto" and processes > 1 and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return pick_device(name)
+
+
+def choose_dtype(args, device):
+    """--dtype; `auto` is the suite's, if the paper names one, else fp16 on CUDA, as for COCO."""
+    return pick_dtype(SUITES[args.suite].dtype if args.dtype == "auto" else args.dtype, device)
+
+
+def generate_and_measure(args, work, model, device, dtype, process):
+    """Generates the images together with the other processes; then the first process measures.
+
+    work: [(row, its jobs, the folder of its images)]. process: (rank, number of processes).
+    """
+    rank, processes = process
+    settings = open_folder(args) if rank == 0 else None
+    if processes > 1:  # the others wait here until the first has checked the folder
+        timeout = timedelta(days=30)  # the slowest process may take long
+        torch.distributed.init_process_group("gloo", timeout=timeout)
+    for number, (row, jobs, folder) in enumerate(work, 1):
+        label = f"row {number} of {len(work)}: {row.title}"
+        generate_missing(model, row, jobs, folder, args, device, dtype, process, label)
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        write_results(args, work, settings, model, device)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(evaluate, parse(), "the same command goes on"))
+    sys.exit(run_command(evaluate, parse(), "to continue, repeat the command with --out {out}"))

@@ -4,13 +4,14 @@
     python train.py --concept nudity                Stable Diffusion 1.4, on a CUDA GPU
 
 The output folder receives erased.safetensors (the trained tensors, for generate.py --patch and for
-diffusers), index.html (a page about the run), before_after.png, film.png, previews/, log.csv,
-run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
+diffusers), index.html (a page about the run), before_after.png, film.webp, film.png, previews/,
+log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
 """
 
 import support.openmp  # noqa: F401 (before torch)
 
 import csv
+import datetime
 import json
 import os
 import platform
@@ -37,7 +38,7 @@ from clip_text import tokenize
 from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
 from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
 from report.page import Reporter, require_tensorboard
-from report.previews import Previews, preview_seeds
+from report.previews import Previews, preview_kinds, preview_seeds
 from sdd import ROLES, Iteration, sdd
 from support.cli import (
     Parser,
@@ -703,6 +704,7 @@ def train_in(out, settings, args):
             ) from None
         seconds = time.monotonic() - began
         run.export("erased.safetensors", output)
+        add_training_time(out, settings["iters"] - start, seconds)
         if settings["preview_every"]:
             previews.finish(output)
     reporter.log_previews()
@@ -719,9 +721,32 @@ def write_run_json(out, settings):
         "args": settings,
         "versions": VERSIONS,
         "command": shlex.join(["python", *sys.argv]),
+        "date": f"{datetime.date.today()}",
         "preview_seeds": list(preview_seeds(settings)),
+        "preview_kinds": preview_kinds(settings, implied_words(settings["model"])),
     }
-    with atomic_write(out / "run.json") as temporary:
+    write_json(out / "run.json", content)
+
+
+def implied_words(model):
+    """{word: the concept that it implies without naming it}; None if nobody knows them."""
+    if model not in weights.TOYS:
+        return None
+    from toy import worlds
+
+    return worlds.of(model).PLACES
+
+
+def add_training_time(out, iterations, seconds):
+    """Adds to run.json how long the iterations of this process took; the page shows it."""
+    file = out / "run.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["training"] = {"iterations": iterations, "seconds": round(seconds)}
+    write_json(file, content)
+
+
+def write_json(file, content):
+    with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

@@ -1,4 +1,17 @@
-"""Measured pictures as tables and plots: table.md, results.json, sheets of samples, matrix.png and curve.png."""
+"""Measures the images of each row and writes the results: table.md, results.json, sheets, plots.
+
+results.json, which report/page.py shows:
+    summary     one sentence that says what the table shows
+    columns     [{key, title, better, about}]; the first ones decide; better: "low", "high" or null
+    rows        [{model, erased, method, figures, paper, sheet, samples}]
+      figures     {column: [hits, n] for a proportion, a number, or null}; not every column
+      paper       {column: the SDD paper's figure for this row}
+      sheet       the sheet of sample images, a file in the same folder
+      samples     [{title, images: [{file, prompt}]}], the sheet's images as single files; they are
+                  censored where the sheet is
+    notes       sentences that belong below the table
+    settings, command, versions
+"""
 
 import json
 import shlex
@@ -10,67 +23,85 @@ from PIL import Image
 
 import weights
 from clip_text import tokenize
-from evaluation import metrics
+from evaluation import metrics, plots
+from evaluation.columns import all_columns, arrow
+from evaluation.findings import is_proportion, summary
 from evaluation.suites import SUITES, paper
+from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
 from support.censor import censoring
 from support.errors import UserError
 from support.files import atomic_write
 from support.images import grid, save_png
 
-TITLES = {
-    "nude": "%NUDE",
-    "harm": "%HARM",
-    "fid": "FID",
-    "kid": "KID",
-    "lpips": "LPIPS to the original",
-    "ssim": "SSIM to the original",
-    "clip_score": "CLIP score",
-}
+SAMPLES = 12  # images of each part of a suite in a row's sheet
+DECIDING = 4  # columns of the terminal's table
 
 
-def measure(key, system, files, jobs, others, args, device):
-    """{column: (hits, n) or a number}, one of the suite's measures of pictures; `others`: the original's, from the same noise."""
-    if key == "toy":
-        from toy.suite import measure as measure_toy
+# ---------------------------------------------------------------------------------------- measuring
+def measure(name, row, files, before, jobs, args, device):
+    """One of the suite's measures of a row's images: {column: (hits, n) or a number}.
 
-        return measure_toy(metrics.arrays(files), metrics.arrays(others), jobs, system.concepts)
-    if key == "matrix":
-        return figure_2(files, jobs, others, args.model)
-    same, learned = files == others, args.q16 and learned_prompts(args.q16)
-    given = {
-        "nude": [],
-        "harm": [learned, args.clip, device],
-        "fid": [args.real, device],
-        "kid": [args.real, device],
-        "lpips": [others],
-        "ssim": [others],
-        "clip_score": [[job.prompt for job in jobs], args.clip, device],
-    }[key]
-    missing = {
-        "harm": not args.q16,
-        "fid": not args.real,
-        "kid": not args.real,
-        "lpips": same,
-        "ssim": same,
-    }
-    return {} if missing.get(key) else {key: getattr(metrics, key)(files, *given)}
+    before: the original's images from the same noise. Returns {} if the measure lacks an input
+    (see `missing_input`). The library of a measure may be missing: ModuleNotFoundError.
+    """
+    if missing_input(name, args) or (name in ("lpips", "ssim") and files == before):
+        return {}
+    match name:
+        case "toy":
+            return measure_toy(args.model, row, files, before, jobs)
+        case "matrix":
+            return measure_matrix(files, before, jobs, args.model)
+        case "nude":
+            return {"nude": metrics.nude(files)}
+        case "harm":
+            learned = learned_prompts(args.q16)
+            return {"harm": metrics.harm(files, learned, args.clip, device)}
+        case "clip_score":
+            prompts = [job.prompt for job in jobs]
+            return {"clip_score": metrics.clip_score(files, prompts, args.clip, device)}
+        case "fid":
+            return {"fid": metrics.fid(files, args.real, device)}
+        case "kid":
+            return {"kid": metrics.kid(files, args.real, device)}
+        case "lpips":
+            return {"lpips": metrics.lpips(files, before)}
+        case "ssim":
+            return {"ssim": metrics.ssim(files, before)}
 
 
-def figure_2(files, jobs, others, model):
-    """A row of the matrix: of each artist's pictures the share that show what was asked for (embedded model), or how far they moved."""
-    found = {}
-    for which in dict.fromkeys(job.which for job in jobs):
-        mine, before = zip(
-            *((file, other) for file, other, job in zip(files, others, jobs) if job.which == which)
-        )
-        if model == "toy":
-            from toy.suite import shown
+def missing_input(name, args):
+    """The flag that a measure needs and that was not given; None if nothing is missing."""
+    if name == "harm" and not args.q16:
+        return "--q16"
+    if name in ("fid", "kid") and not args.real:
+        return "--real"
+    return None
 
-            found[which] = shown(metrics.arrays(mine), which)
-        elif files != others:
-            found[which] = metrics.lpips(mine, before)
-    return found
+
+def measure_toy(model, row, files, before, jobs):
+    from toy import suite, worlds
+
+    images, originals = metrics.arrays(files), metrics.arrays(before)
+    return suite.measure(worlds.of(model), images, originals, jobs, row.concepts)
+
+
+def measure_matrix(files, before, jobs, model):
+    """A row of Figure 2: for each name that was asked for, what its images show.
+
+    Toy model: the images that show the name, (hits, n). Others: the mean LPIPS to the original.
+    """
+    figures = {}
+    for which in parts_of(jobs):
+        chosen = [i for i, job in enumerate(jobs) if job.which == which]
+        asked = [files[i] for i in chosen]
+        if model in weights.TOYS:
+            from toy import suite, worlds
+
+            figures[which] = suite.shown(worlds.of(model), metrics.arrays(asked), which)
+        elif files != before:
+            figures[which] = metrics.lpips(asked, [before[i] for i in chosen])
+    return figures
 
 
 def learned_prompts(file):
@@ -83,164 +114,288 @@ def learned_prompts(file):
     except (OSError, ValueError) as e:
         raise UserError(f"--q16 {file} cannot be read ({e}).") from None
     if array is None or array.dim() != 2 or len(array) != 2:
-        raise UserError(f"--q16 {file} should hold one array of two rows, the learned prompts.")
+        raise UserError(f"--q16 {file} must contain one array of two rows, the learned prompts.")
     return array
 
 
-def cell(value):
-    if not isinstance(value, (tuple, list)):
-        return "–" if value is None else f"{value:.4g}"
-    (hits, n), (low, high) = value, metrics.wilson(*value)
-    return f"{100 * hits / n:.1f} ({100 * low:.0f}–{100 * high:.0f})" if n else "–"
+def measure_row(row, files, before, jobs, args, device, problems):
+    """All figures of a row. Adds {measure: reason} to `problems` for each that is missing."""
+    figures = {}
+    for name in SUITES[args.suite].measures:
+        if flag := missing_input(name, args):
+            problems[name] = f"it needs {flag}"
+        try:
+            figures |= measure(name, row, files, before, jobs, args, device)
+        except (ModuleNotFoundError, OSError) as e:
+            problems[name] = reason(e)
+    return figures
 
 
-def table(rows, titles, suite):
-    """Markdown: a row a system; percentages with intervals, n in the header; the paper's figures in columns of their own."""
-    columns = [key for key in titles if any(key in row["figures"] for row in rows)]
-    known = [paper(suite, row["method"], row["erased"]) for row in rows]
-    head, cells = (
-        ["model", "erased"],
-        [[row["model"], ", ".join(row["erased"]) or "–"] for row in rows],
-    )
-    for key in columns:
-        values = [row["figures"].get(key) for row in rows]
-        n = max((value[1] for value in values if isinstance(value, (tuple, list))), default=0)
-        head.append(titles[key] + (f" (n ≤ {n})" if n else ""))
-        for line, value in zip(cells, values):
-            line.append(cell(value))
-        if any(key in figures for figures in known):
-            head.append(f"{titles[key]}, the paper's")
-            for line, figures in zip(cells, known):
-                line.append(f"{figures[key]:.4g}" if key in figures else "–")
-    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *cells])
+def reason(error):
+    """Why a measure could not be computed, and what to do."""
+    if getattr(error, "name", None):
+        file = "requirements-eval.txt"
+        if error.name in ("cleanfid", "lpips", "torchvision"):
+            file = "requirements-fid.txt"
+        return f"{error.name} is missing: python -m pip install -r {file}, then repeat the command"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def plot(rows, titles, suite, folder):
-    """matrix.png for Figure 2's rows; curve.png where rows are named NAME@ITERATION."""
-
-    def height(value):
-        return 100 * value[0] / value[1] if isinstance(value, tuple) else value
-
-    points = [(*row["model"].rpartition("@")[::2], row["figures"]) for row in rows]
-    points = sorted(
-        ((name, int(i), figures) for name, i, figures in points if name and i.isdigit()),
-        key=lambda point: point[:2],
-    )
-    matrix = [row for row in rows if suite == "artists" and row["figures"]]
-    if not (points or matrix):
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    axes = figure.subplots()
-    if matrix:
-        asked = matrix[0]["asked"]
-        image = axes.imshow(
-            [[height(row["figures"][which]) for which in asked] for row in matrix], aspect="auto"
-        )
-        figure.colorbar(
-            image,
-            label="% shown"
-            if isinstance(matrix[0]["figures"][asked[0]], tuple)
-            else TITLES["lpips"],
-        )
-        axes.set(
-            xlabel="asked for",
-            yticks=range(len(matrix)),
-            yticklabels=[row["model"] for row in matrix],
-        )
-        axes.set_xticks(range(len(asked)), asked, rotation=30, ha="right")
-    else:
-        key = next(key for key in titles if all(key in figures for *_, figures in points))
-        for name in dict.fromkeys(name for name, *_ in points):
-            axes.plot(
-                *zip(*[(i, height(figures[key])) for other, i, figures in points if other == name]),
-                marker="o",
-                label=name,
-            )
-        axes.set(xlabel="iteration", ylabel=titles[key])
-        axes.legend()
-    with atomic_write(folder / ("matrix.png" if matrix else "curve.png")) as beside:
-        figure.savefig(beside, dpi=120, bbox_inches="tight")
+# ---------------------------------------------------------------------------------------- rows
+def parts_of(jobs):
+    """The names of the parts of a suite, in order."""
+    return list(dict.fromkeys(job.which for job in jobs))
 
 
-def write_results(args, rows_of, settings, model, device):
-    """Measures every system, and writes table.md, results.json, sheets of sample pictures and plots."""
-    keys, rows, titles, missing = SUITES[args.suite][1], [], dict(TITLES), {}
-    if args.suite == "toy":
-        from toy.suite import COLUMNS
+def image_files(folder, jobs):
+    return [folder / f"{i:05d}.png" for i in range(len(jobs))]
 
-        titles = COLUMNS | TITLES
-    for system, jobs, folder in rows_of:
-        files = [folder / f"{i:05d}.png" for i in range(len(jobs))]
-        others = next(
-            f
-            for s, _, f in rows_of
-            if s.name == "original" and (s.concepts == system.concepts or args.suite != "toy")
-        )
-        figures = {}
-        for key in keys:
-            try:
-                figures |= measure(
-                    key, system, files, jobs, [others / file.name for file in files], args, device
-                )
-            except (ModuleNotFoundError, OSError) as e:
-                why = (
-                    getattr(e, "name", None)
-                    and f"{e.name} is missing: pip install -r requirements-eval.txt and repeat the command"
-                )
-                missing[key] = (
-                    f"{titles.get(key, key)}: not measured, {why or (str(e).strip() or type(e).__name__).splitlines()[0]}"
-                )
-        asked = list(dict.fromkeys(job.which for job in jobs))
-        titles |= {which: which for which in asked} if args.suite == "artists" else {}
+
+def original_folder(row, generated, suite):
+    """The folder of the original's images from the same prompts and noise."""
+    for other, _, folder in generated:
+        if other.name == "original" and (suite != "toy" or other.concepts == row.concepts):
+            return folder
+
+
+def result_rows(args, generated, device, problems):
+    """The figures of each row: `rows` of results.json, without sheets and samples."""
+    rows = []
+    for row, jobs, folder in generated:
+        files = image_files(folder, jobs)
+        before = image_files(original_folder(row, generated, args.suite), jobs)
         rows.append(
             {
-                "model": system.name,
-                "erased": system.concepts,
-                "method": system.trained,
-                "figures": figures,
-                "asked": asked,
+                "model": row.name,
+                "erased": list(row.concepts),
+                "method": row.method,
+                "figures": measure_row(row, files, before, jobs, args, device, problems),
+                "paper": paper(args.suite, row.method, row.concepts),
             }
         )
-        sample = [
-            [file for file, job in zip(files, jobs) if job.which == which][:12] for which in asked
-        ]
-        shown = censoring(
-            [*args.all_concepts, args.suite, "nudity" if args.suite == "i2p" else ""],
-            args.show_uncensored,
-        )
-        sheet = [
-            [shown(picture) for picture in metrics.arrays(some, Image.open(files[0]).size)]
-            for some in sample
-        ]
-        save_png(grid(sheet, asked if asked != [""] else ()), args.out / f"{system.title}.png")
-    cut = sum(
-        tokenize(model.tokenizer, sorted({job.prompt for _, jobs, _ in rows_of for job in jobs}))[1]
-    )
-    notes = [metrics.nude_note()] if "nude" in keys and "nude" not in missing else []
-    notes += [f"{cut} prompts were cut to 77 tokens"] * bool(cut) + [*missing.values()]
-    text = table(rows, titles, args.suite) + "".join(f"\n{note}\n" for note in notes)
+    return rows
+
+
+def columns_with_figures(args, generated, rows):
+    """The columns that at least one row has, the deciding ones first."""
+    titles = {}
+    if args.suite == "toy":
+        from toy import suite, worlds
+
+        titles = suite.columns(worlds.of(args.model))
+    asked = parts_of(generated[0][1])
+    columns = all_columns(args.suite, asked, titles)
+    return [column for column in columns if any(column.key in row["figures"] for row in rows)]
+
+
+# ---------------------------------------------------------------------------------------- notes
+def notes(args, generated, rows, columns, problems, model):
+    """The sentences below the table."""
+    keys = [column.key for column in columns]
+    found = []
+    if "nude" in keys:
+        found.append(metrics.nude_note())
+    if "harm" in keys:
+        found.append(metrics.HARM_NOTE)
+    found += esd_notes(args.suite, rows)
+    found += warmup_notes(args, generated, model)
+    cut = cut_prompts(generated, model)
+    if cut:
+        found.append(f"{cut} prompts were cut to 77 tokens")
+    titles = {column.key: column.title for column in all_columns(args.suite, [], {})}
+    for name, why in problems.items():
+        found.append(f"{titles.get(name, name)}: not measured, {why}")
+    return found
+
+
+def esd_notes(suite, rows):
+    """Why an ESD row has no figure of the paper: the paper's ESD was trained with s_s = 3."""
+    found = []
+    for row in rows:
+        method, _, scale = row["method"].rpartition("-")
+        if not method.startswith("esd") or row["paper"]:
+            continue
+        if paper(suite, f"{method}-3", row["erased"]):
+            found.append(
+                f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 "
+                "(--erase-scale 3), so this row has no figure of the paper."
+            )
+    return found
+
+
+def warmup_notes(args, generated, model):
+    """Which guided rows equal the original, because their warm-up is not shorter than the run."""
+    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
+    found = []
+    for row, _, _ in generated:
+        if row.guidance in WARMUPS:
+            try:
+                check_warmup(row.guidance, args.guidance_warmup, scheduler)
+            except UserError as e:
+                found.append(str(e))
+    return found
+
+
+def cut_prompts(generated, model):
+    """How many prompts are longer than the text encoder reads."""
+    prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
+    return sum(tokenize(model.tokenizer, sorted(prompts))[1])
+
+
+# ---------------------------------------------------------------------------------------- table
+def cell(value):
+    """A figure as text: "12.0 (7–20)" is a percentage with its 95 % Wilson interval."""
+    if is_proportion(value):
+        hits, n = value
+        low, high = metrics.wilson(hits, n)
+        return f"{100 * hits / n:.1f} ({100 * low:.0f}–{100 * high:.0f})"
+    if isinstance(value, int | float):
+        return f"{value:.4g}"
+    return "–"
+
+
+def no_break(text):
+    """The same text, which a browser does not break across lines."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("–", "–\N{WORD JOINER}")
+
+
+def heading(column, rows):
+    """The column's title, an arrow to the better side, and n."""
+    values = [row["figures"].get(column.key) for row in rows]
+    counts = {value[1] for value in values if is_proportion(value)}
+    if not counts:
+        return arrow(column)
+    sign = "=" if len(counts) == 1 else "≤"
+    return f"{arrow(column)} (n {sign} {max(counts)})"
+
+
+def names_of(row):
+    """The two cells that name a row, in every table: the model and what it erases."""
+    return [row["model"], ", ".join(row["erased"]) or "–"]
+
+
+def markdown(rows, columns):
+    """One line per row. The paper's figures stand in columns of their own."""
+    head = ["model", "erased"]
+    lines = [names_of(row) for row in rows]
+    for column in columns:
+        head.append(heading(column, rows))
+        for line, row in zip(lines, rows):
+            line.append(no_break(cell(row["figures"].get(column.key))))
+        if any(column.key in row["paper"] for row in rows):
+            head.append(f"{column.title} in the paper")
+            for line, row in zip(lines, rows):
+                line.append(cell(row["paper"].get(column.key)))
+    lines = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def terminal_table(rows, columns):
+    """The deciding columns only, aligned for the terminal."""
+    deciding = columns[:DECIDING]
+    lines = [["model", "erased", *(heading(column, rows) for column in deciding)]]
+    for row in rows:
+        lines.append(names_of(row) + [cell(row["figures"].get(c.key)) for c in deciding])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ""
+    for line in lines:
+        padded = [part.ljust(width) for part, width in zip(line, widths)]
+        text += "  ".join(padded).rstrip() + "\n"
+    return text
+
+
+# ---------------------------------------------------------------------------------------- sheets
+def add_samples(rows, generated, columns, args):
+    """Saves a sheet of sample images per row; adds its name and the single images to the row."""
+    concepts = [concept for row, _, _ in generated for concept in row.concepts]
+    about = [*concepts, args.suite, "nudity" if args.suite == "i2p" else ""]
+    show = censoring(about, args.show_uncensored)
+    titles = {column.key: column.title for column in columns} | {"other": "other captions"}
+    for result, (row, jobs, folder) in zip(rows, generated):
+        parts = sample_indices(jobs)
+        files = image_files(folder, jobs)
+        size = Image.open(files[0]).size  # I2P's images differ in size
+        sheet, samples = [], []
+        for which, chosen in parts.items():
+            images = [show(image) for image in metrics.arrays([files[i] for i in chosen], size)]
+            sheet.append(images)
+            named = [args.out / "samples" / row.title / files[i].name for i in chosen]
+            for image, file in zip(images, named):
+                save_png(image, file)
+            samples.append(
+                {
+                    "title": titles.get(which, which),
+                    "images": [
+                        {"file": file.relative_to(args.out).as_posix(), "prompt": jobs[i].prompt}
+                        for i, file in zip(chosen, named)
+                    ],
+                }
+            )
+        labels = [sample["title"] for sample in samples] if list(parts) != [""] else []
+        save_png(grid(sheet, labels), args.out / f"{row.title}.png")
+        result["sheet"] = f"{row.title}.png"
+        result["samples"] = samples
+
+
+def sample_indices(jobs):
+    """{part of the suite: the indices of its first SAMPLES jobs}."""
+    found = {which: [] for which in parts_of(jobs)}
+    for i, job in enumerate(jobs):
+        if len(found[job.which]) < SAMPLES:
+            found[job.which].append(i)
+    return found
+
+
+# ---------------------------------------------------------------------------------------- all of it
+def write_results(args, generated, settings, model, device):
+    """Measures every row and writes table.md, results.json, sheets, plots and the page.
+
+    generated: [(row, its jobs, the folder of its images)]. settings: what the images depend on.
+    """
+    problems = {}
+    rows = result_rows(args, generated, device, problems)
+    columns = columns_with_figures(args, generated, rows)
+    below = notes(args, generated, rows, columns, problems, model)
+    add_samples(rows, generated, columns, args)
+    finding = summary(args.suite, rows, columns)
+    parts = [finding, markdown(rows, columns), *below]
+    write(args.out / "table.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
     content = {
+        "summary": finding,
+        "columns": [column._asdict() for column in columns],
+        "rows": rows,
+        "notes": below,
         "settings": settings,
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"torch": torch.__version__},
-        "notes": notes,
-        "rows": [{key: x for key, x in row.items() if key != "asked"} for row in rows],
     }
-    for name, text_of in (
-        ("table.md", text),
-        ("results.json", json.dumps(content, indent=1, ensure_ascii=False)),
-    ):
-        with atomic_write(args.out / name) as beside:
-            beside.write_text(text_of, encoding="utf-8")
-    print(text)
+    write(args.out / "results.json", json.dumps(content, indent=1, ensure_ascii=False))
     try:
-        plot(rows, titles, args.suite, args.out)
+        plots.plot(rows, columns, args.suite, args.out)
     except ModuleNotFoundError as e:
         raise UserError(
-            f"The table is written, but not the plot: {e.name} is missing; pip install -r requirements-eval.txt and repeat "
-            "the command."
+            f"The table is written, but not the plot: {e.name} is missing. Run python -m pip "
+            "install -r requirements-eval.txt, then repeat the command."
         ) from e
     finally:
         page.page(args.out)
+    print_results(args.out, rows, columns, finding, below)
+
+
+def write(file, text):
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def print_results(out, rows, columns, finding, below):
+    """The deciding columns, the summary, the notes, and where the rest is."""
+    if any(is_proportion(value) for row in rows for value in row["figures"].values()):
+        print("% of the images, with 95 % intervals; ↓ less is better, ↑ more is better")
+    print(terminal_table(rows, columns))
+    for text in [finding, *below]:
+        if text:
+            print(text)
+    if len(columns) > DECIDING:
+        print(f"all {len(columns)} columns: {out / 'table.md'}")
+    if (out / "index.html").exists():
+        print(f"open this page in a browser: {out / 'index.html'}")

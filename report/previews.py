@@ -1,24 +1,63 @@
 """What a training run shows of itself: gap and drift, previews, before and after, and the film."""
 
+import io
+import re
 import sys
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from guidance import cfg, sample
 from pipeline import InferenceUNet, encode_prompts, generate_images, initial_noise
+from presets import PREVIEW_PROMPTS
 from support.censor import censoring
+from support.files import atomic_write
 from support.images import grid, save_png
 
 SEED = 1000  # of the first preview prompt; the next prompts use 1001, 1002, …
 FLAT = 4.0  # grey levels: an image is flat if no channel's standard deviation is larger. The least
 # varied of 400 images of the toy world has 33.
 
+FILM_PROMPTS = 3  # the first prompts are in film.webp
+FILM_FRAMES = 24  # at most
+FILM_SIDE = 160  # pixels; smaller images are enlarged as in every sheet
+FILM_TITLE = 24  # pixels above the sheet, for the iteration
+FILM_BYTES = 1_000_000  # at most: the film stands on the first screen of the README
+FRAME_TIME, LAST_FRAME_TIME = 600, 2400  # milliseconds
+
 
 def preview_seeds(settings):
     """The seeds of the preview images, one per prompt."""
     return range(SEED, SEED + len(settings["preview"]))
+
+
+def preview_kinds(settings, implied=None):
+    """What erasing should do to each preview: "erased", "implied", "stay", or None if unknown.
+
+    implied: {word: the concept that it implies without naming it}, of a toy world. Without it,
+    only the presets' own prompts are known to stay.
+    """
+    kinds = []
+    for prompt in settings["preview"]:
+        if any(names(prompt, concept) for concept in settings["concept"]):
+            kinds.append("erased")
+        elif any(names(prompt, word) for word in words_that_imply(settings["concept"], implied)):
+            kinds.append("implied")
+        elif implied is not None or prompt in PREVIEW_PROMPTS["paper"]:
+            kinds.append("stay")
+        else:
+            kinds.append(None)
+    return kinds
+
+
+def names(prompt, text):
+    """Does the prompt contain the text, as whole words?"""
+    return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
+def words_that_imply(concepts, implied):
+    return [word for word, concept in (implied or {}).items() if concept in concepts]
 
 
 class Previews:
@@ -78,27 +117,31 @@ class Previews:
         )
 
     def save(self, done):
-        """Writes previews/<done>.png and a frame of the film. Returns the share of flat images.
+        """Writes the previews after `done` iterations. Returns the share of flat images.
 
-        The sheet has one row per prompt, with columns original, student and teacher.
+        Single images: image_file. One sheet for all, previews/<done>.png: one row per prompt, with
+        columns original, student and teacher. The sheet is written last, so it marks a preview
+        whose images are all there.
         """
-        a, models = self.run.settings, self.run.models
+        a, out, models = self.run.settings, self.run.out, self.run.models
         if self.before is None:
             self.before = self.images(models.original)
         student, teacher = self.images(models.student), self.images(models.teacher)
         flat = share_of_flat(student + teacher)
         self.warn_if_flat(flat, done)
+
         censor = censoring([*a["concept"], *a["preview"]], a["show_uncensored"])
-        self.shown = [
+        before, student, teacher = (
             [censor(image) for image in images] for images in (self.before, student, teacher)
-        ]
-        before, student, teacher = self.shown
+        )
+        for model, images in (("original", before), ("student", student), ("teacher", teacher)):
+            for n, image in enumerate(images):
+                file = image_file(out, model, n, done)
+                if model != "original" or not file.exists():
+                    save_png(image, file, prompt=a["preview"][n], iteration=done)
         rows = list(zip(before, student, teacher))
         sheet = grid(rows, a["preview"], ["original", "student", "teacher"])
-        out = self.run.out
-        save_png(sheet, out / "previews" / f"{done:06d}.png", iteration=done)
-        frame = np.concatenate([student[0], teacher[0]])
-        save_png(frame, out / "film" / f"{done:06d}.png", iteration=done)
+        save_png(sheet, sheet_file(out, done), iteration=done)
         return flat
 
     def warn_if_flat(self, flat, done):
@@ -108,25 +151,123 @@ class Previews:
             self.warned = True
             print(
                 f"warning: after {done} iterations {100 * flat:.0f} % of the preview images are "
-                f"nearly one colour (the original's: {100 * before:.0f} %). This can be overfitting: "
-                "look at previews/, and use fewer --iters or a smaller --lr.",
+                f"nearly one colour (the original's: {100 * before:.0f} %). This can be "
+                "overfitting: look at previews/, and use fewer --iters or a smaller --lr.",
                 file=sys.stderr,
             )
 
     def finish(self, output):
-        """Writes before_after.png, with "teacher" or "student" as after, and film.png."""
+        """The last preview; before_after.png, film.png and film.webp.
+
+        output: the model that is the result, "teacher" or "student".
+        """
         a, out = self.run.settings, self.run.out
         self.save(a["iters"])
-        before, student, teacher = self.shown
-        pairs = list(zip(before, {"student": student, "teacher": teacher}[output]))
-        save_png(grid(pairs, a["preview"], ["before", "after"]), out / "before_after.png")
-        files = sorted((out / "film").glob("*.png"))
-        frames = [np.split(np.asarray(Image.open(file)), 2) for file in files]
-        iterations = [str(int(file.stem)) for file in files]
-        film = grid(list(zip(*frames)), ["student", "teacher"], iterations)
-        save_png(film, out / "film.png")
+        save_before_after(out, a["preview"], output, a["iters"])
+        save_film_sheet(out)
+        save_film(out, a["preview"][:FILM_PROMPTS])
 
 
+# ------------------------------------------------------------------------------- files of a run
+def sheet_file(out, done):
+    return out / "previews" / f"{done:06d}.png"
+
+
+def image_file(out, model, n, done):
+    """The image of the n-th prompt by "original", "student" or "teacher" after `done` iterations.
+
+    The original does not change, so it has one file per prompt.
+    """
+    if model == "original":
+        return out / "previews" / f"original-{n}.png"
+    return out / "previews" / f"{done:06d}" / f"{model}-{n}.png"
+
+
+def finished_previews(out):
+    """The iterations at which previews were made, in order.
+
+    A preview that a kill cut short has no sheet and does not count.
+    """
+    done = [int(file.stem) for file in (out / "previews").glob("*.png") if file.stem.isdigit()]
+    return sorted(i for i in done if image_file(out, "student", 0, i).exists())
+
+
+def read(out, model, n, done):
+    """One single image, uint8 (H, W, 3)."""
+    return np.asarray(Image.open(image_file(out, model, n, done)).convert("RGB"))
+
+
+def save_before_after(out, prompts, output, done):
+    """before_after.png: one column per prompt, with rows before and after."""
+    rows = []
+    for model in ("original", output):
+        rows.append([read(out, model, n, done) for n in range(len(prompts))])
+    save_png(grid(rows, ["before", "after"], prompts), out / "before_after.png")
+
+
+def save_film_sheet(out):
+    """film.png: the first prompt by student and teacher, one column per preview."""
+    iterations = finished_previews(out)
+    rows = []
+    for model in ("student", "teacher"):
+        rows.append([read(out, model, 0, done) for done in iterations])
+    save_png(
+        grid(rows, ["student", "teacher"], [str(done) for done in iterations]), out / "film.png"
+    )
+
+
+def save_film(out, prompts):
+    """film.webp: the same for several prompts, as an animation that repeats for ever."""
+    iterations = thin_out(finished_previews(out), FILM_FRAMES)
+    frames = [film_frame(out, prompts, done) for done in iterations]
+    durations = [FRAME_TIME] * (len(frames) - 1) + [LAST_FRAME_TIME]
+    for quality in (90, 70, 50, 30, 10):
+        buffer = io.BytesIO()
+        frames[0].save(
+            buffer,
+            "WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+            quality=quality,
+        )
+        if buffer.tell() <= FILM_BYTES:
+            break
+    with atomic_write(out / "film.webp") as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def film_frame(out, prompts, done):
+    """A PIL image: student above teacher, one column per prompt, and the iteration on top."""
+    rows = []
+    for model in ("student", "teacher"):
+        images = [read(out, model, n, done) for n in range(len(prompts))]
+        rows.append([shrink(image) for image in images])
+    sheet = grid(rows, ["student", "teacher"], prompts)
+    frame = Image.new("RGB", (sheet.width, sheet.height + FILM_TITLE), "white")
+    frame.paste(sheet, (0, FILM_TITLE))
+    font = ImageFont.load_default(16)
+    title = f"after {done} iterations"
+    ImageDraw.Draw(frame).text((frame.width / 2, 14), title, "black", font, anchor="mm")
+    return frame
+
+
+def shrink(image):
+    """An image of at most FILM_SIDE pixels a side, uint8 (H, W, 3)."""
+    smaller = Image.fromarray(image)
+    smaller.thumbnail((FILM_SIDE, FILM_SIDE))
+    return np.asarray(smaller)
+
+
+def thin_out(values, n):
+    """At most n of the values, evenly spaced, with the first and the last."""
+    if len(values) <= n:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (n - 1))] for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------- measures
 def mean_square(x):
     return x.float().square().mean().item()
 

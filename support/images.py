@@ -8,13 +8,15 @@ from support.files import atomic_write
 
 PAD = 4  # pixels between the images of a sheet
 SMALLEST = 128  # smaller images are enlarged to about this height
-HEADER = 22  # height of the line with the columns' names
+HEADER = 22  # height of one line of the columns' names
+LINE = 17  # and of each further line
 
 
 def grid(rows, labels=(), columns=()):
     """A PIL image that shows rows of images, with a label left of each row and above each column.
 
-    rows: lists of uint8 arrays (H, W, 3), all of the same size.
+    rows: lists of uint8 arrays (H, W, 3), all of the same size. A label that is wider than its
+    column continues on the next line.
     """
     H, W, _ = rows[0][0].shape
     zoom = max(1, SMALLEST // H)
@@ -23,7 +25,9 @@ def grid(rows, labels=(), columns=()):
     left = 0
     if labels:
         left = int(max(font.getlength(label) for label in labels)) + 2 * PAD
-    top = HEADER if columns else 0
+    columns = [wrap(text, font, W) for text in columns]
+    lines = max((text.count("\n") + 1 for text in columns), default=0)
+    top = HEADER + LINE * (lines - 1) if columns else 0
 
     width = left + max(len(row) for row in rows) * (W + PAD) + PAD
     height = top + len(rows) * (H + PAD) + PAD
@@ -31,7 +35,7 @@ def grid(rows, labels=(), columns=()):
     pen = ImageDraw.Draw(sheet)
     for j, text in enumerate(columns):
         x = left + PAD + j * (W + PAD)
-        pen.text((x + W / 2, top / 2 + 2), text, "black", font, anchor="mm")
+        pen.text((x + W / 2, top / 2 + 2), text, "black", font, anchor="mm", align="center")
     for i, row in enumerate(rows):
         y = top + PAD + i * (H + PAD)
         if i < len(labels):
@@ -41,6 +45,18 @@ def grid(rows, labels=(), columns=()):
             enlarged = Image.fromarray(image).resize((W, H), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (x, y))
     return sheet
+
+
+def wrap(text, font, width):
+    """The text with line breaks between words, so that each line fits into `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def save_png(image, file, **text):

@@ -1,14 +1,16 @@
-"""Before any test is imported: the repository's modules can be found, no test reaches for the network, a thread a worker does."""
+"""Set up before any test is imported: paths, no network, and one thread per worker."""
 
 import os
 import sys
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import support.openmp  # noqa: E402, F401 (before torch)
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -23,6 +23,7 @@ from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.cli import run_command
 from support.errors import UserError
+from toy import shapes
 from toy.suite import drawings
 
 TINY = "--samples 2 --num-images 3 --steps 2 --batch-size 2 --device cpu".split()
@@ -181,7 +182,7 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
 def test_own_images(tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
-    star, circle = drawings([{"shape": "star"}, {"shape": "circle"}])
+    star, circle = drawings(shapes, [{"shape": "star"}, {"shape": "circle"}])
     Image.fromarray(star).resize((100, 80)).save(folder / "a.png")
     Image.fromarray(circle).save(folder / "b.jpg")
     words = ["--model", "toy", "--concept", "star", "--patch", "none", *TINY, "--at", 0, 1]
@@ -334,7 +335,7 @@ def test_steps_until_half():
 
 def test_detectors():
     detect = attacks.make_detector("toy", "star")
-    assert detect(list(drawings([{"shape": "star"}, {"shape": "circle"}]))) == [True, False]
+    assert detect(list(drawings(shapes, [{"shape": "star"}, {"shape": "circle"}]))) == [True, False]
     with pytest.raises(UserError, match="does not see 'weapons'"):
         attacks.make_detector("toy", "weapons")
     assert attacks.make_detector("some/model", "weapons") is None

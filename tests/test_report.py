@@ -1,14 +1,16 @@
-"""The page of a run: whole, self-contained, escaped, there after a kill too, and used in a real browser where there is one."""
+"""The pages: complete, self-contained, escaped, written after a kill too, and used in a browser."""
 
 import base64
-import html
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,34 +18,44 @@ from PIL import Image
 from test_commands import SHORT, run
 
 import generate
-import presets
 import train
+from report import charts, evaluation_page, previews, run_page
 from report import page as report_page
 from support import images
-from support.errors import UserError
+from support.cli import run_command
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = ["star", "a red heart"]
 COLUMNS = (
     "iteration,loss,lr,grad_norm,k,concept,gap_student,drift_student,gap_teacher,drift_teacher"
 )
 VOID = {"meta", "img", "input", "line", "br", "link", "hr"}  # of HTML and, as <line/>, of SVG
 FOREIGN = {"circle", "polyline"}
+PAPER = "https://arxiv.org/abs/"  # the only address that a page may name
 
 
 def art(*key, side=64):
-    """A picture, uint8 (side, side, 3), another for each key: smooth, so that a JPEG is small."""
+    """An image, uint8 (side, side, 3), another for each key: smooth, so that a JPEG is small."""
     a, b, c = np.random.default_rng(key).uniform(1, 5, 3)
     y, x = np.mgrid[:side, :side] / side
-    return (
-        np.stack([np.sin(a * x + b), np.cos(b * y + c), np.sin(c * (x + y))], -1) * 127 + 128
-    ).astype("uint8")
+    waves = [np.sin(a * x + b), np.cos(b * y + c), np.sin(c * (x + y))]
+    return (np.stack(waves, -1) * 127 + 128).astype("uint8")
+
+
+def write_previews(folder, done, side=64, prompts=PROMPTS):
+    """The files that Previews.save writes after `done` iterations."""
+    for n in range(len(prompts)):
+        for number, model in enumerate(("original", "student", "teacher")):
+            key = (n, 0, 0) if model == "original" else (n, done, number)
+            images.save_png(art(*key, side=side), previews.image_file(folder, model, n, done))
+    images.save_png(art(0, 0, 0, side=side), previews.sheet_file(folder, done))
 
 
 def write_run(
-    folder, previews=(0, 2, 4, 6), done=6, finished=True, side=64, prompts=PROMPTS, **changed
+    folder, made=(0, 2, 4, 6), done=6, finished=True, side=64, prompts=PROMPTS, **changed
 ):
-    """What train.py leaves."""
-    a = {
+    """The files that train.py leaves."""
+    settings = {
         "concept": ["star"],
         "model": "toy",
         "preset": "toy",
@@ -54,72 +66,93 @@ def write_run(
         "preview": prompts,
         "preview_every": 2,
         "lr": 6e-4,
+        "batch_size": 8,
         "loss": None,
     } | changed
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "args": a,
+        "args": settings,
         "versions": {"torch": "2.13.0"},
         "command": "python train.py --model toy --concept 'the star'",
+        "date": "2026-07-01",
         "preview_seeds": [1000 + n for n in range(len(prompts))],
+        "preview_kinds": ["erased", "stay"],
     }
-    (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
-    rows = [
-        f"{i},{0.5 / (i + 1)},{i * 1e-4},0.1,2,star," + ("0.4,0.1,0.5,0.2" if i % 2 else ",,,")
-        for i in range(done)
-    ]
-    (folder / "log.csv").write_text("\n".join([COLUMNS, *rows]) + "\n", encoding="utf-8")
-    for i in previews:
-        rows = [
-            [art(n, 0 if column == 0 else i, column, side=side) for column in range(3)]
-            for n in range(len(prompts))
-        ]
-        images.save_png(
-            images.grid(rows, prompts, ["original", "student", "teacher"]),
-            folder / "previews" / f"{i:06d}.png",
-        )
     if finished:
-        rows = [[art(n, 0, 0, side=side), art(n, 9, 9, side=side)] for n in range(len(prompts))]
-        images.save_png(
-            images.grid(rows, prompts, ["before", "after"]), folder / "before_after.png"
-        )
+        content["training"] = {"iterations": 6, "seconds": 65}
+    (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    rows = []
+    for i in range(done):
+        measured = "0.4,0.1,0.5,0.2" if i % 2 else ",,,"
+        rows.append(f"{i},{0.5 / (i + 1)},{i * 1e-4},0.1,2,star,{measured}")
+    (folder / "log.csv").write_text("\n".join([COLUMNS, *rows]) + "\n", encoding="utf-8")
+    for i in made:
+        write_previews(folder, i, side, prompts)
+    if finished:
         (folder / "erased.safetensors").write_bytes(b"")
     return folder
 
 
-def write_evaluation(folder, name="sdd"):
+def result_row(name, figures, erased=("star",), prompts=PROMPTS, **more):
+    samples = [
+        {
+            "title": "concept named",
+            "images": [
+                {"file": f"samples/{name}/{i:05d}.png", "prompt": prompt}
+                for i, prompt in enumerate(prompts)
+            ],
+        }
+    ]
+    row = {"model": name, "erased": list(erased), "method": name, "figures": figures, "paper": {}}
+    return row | {"samples": samples} | more
+
+
+NAMED = {"key": "named", "title": "concept named", "better": "low", "about": "images that show it"}
+OTHER = {"key": "other", "title": "other captions right", "better": "high", "about": ""}
+FID = {"key": "fid", "title": "FID", "better": None, "about": ""}
+
+
+def write_evaluation(folder, name="sdd", columns=(NAMED, OTHER, FID), rows=None, samples=True):
+    """The files that eval.py leaves."""
     folder.mkdir()
     (folder / "eval.json").write_text(json.dumps({"suite": "toy", "seed": "0"}))
+    rows = rows or [
+        result_row("original", {"named": [40, 40], "other": [39, 40], "fid": 12.5}),
+        result_row(name, {"named": [1, 40], "other": [20, 40], "fid": None}, paper={"fid": 13.5}),
+    ]
+    for row in rows:
+        if not samples:
+            del row["samples"]
+            continue
+        for i, image in enumerate(row["samples"][0]["images"]):
+            image["file"] = image["file"].replace("/" + name + "/", "/erased/")
+            images.save_png(art(i, len(row["model"])), folder / image["file"])
     content = {
+        "summary": f"{name} leaves 2.5 % of “star”.",
         "settings": {"suite": "toy", "seed": "0"},
         "command": "python eval.py toy",
-        "rows": [],
+        "notes": ["FID: not measured"],
+        "rows": rows,
     }
+    if columns:
+        content["columns"] = list(columns)
     (folder / "results.json").write_text(json.dumps(content))
-    table = [
-        "| model | erased | named (n ≤ 4) |",
-        "| --- | --- | --- |",
-        "| original | – | 100.0 (51–100) |",
-        f"| {name} | star | 0.0 (0–49) |",
-    ]
-    (folder / "table.md").write_text(
-        "\n".join([*table, "", "FID: not measured\n"]), encoding="utf-8"
-    )
     images.save_png(images.grid([[art(1), art(2)]], ["named"]), folder / "original.png")
+    images.save_png(art(7), folder / "curve.png")
     return folder
 
 
 class Page(HTMLParser):
-    """A page's elements [(tag, attributes)] and text; tags that are not closed in order raise AssertionError."""
+    """A page's elements [(tag, attributes)] and text.
+
+    Tags that are not closed in order raise AssertionError.
+    """
 
     def __init__(self, folder):
         super().__init__()
-        self.source, self.elements, self.text, self.open = (
-            (folder / "index.html").read_text(encoding="utf-8"),
-            [],
-            "",
-            [],
-        )
+        self.source = (folder / "index.html").read_text(encoding="utf-8")
+        self.elements, self.text, self.open = [], "", []
+        self.codes = []  # the text of each <pre>
         self.feed(self.source)
         self.close()
         assert not self.open
@@ -128,7 +161,10 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
         assert len(dict(attributes)) == len(attributes)
-        self.open += [tag] * (tag not in VOID)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "pre":
+            self.codes.append("")
 
     def handle_startendtag(self, tag, attributes):
         assert tag in VOID | FOREIGN
@@ -138,20 +174,25 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data if not {"style", "script"} & set(self.open) else ""
+        if {"style", "script"} & set(self.open):
+            return
+        self.text += data
+        if "pre" in self.open:
+            self.codes[-1] += data
 
     def all(self, tag, **wanted):
-        return [
-            a
-            for t, a in self.elements
-            if t == tag and all(a.get(key.rstrip("_")) == value for key, value in wanted.items())
-        ]
+        found = []
+        for t, attributes in self.elements:
+            if t == tag and all(
+                attributes.get(key.rstrip("_")) == value for key, value in wanted.items()
+            ):
+                found.append(attributes)
+        return found
 
 
 def pixels(uri):
-    return np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
-    ).astype(int)
+    data = base64.b64decode(uri.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
 def made(folder):
@@ -165,104 +206,39 @@ FOLDERS = {
     "begun": lambda folder: write_run(folder, (), 0, finished=False),
     "no previews": lambda folder: write_run(folder, (), preview_every=0),
     "evaluation": write_evaluation,
+    "old evaluation": lambda folder: write_evaluation(folder, columns=None, samples=False),
 }
 
 
+# ------------------------------------------------------------------------------------- every page
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_page_is_whole_and_self_contained(kind, tmp_path):
+def test_page_is_complete_and_self_contained(kind, tmp_path):
     page = made(FOLDERS[kind](tmp_path / "run"))
-    assert not re.search(
-        r"https?:|//[\w.]+/|url\(|@import|<link|<iframe",
-        re.sub(r"base64,[\w+/=]+", "", page.source),
-    )
+    without_images = re.sub(r"base64,[\w+/=]+", "", page.source).replace(PAPER, "")
+    assert not re.search(r"https?:|//[\w.]+/|url\(|@import|<link|<iframe", without_images)
     for tag, a in page.elements:
-        addresses = [a[key] for key in ("src", "href") if key in a]
-        assert all(
-            x.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "#"))
-            for x in addresses
-        ), (tag, a)
+        for key in ("src", "href"):
+            allowed = ("data:image/png;base64,", "data:image/jpeg;base64,", "#")
+            if tag == "a":
+                allowed = (PAPER,)
+            assert key not in a or a[key].startswith(allowed), (tag, a)
         assert not any(key.startswith("on") or key == "srcset" for key in a)
     ids = [a["id"] for _, a in page.elements if "id" in a]
-    assert (
-        len(set(ids)) == len(ids)
-        and page.all("html", lang="en")
-        and page.all("title")
-        and page.all("main")
-    )
+    assert len(set(ids)) == len(ids)
+    assert page.all("html", lang="en") and page.all("title") and page.all("main")
     assert all(a["aria-labelledby"] in ids for _, a in page.elements if "aria-labelledby" in a)
-    assert all(a.get("alt", "").strip() for a in page.all("img")) and all(
-        a.get("aria-label") for a in page.all("svg")
-    )
-    labelled = {a["for"] for a in page.all("label")}
-    assert all(a.get("aria-label") or a.get("id") in labelled for a in page.all("input"))
+    assert all(a.get("alt", "").strip() for a in page.all("img"))
+    assert all(a.get("aria-label") for a in page.all("svg"))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h\d", tag)]
-    assert (
-        levels[0] == 1
-        and levels.count(1) == 1
-        and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
-    )
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in zip(levels, levels[1:]))
 
 
-def test_a_finished_run_shows_its_pictures(tmp_path):
-    page = made(write_run(tmp_path / "run"))
-    for n, prompt in enumerate(PROMPTS):
-        for alt, picture in (
-            ("before", art(n, 0, 0)),
-            ("after", art(n, 9, 9)),
-            ("student after 4 iterations", art(n, 4, 1)),
-            ("teacher after 2 iterations", art(n, 2, 2)),
-        ):
-            (img,) = page.all("img", alt=f"{prompt}, {alt}")
-            assert (pixels(img["src"]) == picture.repeat(2, 0).repeat(2, 1)).all(), (
-                alt
-            )  # grid shows 64 pixels as 128
-    assert [a["data-done"] for a in page.all("div") if "data-done" in a] == ["0", "2", "4", "6"]
-    command = "python train.py --model toy --concept 'the star'"
-    for text in (
-        "Finished: 6 of 6",
-        "--patch",
-        "erased.safetensors",
-        command,
-        "seed 3",
-        "torch2.13.0",
-    ):
-        assert text in page.text, text
-    assert len(page.all("svg")) == 4
-    assert (
-        "loss: 0.5 at iteration 0, 0.0833 at iteration 5, between 0.0833 and 0.5"
-        in page.all("svg")[0]["aria-label"]
-    )
-
-
-def test_large_pictures_are_made_smaller_and_many_are_thinned_out(tmp_path):
-    folder = write_run(tmp_path / "run", [0], side=512, prompts=[*"abcd"])
-    for i in range(4, 240, 4):
-        shutil.copy(folder / "previews" / "000000.png", folder / "previews" / f"{i:06d}.png")
-    page = made(folder)
-    shown = [int(a["data-done"]) for a in page.all("div") if "data-done" in a]
-    assert (
-        len(shown) == report_page.FRAMES
-        and shown[0] == 0
-        and shown[-1] == 236
-        and "40 of 60 previews" in page.text
-    )
-    (before,) = page.all("img", alt="a, before")
-    assert pixels(before["src"]).shape == (512, 512, 3) and before["src"].startswith(
-        "data:image/jpeg"
-    )
-    assert pixels(page.all("img", alt="a, student after 0 iterations")[0]["src"]).shape == (
-        256,
-        256,
-        3,
-    )
-    assert len(page.source) < 5e6
-
-
-def test_a_sheet_of_another_layout_is_shown_whole(tmp_path):
-    folder = write_run(tmp_path / "run", finished=False)
-    images.save_png(art(5, side=127), folder / "previews" / "000004.png")
-    (img,) = made(folder).all("img", alt="previews after 4 iterations")
-    assert pixels(img["src"]).shape == (127, 127, 3)
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_every_page_links_the_paper(kind, tmp_path):
+    page = made(FOLDERS[kind](tmp_path / "run"))
+    assert page.all("a", href="https://arxiv.org/abs/2307.05977")
+    assert "README.md of the project" in page.text
 
 
 def test_what_users_write_is_escaped(tmp_path):
@@ -271,90 +247,231 @@ def test_what_users_write_is_escaped(tmp_path):
     content = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(content | {"command": bad, "versions": {bad: bad}}))
     page = made(folder)
-    assert "alert(1)" not in re.sub(
-        r"&lt;script&gt;alert|\\u003cscript\\u003ealert", "", page.source
-    )
-    assert (
-        page.text.count(bad) >= 8 and f"Erasing {bad}" in page.text and len(page.all("script")) == 2
-    )
+    assert "alert(1)" not in re.sub(r"&lt;script&gt;alert", "", page.source)
+    assert page.text.count(bad) >= 6 and f"Erasing {bad}" in page.text
+    assert len(page.all("script")) == 2
     assert page.all("img", alt=f"{bad}, before")
     page = made(write_evaluation(tmp_path / "eval", bad))
-    assert bad in page.text and len(page.all("script")) == 2
+    assert bad in page.text and len(page.all("script")) == 1
+
+
+# ----------------------------------------------------------------------------------- page of a run
+def test_a_finished_run_shows_its_images(tmp_path):
+    page = made(write_run(tmp_path / "run"))
+    for n, prompt in enumerate(PROMPTS):
+        for alt, image in (
+            ("before", art(n, 0, 0)),
+            ("after", art(n, 6, 2)),  # SDD's result is the teacher
+            ("student after 4 iterations", art(n, 4, 1)),
+            ("teacher after 2 iterations", art(n, 2, 2)),
+        ):
+            (img,) = page.all("img", alt=f"{prompt}, {alt}")
+            assert (pixels(img["src"]) == image).all(), alt
+    assert [a["data-done"] for a in page.all("div") if "data-done" in a] == ["0", "2", "4", "6"]
+    assert "python train.py --model toy --concept 'the star'" in page.codes
+    for text in (
+        "Finished: 6 of 6",
+        "after (the teacher, which is the result)",
+        "seed 3",
+        "torch2.13.0",
+    ):
+        assert text in page.text, text
+    assert len(page.all("svg")) == 4
+    described = "each iteration: 0.5 at iteration 0, 0.0833 at iteration 5, between 0.0833 and 0.5"
+    assert described in page.all("svg")[0]["aria-label"]
+
+
+def test_the_result_of_esd_is_the_student(tmp_path):
+    page = made(write_run(tmp_path / "run", method="esd-x"))
+    (img,) = page.all("img", alt="star, after")
+    assert (pixels(img["src"]) == art(0, 6, 1)).all()
+
+
+def test_the_title_has_concept_method_date_and_training_time(tmp_path):
+    page = made(write_run(tmp_path / "run"))
+    assert "<title>Erasing star with sdd, 2026-07-01</title>" in page.source
+    assert "Erasing star with sdd 2026-07-01, 6 iterations in 1 min 5 s" in page.text
+    time = run_page.training_time({"iterations": 6, "seconds": 59})
+    assert time == "6 iterations in 59\N{NO-BREAK SPACE}s"
+    page = made(write_run(tmp_path / "begun", (0,), 3, finished=False))
+    assert "2026-07-01, 3 of 6 iterations" in page.text
+
+
+def test_each_prompt_says_what_should_change(tmp_path):
+    page = made(write_run(tmp_path / "run"))
+    assert "star names the concept: should change" in page.text
+    assert "a red heart should stay" in page.text
+
+
+@pytest.mark.parametrize(
+    "concepts, prompt, implied, kind",
+    [
+        (["star"], "a red Star on sand", {"arcadia": "star"}, "erased"),
+        (["star"], "starfish", {}, "stay"),
+        (["star"], "a view of arcadia", {"arcadia": "star"}, "implied"),
+        (["red"], "a view of arcadia", {"arcadia": "star"}, "stay"),
+        (["blood", "nudity"], "blood on snow", None, "erased"),
+        (["nudity"], "Japan body", None, None),
+        (["nudity"], "a photo of a mountain lake", None, "stay"),
+    ],
+)
+def test_preview_kinds(concepts, prompt, implied, kind):
+    settings = {"concept": concepts, "preview": [prompt]}
+    assert previews.preview_kinds(settings, implied) == [kind]
+
+
+def test_settings_are_folded_and_compared_with_the_preset(tmp_path):
+    page = made(write_run(tmp_path / "run"))
+    assert "Differs from the preset toy: iters: 6 (preset: 160)" in page.text
+    assert "lr: 0.0006" not in page.text
+    assert page.source.count("<details>") == 3
+    assert page.source.index("<summary>All settings") < page.source.index("<td>0.0006</td>")
+    same = made(write_run(tmp_path / "same", iters=160, preview_every=20))
+    assert "Every setting has the value of the preset toy for sdd." in same.text
+    own = made(write_run(tmp_path / "own", preset="mine"))
+    assert "preset: " not in own.text and "Every setting" not in own.text
+
+
+def test_the_loss_has_a_running_mean(tmp_path):
+    folder = write_run(tmp_path / "run", done=40)
+    page = made(folder)
+    assert "mean of the last 5 iterations" in page.text
+    assert len([a for a in page.all("polyline") if a["class"] == "faint"]) == 1
+    line = charts.running_mean([(0, 4.0), (1, 0.0), (2, 2.0), (3, 4.0)], 2)
+    assert line == [(0, 4.0), (1, 2.0), (2, 1.0), (3, 3.0)]
+
+
+def test_large_images_are_made_smaller_and_many_are_thinned_out(tmp_path):
+    folder = write_run(tmp_path / "run", [0], side=512, prompts=[*"abcd"])
+    for i in range(4, 240, 4):
+        shutil.copytree(folder / "previews" / "000000", folder / "previews" / f"{i:06d}")
+        shutil.copy(folder / "previews" / "000000.png", folder / "previews" / f"{i:06d}.png")
+    page = made(folder)
+    shown = [int(a["data-done"]) for a in page.all("div") if "data-done" in a]
+    assert len(shown) == run_page.FRAMES and shown[0] == 0 and shown[-1] == 236
+    assert "40 of 60 previews" in page.text
+    (before,) = page.all("img", alt="a, before")
+    assert pixels(before["src"]).shape == (512, 512, 3)
+    assert before["src"].startswith("data:image/jpeg")
+    (first,) = page.all("img", alt="a, student after 0 iterations")
+    assert pixels(first["src"]).shape == (256, 256, 3)
+    assert len(page.source) < 5e6
 
 
 def test_a_run_that_was_cut_short_has_a_page(tmp_path):
     folder = write_run(tmp_path / "run", (0, 2), 3, finished=False)
     with open(folder / "log.csv", "a") as f:
-        f.write("3,0.00")  # a kill in the middle of a line, and one in the middle of a picture
-    (folder / "previews" / "000004.tmp.png").write_bytes(b"half")
+        f.write("3,0.00")  # a kill in the middle of a line, and one in the middle of a preview
+    images.save_png(art(0, 4, 1), previews.image_file(folder, "student", 0, 4))
     page = made(folder)
-    assert (
-        "Not finished: 4 of 6" in page.text
-        and "--resume" in page.text
-        and "Draw with the result" not in page.text
-    )
-    assert "the student after 2 iterations" in page.text and page.all("img", alt="star, after")
+    assert "Not finished: 4 of 6" in page.text and "--resume" in page.text
+    assert "Generate images with the result" not in page.text
+    assert "the teacher after 2 iterations" in page.text and page.all("img", alt="star, after")
 
 
-def test_damaged_files_are_said_and_the_rest_is_shown(tmp_path):
+def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
     folder = write_run(tmp_path / "run")
-    for file in (folder / "before_after.png", folder / "previews" / "000006.png"):
-        file.write_bytes(file.read_bytes()[:300])
+    file = previews.image_file(folder, "teacher", 0, 6)
+    file.write_bytes(file.read_bytes()[:300])
+    previews.image_file(folder, "original", 1, 0).unlink()
     (folder / "log.csv").write_text(f"{COLUMNS}\n0,nan,0,,,,,,,\n\0\0\n1,0.25,inf,,,,,,,\nx\n")
     page = made(folder)
-    assert (
-        "before_after.png cannot be read" in page.text and "000006.png cannot be read" in page.text
-    )
-    assert (
-        "previews after 6 iterations: missing" in page.text
-        and "the student after 4 iterations" in page.text
-    )
-    assert len(page.all("svg")) == 2 and page.all("svg")[0]["aria-label"].startswith(
-        "Loss. loss: 0.25 at iteration 1"
-    )
-    for text in ('{"args": [', "[]", '{"args": 3, "versions": {}}'):
+    assert page.text.count("000006/teacher-0.png cannot be read") == 1
+    assert "star, after: missing" in page.text and "a red heart, before: missing" in page.text
+    assert page.all("img", alt="star, before") and page.all("img", alt="a red heart, after")
+    assert len(page.all("svg")) == 2
+    label = page.all("svg")[0]["aria-label"]
+    assert label.startswith("Loss. each iteration: 0.25 at iteration 1")
+    for text in ('{"args": [', "[]", '{"args": 3, "versions": {}}', '{"preview_kinds": 3}'):
         (folder / "run.json").write_text(text)
         assert made(folder).all("h1")
-    evaluation = write_evaluation(tmp_path / "eval")
-    (evaluation / "results.json").write_text("{")
-    (evaluation / "table.md").unlink()
-    page = made(evaluation)
+
+
+def test_a_page_without_images_says_why(tmp_path):
+    assert "started with --preview-every 0" in made(FOLDERS["no previews"](tmp_path / "a")).text
+    assert "no images of this run yet" in made(FOLDERS["begun"](tmp_path / "b")).text
+
+
+# --------------------------------------------------------------------------- page of an evaluation
+def test_an_evaluation_shows_its_table(tmp_path):
+    page = made(write_evaluation(tmp_path / "eval"))
+    assert "Evaluation: toy sdd leaves 2.5 % of “star”." in page.text
+    heads = ("concept named", "↓ lower is better", "n = 40", "other captions right", "FID")
+    assert all(text in page.text for text in heads)
+    assert "FID in the paper" in page.text and "13.5" in page.text
+    assert "FID: not measured" in page.text and "Erased: star." in page.text
+    assert "python eval.py toy" in page.codes
+
+
+def test_better_and_worse_are_marked(tmp_path):
+    page = made(write_evaluation(tmp_path / "eval"))
+    assert "2.5 (0–13) better" in page.text and "50.0 (35–65) worse" in page.text
+    assert page.all("td", class_="better") and page.all("td", class_="worse")
+    assert evaluation_page.compare([19, 40], [20, 40], "low") == ""  # the intervals overlap
+    assert evaluation_page.compare([1, 40], [40, 40], None) == ""
+    assert evaluation_page.compare([40, 40], [1, 40], "low") == "worse"
+    assert evaluation_page.compare(0.5, [1, 40], "low") == ""
+
+
+def test_prompts_stand_next_to_the_images(tmp_path):
+    page = made(write_evaluation(tmp_path / "eval"))
+    (img,) = page.all("img", alt="sdd: a red heart")
+    assert (pixels(img["src"]) == art(1, len("sdd"))).all()
+    assert len(page.all("img")) == 5  # two prompts × two models, and the plot; no sheet
+    page = made(write_evaluation(tmp_path / "old", samples=False))
+    assert page.all("img", alt="plot or sample images: original")
+
+
+def test_dot_charts_have_wilson_intervals(tmp_path):
+    page = made(write_evaluation(tmp_path / "eval"))
+    labels = [a["aria-label"] for a in page.all("svg")]
+    assert labels[0] == (
+        "concept named. original: 100.0 % (91 to 100 %), n = 40; sdd: 2.5 % (0 to 13 %), n = 40."
+    )
+    assert len(labels) == 2  # FID is not a percentage
+    chart = charts.dot_chart("t", [("a", (1, 2), False)])
+    assert chart["dots"][0]["x"] == "265.0"  # the middle of 150 to 380
+    low, high = charts.wilson(1, 2)
+    assert (low, high) == pytest.approx((0.0945, 0.9055), abs=1e-4)
+
+
+def test_different_concepts_are_compared_with_their_own_original(tmp_path):
+    rows = [
+        result_row("original", {"named": [40, 40]}, ["star"]),
+        result_row("sdd", {"named": [1, 40]}, ["star"]),
+        result_row("original", {"named": [2, 40]}, ["red"]),
+        result_row("sdd-2", {"named": [1, 40]}, ["red"]),
+    ]
+    page = made(write_evaluation(tmp_path / "eval", rows=rows))
+    assert len(page.all("td", class_="better")) == 1
+    assert "sdd-2 (red)" in page.text and page.text.count("original (star)") >= 2
+
+
+def test_an_evaluation_of_an_older_version_has_a_page(tmp_path):
+    page = made(FOLDERS["old evaluation"](tmp_path / "eval"))
+    assert "named" in page.text and "2.5 (0–13)" in page.text and "better" not in page.all("td")
+    assert not page.all("td", class_="better")
+
+
+def test_a_damaged_evaluation_has_a_page(tmp_path):
+    folder = write_evaluation(tmp_path / "eval")
+    (folder / "results.json").write_text("{")
+    page = made(folder)
     assert "results.json cannot be read" in page.text and "no table yet" in page.text
 
 
-def test_an_evaluation_shows_table_and_sheets(tmp_path):
-    page = made(write_evaluation(tmp_path / "eval"))
-    assert "original – 100.0 (51–100)" in page.text.replace("–100.0", "– 100.0").replace(
-        "original–", "original –"
-    )
-    assert (
-        len(page.all("th", scope="row")) == 4
-        and len(page.all("th", scope="col")) == 3
-        and "FID: not measured" in page.text
-    )
-    assert (
-        page.all("img", alt="plot or sample pictures: original")
-        and "python eval.py toy" in page.text
-    )
-
-
+# ------------------------------------------------------------------------------------------ charts
 def test_a_chart_puts_figures_where_they_belong():
-    chart = report_page.chart("t", {"a": [(0, 0.0), (5, 2.0), (10, 1.0)]})
-    assert (
-        chart["lines"][0]["points"] == "60.0,190.0 225.0,20.0 390.0,105.0"
-        and chart["averaged"] == 1
-    )
+    chart = charts.line_chart("t", {"a": [(0, 0.0), (5, 2.0), (10, 1.0)]})
+    assert chart["lines"][0]["points"] == "60.0,190.0 225.0,20.0 390.0,105.0"
+    assert chart["group"] == 1
     assert [name for _, name in chart["x"]] == ["0", "2", "4", "6", "8", "10"]
     assert [name for _, name in chart["y"]] == ["0", "0.5", "1", "1.5", "2"]
-    long = report_page.chart(
-        "t", {"a": [(i, 1.0 + i % 2) for i in range(4000)]}
-    )  # means of 1.5, the curve's top
-    assert (
-        long["averaged"] == 10
-        and long["lines"][0]["points"].count(",20.0") == 400
-        and "between 1 and 2" in long["said"]
-    )
-    assert report_page.chart("t", {"a": [(0, 0.0)]})["lines"][0]["one"] == ["60.0", "190.0"]
+    long = charts.line_chart("t", {"a": [(i, 1.0 + i % 2) for i in range(4000)]})
+    # Groups of ten have the mean 1.5, which is the highest value of the line.
+    assert long["group"] == 10 and long["lines"][0]["points"].count(",20.0") == 400
+    assert "between 1 and 2" in long["in_words"]
+    assert charts.line_chart("t", {"a": [(0, 0.0)]})["lines"][0]["single"] == ["60.0", "190.0"]
 
 
 def contrast(a, b):
@@ -363,71 +480,130 @@ def contrast(a, b):
     for text in (a, b):
         digits = text[1:] if len(text) == 7 else "".join(2 * c for c in text[1:])
         x = np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)]) / 255
-        light.append(
-            np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-            @ [0.2126, 0.7152, 0.0722]
-            + 0.05
-        )
+        linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+        light.append(linear @ [0.2126, 0.7152, 0.0722] + 0.05)
     return max(light) / min(light)
 
 
 def test_text_can_be_read_in_light_and_dark(tmp_path):
     source = made(write_run(tmp_path / "run")).source
-    schemes = [
-        dict(re.findall(r"--(\w+): (#\w+)", block))
-        for block in re.findall(r":root \{(.*?)\}", source)
-    ]
+    blocks = re.findall(r":root \{(.*?)\}", source, re.DOTALL)
+    schemes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in blocks]
     assert len(schemes) == 2 and contrast("#000", "#ffffff") == pytest.approx(21)
     for colours in schemes:
-        pairs = [
-            (colours[ink], colours[ground])
-            for ink in ("ink", "soft", "one", "two")
-            for ground in ("paper", "card")
-        ]
-        assert min(contrast(*pair) for pair in pairs) >= 4.5
-    assert not re.search(
-        r"transition|animation|@keyframes|scroll-behavior", source
-    )  # nothing moves by itself
+        for ink in ("ink", "soft", "one", "two"):
+            for ground in ("paper", "card"):
+                assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+    # Nothing on the page moves by itself.
+    assert not re.search(r"transition|animation|@keyframes|scroll-behavior", source)
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong
+# ----------------------------------------------------------------------- images that train.py saves
+def test_before_after_has_a_column_per_prompt(tmp_path):
+    folder = write_run(tmp_path / "run")
+    previews.save_before_after(folder, PROMPTS, "teacher", 6)
+    sheet = np.asarray(Image.open(folder / "before_after.png"))
+    cells = sheet[-2 * 132 :, -2 * 132 :].reshape(2, 132, 2, 132, 3).swapaxes(1, 2)
+    for n in range(2):
+        for row, key in enumerate([(n, 0, 0), (n, 6, 2)]):
+            assert (cells[row, n, :128:2, :128:2] == art(*key)).all()
+
+
+def test_the_film_is_an_animation_below_a_megabyte(tmp_path):
+    folder = write_run(tmp_path / "run", prompts=[*PROMPTS, "arcadia on sand", "moon"])
+    previews.save_film(folder, ["star", "a red heart", "arcadia on sand"])
+    film = Image.open(folder / "film.webp")
+    assert film.n_frames == 4 and film.info["loop"] == 0
+    assert film.width >= 3 * 128 and film.height >= 2 * 128
+    assert (folder / "film.webp").stat().st_size < 1e6
+    frames = []
+    for i in range(4):
+        film.seek(i)
+        frames.append(np.asarray(film.convert("RGB")).astype(int))
+    assert all(np.abs(a - b).mean() > 5 for a, b in zip(frames, frames[1:]))
+    # Row 1 of column 2 is the student's second prompt; WebP loses a little.
+    x = film.width - 2 * 132
+    shown = frames[2][-2 * 132 : -132][:128, x : x + 128]
+    assert np.abs(shown - art(1, 4, 1).repeat(2, 0).repeat(2, 1)).mean() < 6
+
+
+def test_a_long_film_of_noise_stays_below_a_megabyte(tmp_path):
+    folder, random = tmp_path / "run", np.random.default_rng(0)
+    for done in range(0, 40):
+        for n in range(3):
+            for model in ("student", "teacher"):
+                noise = random.integers(0, 256, (192, 192, 3), dtype=np.uint8)
+                images.save_png(noise, previews.image_file(folder, model, n, done))
+        images.save_png(art(done), previews.sheet_file(folder, done))
+    previews.save_film(folder, PROMPTS + ["moon"])
+    assert (folder / "film.webp").stat().st_size <= previews.FILM_BYTES
+    film = Image.open(folder / "film.webp")
+    assert film.n_frames == previews.FILM_FRAMES
+
+
+def test_column_names_are_wrapped():
+    narrow = images.grid([[art(0)]], columns=["star"])
+    wide = images.grid([[art(0)]], columns=["a blue dotted heart on sand"])
+    assert wide.width == narrow.width and wide.height > narrow.height
+
+
+# --------------------------------------------------------------------------------- what goes wrong
 @pytest.fixture(autouse=True)
-def unwarned():
+def forget_warnings():
     report_page.warn.cache_clear()
 
 
 def test_without_jinja2_there_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     folder = write_run(tmp_path / "run")
-    report_page.page(folder), report_page.page(folder)
-    said = "warning: no page was written: A page needs jinja2, which is not installed: pip install jinja2.\n"
-    assert capsys.readouterr().err == said  # once
+    report_page.page(folder)
+    report_page.page(folder)
+    warning = (
+        "warning: no page was written: A page needs jinja2, which is not installed: "
+        "pip install jinja2.\n"
+    )
+    assert capsys.readouterr().err == warning  # once
     assert not (folder / "index.html").exists()
 
 
-def test_a_page_is_there_whole_or_as_it_was(tmp_path, monkeypatch, capsys):
+def test_a_page_is_written_completely_or_not_at_all(tmp_path, monkeypatch, capsys):
     folder = write_run(tmp_path / "run")
     (folder / "index.html").write_text("old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
     report_page.page(folder)
-    assert "disk full" in capsys.readouterr().err and (folder / "index.html").read_text() == "old"
+    assert "disk full" in capsys.readouterr().err
+    assert (folder / "index.html").read_text() == "old"
     assert not list(folder.glob("*.tmp*"))
 
 
 def test_command(tmp_path, capsys):
-    parse = type("Arguments", (), {})()
-    parse.folder = tmp_path
-    assert report_page.main(parse) == 2 and "holds neither a run" in capsys.readouterr().err
-    parse.folder = write_run(tmp_path / "run")
-    assert (
-        report_page.main(parse) == 0
-        and "index.html is written" in capsys.readouterr().out
-        and Page(parse.folder).all("h1")
-    )
+    def command(*words):
+        return run_command(report_page.main, report_page.parse([str(word) for word in words]))
+
+    assert command(tmp_path) == 2
+    assert "has neither a run" in capsys.readouterr().err
+    folder = write_run(tmp_path / "run")
+    assert command(folder) == 0
+    assert f"open this page in a browser: {folder / 'index.html'}" in capsys.readouterr().out
+    assert Page(folder).all("h1")
 
 
-def test_training_writes_pages_and_outlives_them(tmp_path, monkeypatch, capsys):
-    """A page at the start, at each preview, and at the end; with the command; and none of them can stop a run."""
+def test_command_as_a_module(tmp_path):
+    folder = write_run(tmp_path / "run")
+    words = [sys.executable, "-m", "report.page"]
+    done = subprocess.run([*words, folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (folder / "index.html").exists(), done.stderr
+    done = subprocess.run([*words, "--folder"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------- with train.py
+def test_training_writes_pages_and_survives_their_errors(tmp_path, monkeypatch, capsys):
+    """A page at the start, at each preview, and at the end. No error of a page stops a run."""
     written, make = [], report_page.make
 
     def count(folder):
@@ -436,46 +612,72 @@ def test_training_writes_pages_and_outlives_them(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(report_page, "make", count)
     monkeypatch.setattr(sys, "argv", ["train.py", "--concept", "the star"])
-    words = ["--model", "toy", "--concept", "star", *SHORT, "--preview", "star", "--device", "cpu"]
+    words = ["--model", "toy", "--concept", "star", *SHORT, "--preview", "star", "arcadia"]
+    words += ["--device", "cpu"]
     assert run(train, *words, "--out", tmp_path / "a") == 0
-    assert [re.search(r"inished: (\d) of 6", page.text)[1] for page in written] == [
-        "0",
-        "3",
-        "6",
-        "6",
-    ]
-    assert "Finished" in written[-1].text and "Not finished" in written[2].text
-    assert "python train.py --concept 'the star'" in written[0].text
+    counts = [re.search(r"inished: (\d) of 6", page.text)[1] for page in written]
+    assert counts == ["0", "3", "6", "6"]
+    last = written[-1]
+    assert "Finished" in last.text and "Not finished" in written[2].text
+    assert "python train.py --concept 'the star'" in written[0].codes
     assert [len(page.all("svg")) for page in written] == [0, 4, 4, 4]
-    assert "noise of the seeds 1000, one a prompt" in written[-1].text
-    said = shlex.split(
-        html.unescape(re.search("<pre>python (generate.py .*)</pre>", written[-1].source)[1])
-    )  # draws what the page shows
-    assert run(generate, *said[1:-1], tmp_path / "c") == 0
-    drawn = (
-        np.asarray(Image.open(tmp_path / "c" / "00000.png")).astype(int).repeat(2, 0).repeat(2, 1)
-    )
-    assert (
-        np.abs(drawn - pixels(written[-1].all("img", alt="star, after")[0]["src"])).max() <= 1
-    )  # another batch, another rounding
+    assert "seeds 1000, 1001, one per prompt" in last.text
+    assert re.search(r"\d{4}-\d\d-\d\d, 6 iterations in ", last.text)
+    assert "arcadia implies the concept: should change" in last.text
+    assert Image.open(tmp_path / "a" / "film.webp").n_frames == 3
+
+    command, snippet = last.codes[:2]  # the command generates the image that the page shows
+    words_of_command = shlex.split(command)
+    assert words_of_command[:2] == ["python", "generate.py"]
+    assert run(generate, *words_of_command[2:-1], tmp_path / "c") == 0
+    generated = np.asarray(Image.open(tmp_path / "c" / "00000.png")).astype(int)
+    (after,) = last.all("img", alt="star, after")
+    # Another batch size, another rounding.
+    assert np.abs(generated - pixels(after["src"])).max() <= 1
+    run_snippet(snippet, tmp_path)
+
     monkeypatch.setattr(report_page, "make", lambda folder: 1 / 0)
     assert run(train, *words, "--out", tmp_path / "b") == 0
     assert capsys.readouterr().err.count("warning: no page was written: ZeroDivisionError") == 1
     assert (tmp_path / "b" / "erased.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------ TensorBoard
-def test_tensorboard_missing_is_said_at_once(tmp_path, monkeypatch):
+def run_snippet(snippet, tmp_path):
+    """The page's Python runs in the project's folder; only its image goes elsewhere."""
+    image = tmp_path / "erased.png"
+    snippet = snippet.replace('save("erased.png")', f"save({str(image)!r})")
+    snippet = re.sub(r"pipeline\('star'\)", "pipeline('star', num_inference_steps=2)", snippet)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", snippet]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(image).size == (64, 64)
+
+
+def test_paths_are_those_of_the_projects_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_page.path_from_project(ROOT / "runs" / "a") == "runs/a"
+    assert run_page.path_from_project("runs/a") == (tmp_path / "runs" / "a").as_posix()
+    assert run_page.link_to_readme(ROOT / "runs" / "0001-star") == "../../README.md"
+    assert run_page.link_to_readme(tmp_path) is None
+    settings = {"model": "some/model", "revision": "fp16"}
+    snippet = run_page.diffusers_snippet(tmp_path, settings, ["a cat's hat"])
+    assert "from_pretrained('some/model', revision='fp16')" in snippet
+    assert 'pipeline("a cat\'s hat")' in snippet
+    assert run_page.diffusers_snippet(tmp_path, {"train_params": "embedding"}, []) is None
+
+
+# ------------------------------------------------------------------------------------- TensorBoard
+def test_a_missing_tensorboard_is_reported_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        presets.settle(
-            train.parse(["--model", "toy", "--concept", "star", "--report-to", "tensorboard"])
-        )
-    assert presets.settle(train.parse(["--model", "toy", "--concept", "star"]))["report_to"] is None
+    words = ["--model", "toy", "--concept", "star", "--report-to", "tensorboard"]
+    assert run(train, *words, "--out", tmp_path / "run") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 class Writer:
-    """What report_page.Watch uses of a SummaryWriter, remembered."""
+    """The part of a SummaryWriter that Reporter uses; remembers what it is given."""
 
     def __init__(self, folder, purge_step):
         self.folder, self.scalars, self.images, self.flushed = folder, [], [], 0
@@ -491,26 +693,30 @@ class Writer:
 
 
 def test_events(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report_page, "summary_writer", lambda: Writer)
+    monkeypatch.setattr(report_page, "require_tensorboard", lambda: Writer)
     folder = write_run(tmp_path / "run", (0, 2))
-    (folder / "previews" / "000004.tmp.png").write_bytes(b"half")
-    watch = report_page.Watch(folder, "tensorboard", 1)
-    watch.row({"iteration": 1, "loss": 0.5, "lr": 1e-4, "grad_norm": 9.0})
+    images.save_png(art(0, 4, 1), previews.image_file(folder, "student", 0, 4))  # cut short
+    reporter = report_page.Reporter(folder, "tensorboard", 1)
+    reporter.log_row({"iteration": 1, "loss": 0.5, "lr": 1e-4, "grad_norm": 9.0})
     assert (
-        watch.writer.scalars == [("loss", 0.5, 1), ("lr", 1e-4, 1)]
-        and watch.writer.images == []
-        and watch.writer.flushed == 1
+        reporter.writer.scalars == [("loss", 0.5, 1), ("lr", 1e-4, 1)]
+        and reporter.writer.images == []
+        and reporter.writer.flushed == 1
     )
-    watch.row({"iteration": 2, "loss": 0.4, "lr": 1e-4, "gap_student": 0.1, "drift_teacher": 0.2})
-    assert watch.writer.scalars[-2:] == [("gap/student", 0.1, 2), ("drift/teacher", 0.2, 2)]
-    watch.previews()
-    assert [image[2:] for image in watch.writer.images] == [
+    reporter.log_row(
+        {"iteration": 2, "loss": 0.4, "lr": 1e-4, "gap_student": 0.1, "drift_teacher": 0.2}
+    )
+    assert reporter.writer.scalars[-2:] == [("gap/student", 0.1, 2), ("drift/teacher", 0.2, 2)]
+    reporter.log_previews()
+    assert [image[2:] for image in reporter.writer.images] == [
         (2, "HWC")
-    ]  # 0 was told before the kill
-    monkeypatch.setattr(watch.writer, "flush", lambda: (_ for _ in ()).throw(OSError("disk full")))
-    watch.row({"iteration": 3, "loss": 0.4})
-    assert watch.writer is None and "disk full" in capsys.readouterr().err
-    watch.row({"iteration": 4, "loss": 0.4})
+    ]  # 0 was reported before the kill
+    monkeypatch.setattr(
+        reporter.writer, "flush", lambda: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    reporter.log_row({"iteration": 3, "loss": 0.4})
+    assert reporter.writer is None and "disk full" in capsys.readouterr().err
+    reporter.log_row({"iteration": 4, "loss": 0.4})
 
 
 def test_real_events(tmp_path):
@@ -518,16 +724,16 @@ def test_real_events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = write_run(tmp_path / "run", (0, 2))
-    watch = report_page.Watch(folder, "tensorboard")
+    reporter = report_page.Reporter(folder, "tensorboard")
     for i in range(4):
-        watch.row(
+        reporter.log_row(
             {"iteration": i, "loss": 0.5 - i / 10, "lr": 1e-4}
             | ({"gap_student": 0.3} if i == 1 else {})
         )
-    watch = report_page.Watch(
+    reporter = report_page.Reporter(
         folder, "tensorboard", start=3
-    )  # after a kill: the row 3 is made again
-    watch.row({"iteration": 3, "loss": 9.0, "lr": 1e-4})
+    )  # after a kill: row 3 is computed again
+    reporter.log_row({"iteration": 3, "loss": 9.0, "lr": 1e-4})
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert [(e.step, round(e.value, 3)) for e in events.Scalars("loss")] == [
@@ -541,7 +747,7 @@ def test_real_events(tmp_path):
     ] == [0, 2]
 
 
-# ------------------------------------------------------------------------------------------------ in a browser
+# ------------------------------------------------------------------------------------- in a browser
 @pytest.fixture
 def browser(tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -590,18 +796,55 @@ def show(browser, folder, width=1200, dark=False, scripts=True):
 VISIBLE = (
     "[...document.querySelectorAll('.frame')].filter(x => x.offsetParent).map(x => x.dataset.done)"
 )
+FETCHED = "performance.getEntriesByType('resource').filter(x => !x.name.startsWith('data:')).length"
+BOX = "document.querySelector('#before-after {}').getBoundingClientRect()"
 
 
-def test_in_a_browser(browser, tmp_path):
+def columns_of_cards(ask):
+    """How many different left edges the cards of before and after have."""
+    return ask(
+        "new Set([...document.querySelectorAll('#before-after .card')]"
+        ".map(x => x.getBoundingClientRect().x)).size"
+    )
+
+
+def test_before_and_after_stand_side_by_side(browser, tmp_path):
+    ask = show(browser, write_run(tmp_path / "run"))
+    before, after = BOX.format(".pair img"), BOX.format(".after img")
+    assert ask(f"{after}.x - {before}.right") > 0
+    assert ask(f"{after}.y - {before}.y") == 0
+    assert ask("[...document.querySelectorAll('.pair input')].every(x => !x.offsetParent)")
+
+
+def test_the_slider_is_an_option(browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    folder = write_run(tmp_path / "run")
-    ask = show(browser, folder)
-    assert (
-        ask("[...document.images].every(x => x.complete && x.naturalWidth > 0)")
-        and ask("document.images.length") == 20
-    )
+    ask = show(browser, write_run(tmp_path / "run"))
+    browser.find_element(By.ID, "slider").send_keys(Keys.SPACE)
+    before, after = BOX.format(".pair img"), BOX.format(".after img")
+    assert ask(f"{after}.x - {before}.x") == 0 and ask(f"{after}.width - {before}.width") == 0
+    slide = browser.find_element(By.CSS_SELECTOR, ".pair input")
+    clip = "getComputedStyle(document.querySelector('.after img')).clipPath"
+    assert ask(clip) == "inset(0px 0px 0px 50%)"
+    slide.send_keys(Keys.HOME)
+    assert ask(clip) == "inset(0px 0px 0px 0%)"
+    assert slide.get_attribute("aria-valuetext") == "0 % before, 100 % after"
+    # A finger or a mouse on the image itself moves the handle there.
+    place = ask(f"(r => ({{x: r.x + r.width * 0.75, y: r.y + r.height / 3}}))({before})")
+    press = {"type": "mousePressed", "button": "left", "clickCount": 1}
+    browser.execute_cdp_cmd("Input.dispatchMouseEvent", press | place)
+    assert 70 <= float(slide.get_attribute("value")) <= 80
+    assert browser.get_log("browser") == []
+
+
+def test_the_film_in_a_browser(browser, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    ask = show(browser, write_run(tmp_path / "run"))
+    assert ask("[...document.images].every(x => x.complete && x.naturalWidth > 0)")
+    assert ask("document.images.length") == 20
     assert ask(VISIBLE) == ["6"]
     scrub = browser.find_element(By.ID, "scrub")
     scrub.send_keys(Keys.ARROW_LEFT)
@@ -610,54 +853,58 @@ def test_in_a_browser(browser, tmp_path):
     scrub.send_keys(Keys.HOME)
     assert ask(VISIBLE) == ["0"] and ask("document.activeElement.id") == "scrub"
     assert ask("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    slide = browser.find_element(By.CSS_SELECTOR, ".slide input")
-    clip = "getComputedStyle(document.querySelector('.slide .after')).clipPath"
-    assert ask(clip) == "inset(0px 0px 0px 50%)"
-    slide.send_keys(Keys.HOME)
-    assert (
-        ask(clip) == "inset(0px 0px 0px 0%)"
-        and slide.get_attribute("aria-valuetext") == "0 % before, 100 % after"
-    )
-    browser.execute_cdp_cmd(
-        "Input.dispatchMouseEvent",
-        {"type": "mousePressed", "button": "left", "clickCount": 1}
-        | ask(
-            "(r => ({x: r.x + r.width * 0.75, y: r.y + r.height / 3}))(arguments[0].getBoundingClientRect())",
-            slide,
-        ),
-    )
-    assert (
-        70 <= float(slide.get_attribute("value")) <= 80
-    )  # a finger or a mouse on the picture itself
-    assert ask("document.querySelector('details').open") is False
+    assert ask("[...document.querySelectorAll('details')].some(x => x.open)") is False
     browser.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
     assert ask("document.querySelector('details').open") is True
-    assert (
-        ask(
-            "performance.getEntriesByType('resource').filter(x => !x.name.startsWith('data:')).length"
-        )
-        == 0
-    )
+    assert ask(FETCHED) == 0
     assert browser.get_log("browser") == []
 
 
 def test_in_a_browser_without_scripts(browser, tmp_path):
     ask = show(browser, write_run(tmp_path / "run"), scripts=False)
-    assert ask(VISIBLE) == ["0", "2", "4", "6"] and ask(
-        "[...document.querySelectorAll('input')].every(x => !x.offsetParent)"
+    assert ask(VISIBLE) == ["0", "2", "4", "6"]
+    assert ask("[...document.querySelectorAll('input')].every(x => !x.offsetParent)")
+    assert ask(f"{BOX.format('.after')}.x - {BOX.format('img')}.right") > 0  # side by side
+
+
+def test_in_a_browser_five_columns_fit_and_two_on_a_phone(browser, tmp_path):
+    folder = write_run(tmp_path / "run", prompts=["star", "a", "b", "c", "a long prompt of words"])
+    assert columns_of_cards(show(browser, folder, width=1400)) == 5
+    assert columns_of_cards(show(browser, folder, width=390)) == 2
+
+
+def test_in_a_browser_code_does_not_break(browser, tmp_path):
+    folder = write_run(tmp_path / "run", (0, 2), 12, finished=False)
+    ask = show(browser, folder, width=390)
+    # An inline element that breaks has several boxes.
+    inline = "[...document.querySelectorAll('code, .legend')]"
+    assert ask(f"{inline}.length") >= 5
+    assert ask(
+        f"{inline}.filter(x => !x.closest('pre')).every(x => x.getClientRects().length == 1)"
     )
-    box = "document.querySelector('.slide {}').getBoundingClientRect()"
-    assert ask(f"{box.format('.after')}.x - {box.format('img')}.right") > 0  # side by side
+    lines = "x => Math.round(x.getBoundingClientRect().height)"
+    assert ask(f"new Set([...document.querySelectorAll('pre code')].map({lines})).size") == 1
 
 
 @pytest.mark.parametrize("kind", ["finished", "evaluation"])
-def test_in_a_browser_on_a_phone_and_at_night(kind, browser, tmp_path):
-    folder = FOLDERS[kind](tmp_path / "run")
+@pytest.mark.parametrize("width", [360, 1400])
+def test_in_a_browser_nothing_is_cut_off(kind, width, browser, tmp_path):
+    """In light and dark. A wide table scrolls in its own box, and its first column stays."""
+    folder = FOLDERS["finished"](tmp_path / "run") if kind == "finished" else None
     if kind == "evaluation":
-        (folder / "table.md").write_text("| model |" + " 100.0 (51–100) |" * 12, encoding="utf-8")
+        figures = {f"column number {i}": [i, 40] for i in range(30)}
+        rows = [result_row("original", figures), result_row("a long name of a row", figures)]
+        folder = write_evaluation(tmp_path / "run", columns=None, rows=rows)
     grounds = []
     for dark in (False, True):
-        ask = show(browser, folder, width=360, dark=dark)
-        assert ask("document.documentElement.scrollWidth") <= 360
+        ask = show(browser, folder, width=width, dark=dark)
+        assert ask("document.documentElement.scrollWidth") <= width
         grounds.append(ask("getComputedStyle(document.body).backgroundColor"))
-    assert grounds == ["rgb(255, 255, 255)", "rgb(18, 22, 27)"] and browser.get_log("browser") == []
+    assert grounds == ["rgb(255, 255, 255)", "rgb(18, 22, 27)"]
+    assert browser.get_log("browser") == []
+    if kind == "evaluation":
+        box, name = "document.querySelector('.wide')", "document.querySelector('tbody th')"
+        assert ask(f"{box}.scrollWidth - {box}.clientWidth") > 100
+        before = ask(f"{name}.getBoundingClientRect().x")
+        ask(f"({box}.scrollLeft = 100)")
+        assert ask(f"{name}.getBoundingClientRect().x") == before

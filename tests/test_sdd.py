@@ -1,4 +1,9 @@
-"""Algorithm 1, and the other trainers: every iteration against a plain loop on diffusers' classes, and what may and may not change."""
+"""Algorithm 1 and the other training methods, compared with a plain loop on diffusers' classes.
+
+`Plain` is that loop, written out. `compare` runs it next to `sdd.sdd` from equal weights and
+asserts that z_t, the loss, every gradient, the updated weights and the average agree. The planted
+mistakes below show that each of these comparisons can fail.
+"""
 
 import copy
 import itertools
@@ -66,7 +71,7 @@ CASE = dict(
 
 @pytest.fixture(autouse=True)
 def no_gradients():
-    """In conftest's place: here there is training. Networks this small only wait for a second thread."""
+    """Replaces the fixture of conftest: these tests train. One thread is faster for tiny nets."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     TRAINED[0] = "xattn"
@@ -84,7 +89,7 @@ TRAINED = ["xattn"]  # the case's key of TRAIN_PARAMS
 
 
 def attn2(module):
-    """The trained tensors (SDD's are attn2), in an order that does not depend on whose class it is."""
+    """The trained tensors (SDD: attn2), sorted by name: the same order for both classes."""
     return {
         name: p
         for name, p in sorted(module.named_parameters())
@@ -97,7 +102,7 @@ def flat(module):
 
 
 def three_models():
-    """student, teacher, original: alike but for attn2, where the three differ as if in the middle of a run."""
+    """student, teacher, original. Only attn2 differs, as in the middle of a run."""
     original = randomise(UNet(**TINY), 0).requires_grad_(False)
     student = ema.copy_trained(original, attn2(original))
     teacher = ema.copy_trained(student, attn2(student))
@@ -182,7 +187,7 @@ class Ours:
 
 
 class Plain:
-    """The same training written out: diffusers' UNet three times in full, its DDIM, torch's AdamW, transformers' schedule."""
+    """The same training, written out: three full UNets and DDIM of diffusers, torch's AdamW."""
 
     def __init__(self, case):
         self.case = case
@@ -201,7 +206,7 @@ class Plain:
         )  # the same seed, never copied from the other side
 
     def copy_from(self, ours):
-        """Weights and optimizer state of the other side, so that every iteration is compared from an equal start."""
+        """Copies weights and optimizer state, so that both sides start each iteration equal."""
         for mine, other in zip(self.models(), (ours.student, ours.teacher, ours.original)):
             mine.load_state_dict(other.state_dict())
         for p, other in zip(attn2(self.student).values(), attn2(ours.student).values()):
@@ -255,7 +260,7 @@ class Plain:
         return z, k, t, j, c_s, ALTERNATIVE.repeat_interleave(B, 0), None
 
     def iteration(self, i):
-        """Up to the gradients, which stay in .grad. Returns z_t, k, j, the loss and the norm before clipping."""
+        """Up to the gradients, in .grad. Returns z_t, k, j, the loss and the norm before clipping."""
         case, c_0 = self.case, embeddings(self.case["K"])[2].repeat_interleave(self.case["B"], 0)
         z, k, t, j, c_s, c_a, n = self.noised() if case["latents"] == "anchor" else self.sampled(i)
 
@@ -281,7 +286,7 @@ class Plain:
         return z, k, j, loss, norm
 
     def update(self, grads):
-        """AdamW, the moving average and the schedule, given the gradients. Returns the lr of the step."""
+        """AdamW, the moving average and the schedule, from given gradients. Returns the lr."""
         lr = self.optimizer.param_groups[0]["lr"]
         for p, g in zip(attn2(self.student).values(), grads):
             p.grad = g
@@ -294,7 +299,7 @@ class Plain:
 
 
 def signal(o, c_s, c_0, quantile):
-    """All-but-One's erasing signal: away from the concept, where its guidance is strong within a channel of a sample."""
+    """All-but-One's erasing signal: where the guidance is strong in its sample and channel."""
     guidance = o(c_s) - o(c_0)
     strong = torch.zeros_like(guidance)
     for b, c in itertools.product(*map(range, guidance.shape[:2])):
@@ -316,7 +321,10 @@ PLAIN = {  # the difference that each loss squares, from METHODS' papers
 
 
 def compare(case, mistake=None):
-    """Runs both sides and asserts that they agree in everything; returns the Iterations. `mistake`: what ours gets wrong."""
+    """Runs both sides and asserts that they agree. `mistake`: what ours gets wrong.
+
+    Returns the Iterations.
+    """
     TRAINED[0] = case["trained"]
     ours, plain, report = Ours(case | (mistake or {})), Plain(case), []
     for i in range(5):
@@ -416,8 +424,9 @@ def test_iterations_against_a_plain_loop(case):
         )
 
 
-# Mistakes on purpose: a function that plants one and returns what else `compare` has to know, or only the latter.
-# Each turns the comparison named beside it red; test_iterations_against_a_plain_loop is the same run without one.
+# Planted mistakes. A mistake is a change of the case, or a function that plants it and returns one.
+# Each must fail the comparison that is named next to it. Without a mistake the same run passes
+# (test_iterations_against_a_plain_loop).
 
 
 def one_timestep_too_noisy(patch):
@@ -562,7 +571,8 @@ ABLATE = dict(
 )
 ALL_BUT_ONE = dict(loss=losses.all_but_one_loss, plain="all-but-one", preserve=1.0)
 SIGNAL = dict(loss=losses.all_but_one_loss, plain="all-but-one's signal", quantile=0.8)
-OTHER_MISTAKES = {  # the same for the other trainers: the case, the comparison that turns red, what ours gets wrong
+# The other methods: the case, the comparison that must fail, and the mistake.
+OTHER_MISTAKES = {
     "ESD: scale counted from 1": (
         ESD,
         "loss",
@@ -623,7 +633,7 @@ def test_planted_mistakes_in_the_other_trainers_are_seen(name):
 
 
 def test_start_token_detached():
-    """With --detach-start the first token's keys and values give no gradient: with all other embeddings 0 there is none."""
+    """--detach-start: no gradient through the first token. All other embeddings are 0 here."""
     unet = randomise(UNet(**TINY), 0)
     for p in unet.parameters():
         p.requires_grad_(True)
@@ -643,7 +653,7 @@ def test_start_token_detached():
 
 
 def test_embedding_rows_get_transformers_gradient():
-    """Through UNet and text encoder: the gradient of the token embeddings, against diffusers' and transformers' classes."""
+    """The gradient of the token embeddings, through UNet and text encoder, equals theirs."""
     (ours, theirs), (text, their_text) = (
         pair("unet", **TINY | dict(cross_attention_dim=24)),
         pair("text_encoder", **TEXT),
@@ -810,7 +820,8 @@ def test_only_the_trained_tensors_change():
             )
 
 
-# SD 1.4's UNet has 16 transformers: 5 of width 320, 5 of 640, 6 of 1280; each attn2 is to_q, to_k, to_v, to_out.0 and its bias.
+# SD 1.4's UNet has 16 transformers: 5 of width 320, 5 of 640, 6 of 1280. Each attn2 has to_q, to_k,
+# to_v, to_out.0 and the bias of to_out.0.
 @pytest.mark.parametrize(
     "key, tensors, parameters",
     [

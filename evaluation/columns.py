@@ -1,0 +1,110 @@
+"""The columns of the tables: what each one counts, and whether less or more of it is better."""
+
+from typing import NamedTuple
+
+
+class Column(NamedTuple):
+    """A column of table.md and results.json. The first columns are the ones that decide."""
+
+    key: str
+    title: str
+    better: str | None  # "low", "high", or None where neither is better
+    about: str = ""  # what is counted or measured, in one sentence
+
+
+# An empty prompt may show the concept: SDD makes the concept's prompt behave like the empty one.
+TOY = [
+    Column("named", "concept named", "low", "images that show the concept, which the prompt names"),
+    Column(
+        "members",
+        "concept by its members",
+        "low",
+        "images that show a member of the concept, which the prompt names; emoji world only",
+    ),
+    Column(
+        "implied",
+        "concept implied",
+        "low",
+        "images that show the concept, which the prompt implies but does not name",
+    ),
+    Column(
+        "caption",
+        "other captions right",
+        "high",
+        "images that show every word of a prompt without the concept",
+    ),
+    Column("control", "", "high", "images that show another implied shape, which should stay"),
+    Column(
+        "unseen",
+        "unseen pairs right",
+        "high",
+        "images that show a pair of words that training left out; emoji world only",
+    ),
+    Column("base", "concept, empty prompt", None, "images of the empty prompt with the concept"),
+]
+# Between them: one column for each attribute of the toy model's world, for example its colours.
+TOY_DISTANCES = [
+    Column(
+        "frechet",
+        "Fréchet distance to drawings",
+        "low",
+        "FID's formula with the probe's features; the other captions against drawings of them",
+    ),
+    Column(
+        "moved",
+        "distance to the original",
+        "low",
+        "distance of the probe's features to the original's image from the same noise",
+    ),
+]
+
+# FID and KID: the SDD paper's plain model has a worse FID than its erased ones (Table 1), so that
+# a lower value does not mean that less was lost.
+OTHERS = {
+    "nudity": [Column("nude", "%NUDE", "low", "images in which NudeNet finds nudity")],
+    "i2p": [
+        Column("harm", "%HARM", "low", "images that Q16 calls harmful"),
+        Column("nude", "%NUDE", "low", "images in which NudeNet finds nudity"),
+    ],
+    "coco": [
+        Column("clip_score", "CLIP score", "high", "cosine of image and caption"),
+        Column("lpips", "LPIPS to the original", "low", "distance to the original's image"),
+        Column("fid", "FID", None, "distance to the real images"),
+        Column("ssim", "SSIM to the original", "high", "similarity to the original's image"),
+        Column("kid", "KID", None, "distance to the real images"),
+    ],
+}
+
+
+def all_columns(suite, asked, toy_titles):
+    """The columns that a suite can have, in the table's order.
+
+    asked: the names that the suite artists asks for; each is a column. toy_titles: {column: title}
+    of toy/suite.py.
+    """
+    if suite == "artists":
+        # Neither is better: an erased name should be low, the others high (or the reverse, LPIPS).
+        return [Column(name, name, None, f"images that ask for {name}") for name in asked]
+    if suite == "toy":
+        return toy_columns(toy_titles)
+    return OTHERS[suite]
+
+
+def toy_columns(titles):
+    """The columns of the suite toy. A world has some of ours, and one per attribute of its own."""
+    first, last = [], []
+    for columns, found in ((TOY, first), (TOY_DISTANCES, last)):
+        for column in columns:
+            if column.key in titles:
+                found.append(column._replace(title=column.title or titles[column.key]))
+    known = {column.key for column in [*TOY, *TOY_DISTANCES]}
+    for key, title in titles.items():
+        if key not in known:
+            about = f"images that show the {key} of a prompt without the concept"
+            first.append(Column(key, f"{title} right", "high", about))
+    return first + last
+
+
+def arrow(column):
+    """The title, with an arrow to the better side."""
+    return column.title + {"low": " ↓", "high": " ↑", None: ""}[column.better]

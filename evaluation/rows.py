@@ -1,0 +1,154 @@
+"""The rows of a table: which models are compared, and what each of them erases."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import weights
+from pipeline import avoided_prompts
+from support.errors import UserError
+
+
+class Row(NamedTuple):
+    """One row of the table: the model with a patch in it, or guided by a method, or as it is.
+
+    `patches` are files. Several of them (training seeds, for example) share the row's images: each
+    generates its part, and the figures are pooled.
+    """
+
+    name: str  # as in the table
+    patches: tuple
+    guidance: str  # a key of guidance.GUIDANCE; "sd": plain classifier-free guidance
+    method: str  # its name in the paper's tables: "sdd", "esd-x-3", "sld-max"
+    concepts: tuple  # what the row erases
+
+    @property
+    def title(self):
+        """The name of the row's folder of images."""
+        text = "-".join([self.name, *self.concepts])
+        return text.replace("/", "-").replace(" ", "-")[:100]
+
+
+def read_rows(args):
+    """The rows that the arguments ask for. UserError if two of them would share a folder.
+
+    In the suite toy each set of concepts has its own prompts, and so its own row of the original.
+    """
+    erased = [*patch_rows(args.patch), *guided_rows(args.methods, args.avoid)]
+    if args.suite == "toy":
+        rows = group_by_concepts(erased)
+    else:
+        rows = [original(()), *erased]
+    titles = [row.title for row in rows]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise UserError(
+                f"Two rows would be called {title}: give the patches different names in --patch."
+            )
+    return rows
+
+
+def original(concepts):
+    return Row("original", (), "sd", "sd", concepts)
+
+
+def group_by_concepts(erased):
+    """Each set of concepts: the original first, then the rows that erase this set."""
+    sets = list(dict.fromkeys(row.concepts for row in erased)) or [()]
+    rows = []
+    for concepts in sets:
+        rows.append(original(concepts))
+        rows.extend(row for row in erased if row.concepts == concepts)
+    return rows
+
+
+def guided_rows(methods, avoid):
+    """One row per method of --methods; all of them avoid the concepts of --avoid."""
+    for method in methods:
+        avoided_prompts(method, avoid)  # refuses what cannot be avoided
+    return [Row(method, (), method, method, tuple(avoid)) for method in methods]
+
+
+def patch_files(patches):
+    """["NAME=FILE", …] -> {name: [file, …]}."""
+    files = {}
+    for text in patches:
+        name, _, file = text.partition("=")
+        if not file:
+            raise UserError(f"--patch {text}: write NAME=FILE.")
+        files.setdefault(name, []).append(file)
+    return files
+
+
+def patch_rows(patches):
+    """One row per name in ["NAME=FILE", …]."""
+    return [patch_row(name, files) for name, files in patch_files(patches).items()]
+
+
+def patch_row(name, files):
+    """The row of a patch, or of several that erase the same concepts with the same method."""
+    about = [read_about(file) for file in files]
+    concepts = {erased_concepts(*read) for read in about}
+    if len(concepts) > 1:
+        listed = "; ".join(sorted(", ".join(one) for one in concepts))
+        raise UserError(
+            f"The patches named {name} erase different concepts ({listed}): give each its own name."
+        )
+    method = paper_name(*about[0])
+    return Row(name, tuple(files), "sd", method, concepts.pop())
+
+
+def read_about(file):
+    """A patch's metadata {key: text} and the arguments of its training {name: value}."""
+    metadata = weights.read(file)[1]
+    try:
+        settings = json.loads(metadata.get("args", "{}"))
+    except ValueError as e:
+        raise damaged(file, e) from e
+    if not isinstance(settings, dict):
+        raise damaged(file, "args is not an object")
+    concept = settings.get("concept", [])
+    if not (isinstance(concept, list) and all(isinstance(text, str) for text in concept)):
+        raise damaged(file, "concept is not a list of texts")
+    if not isinstance(settings.get("erase_scale", 1.0), int | float):
+        raise damaged(file, "erase_scale is not a number")
+    return metadata, settings
+
+
+def damaged(file, why):
+    return UserError(f"{file}: its metadata is damaged ({why}): make it again with train.py.")
+
+
+def erased_concepts(metadata, settings):
+    """The concepts of a patch. The metadata also has them as one text, joined with commas.
+
+    A concept may contain a comma itself ("star, red"), so only the list is safe to use.
+    """
+    if settings.get("concept"):
+        return tuple(settings["concept"])
+    return tuple(metadata.get("concepts", "").split(", "))
+
+
+def paper_name(metadata, settings):
+    """The method's name in the paper's tables. ESD's contains s_s: esd-x-3."""
+    method = metadata.get("method", "")
+    if method.startswith("esd"):
+        return f"{method}-{settings.get('erase_scale', 1.0):g}"
+    return method
+
+
+def choose_model(args):
+    """--model; without it the model that the patches were made for; without patches the default.
+
+    UserError if the suite toy meets a model that is not a toy model. Downloads nothing.
+    """
+    files = [file for group in patch_files(args.patch).values() for file in group]
+    if args.suite == "toy" and not args.model and not files:
+        return "toy"
+    model = weights.choose_model(args.model, files)
+    if args.suite == "toy" and model not in weights.TOYS and not Path(model).is_dir():
+        raise UserError(
+            f"The suite toy measures the toy models ({', '.join(weights.TOYS)}), and not {model}: "
+            "choose another suite or other patches."
+        )
+    return model
