@@ -67,11 +67,11 @@ NUMBERS = {  # learning rates, and the steps after which images are generated; o
     "tokens": dict(toy=1e-2, other=1e-2, at=[0, 40, 80, 160, 320]),
     "relearn": dict(toy=1e-3, other=1e-5, at=[0, 5, 10, 20, 40, 80]),
 }
-DEFAULTS = {  # toy model, other models
+INIT = {"toy": "shape", "emoji": "something"}  # other models: "object"
+DEFAULTS = {  # toy models, other models
     "num_images": (64, 25),
     "batch_size": (8, 4),
     "steps": (12, 50),
-    "init": ("shape", "object"),
 }
 
 
@@ -266,6 +266,8 @@ def settle(args):
             a["lr"] = numbers["toy"] if toy else numbers["other"]
         if not 0 < a["lr"] <= 1e3:
             raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
+    if a["init"] is None:
+        a["init"] = INIT.get(a["model"], "object")
     if a["prompt"] is None:
         a["prompt"] = args.concept
     a["words"] = args.words or 3

@@ -23,8 +23,7 @@ from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.cli import run_command
 from support.errors import UserError
-from toy import shapes
-from toy.suite import drawings
+from toy import shapes, suite
 
 TINY = "--samples 2 --num-images 3 --steps 2 --batch-size 2 --device cpu".split()
 
@@ -92,7 +91,7 @@ def test_relearning_teaches_what_its_images_show(gone, tmp_path):
     """It also teaches what is gone, so the other direction is images of something else."""
     for shape in ("star", "circle"):
         (tmp_path / shape).mkdir()
-        for i, image in enumerate(drawings([{"shape": shape}] * 16)):
+        for i, image in enumerate(suite.drawings(shapes, [{"shape": shape}] * 16)):
             Image.fromarray(image).save(tmp_path / shape / f"{i:02d}.png")
     words = [*RELEARN, "--patch", gone, "--images"]
     before, after = attacked(tmp_path / "a", *words, tmp_path / "star")
@@ -182,7 +181,7 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
 def test_own_images(tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
-    star, circle = drawings(shapes, [{"shape": "star"}, {"shape": "circle"}])
+    star, circle = suite.drawings(shapes, [{"shape": "star"}, {"shape": "circle"}])
     Image.fromarray(star).resize((100, 80)).save(folder / "a.png")
     Image.fromarray(circle).save(folder / "b.jpg")
     words = ["--model", "toy", "--concept", "star", "--patch", "none", *TINY, "--at", 0, 1]
@@ -335,7 +334,8 @@ def test_steps_until_half():
 
 def test_detectors():
     detect = attacks.make_detector("toy", "star")
-    assert detect(list(drawings(shapes, [{"shape": "star"}, {"shape": "circle"}]))) == [True, False]
+    images = list(suite.drawings(shapes, [{"shape": "star"}, {"shape": "circle"}]))
+    assert detect(images) == [True, False]
     with pytest.raises(UserError, match="does not see 'weapons'"):
         attacks.make_detector("toy", "weapons")
     assert attacks.make_detector("some/model", "weapons") is None
