@@ -222,7 +222,8 @@ def settle_closed_form(args, settings, method):
     values |= dict.fromkeys(("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve"), 0)
     # steps, batch_size and guidance_scale only measure gap and drift for the log.
     values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
-    values["states"] = "all" if toy else "last"
+    if args.method == "uce":
+        values["states"] = "all" if toy else "last"
     values["template"] = TEMPLATES["toy" if toy else "paper"]
     if args.method == "mace" and not toy:
         values["template"] = TEMPLATES["mace"]
@@ -236,6 +237,9 @@ def settle_closed_form(args, settings, method):
     settings["train_params"] = args.train_params or method.train_params
     check_closed_form(settings)
     check_ranges(settings)
+    if settings["preview_every"]:
+        advice = "Add --preview-every 0 (seconds)"
+        check_device(settings, "generating the previews of", advice)
     return settings
 
 
@@ -264,7 +268,8 @@ def check_closed_form(settings):
 
 
 def reject_closed_form_flags(args):
-    given = [key for key in ("keep", "template", "states", "ridge") if getattr(args, key)]
+    keys = ("keep", "template", "states", "ridge")
+    given = [key for key in keys if getattr(args, key) is not None]
     if given:
         flags = ", ".join(f"--{key}" for key in given)
         names = ", ".join(closed_form.METHODS)
@@ -391,13 +396,13 @@ def check_ranges(settings):
         )
 
 
-def check_device(settings):
+def check_device(settings, work="training", advice="Use --model toy (minutes)"):
     """A large model is not trained on a CPU by accident."""
     weights.check_name(settings["model"])  # a misspelled `toy` is not a large model
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     toy = settings["model"] in weights.TOYS
     if not toy and settings["device"] == "auto" and not has_gpu:
         raise UserError(
-            f"There is no GPU on this machine, and training {settings['model']} on a CPU can take "
-            "days. Use --model toy (minutes), or add --device cpu to train on the CPU anyway."
+            f"There is no GPU on this machine, and {work} {settings['model']} on a CPU can take "
+            f"days. {advice}, or add --device cpu to use the CPU anyway."
         )
