@@ -1,11 +1,11 @@
 """The denoising loop, and how it combines noise estimates.
 
-An estimate is a function (z, t, i) -> e. z: latents (B, 4, H, W); t: their timestep; i: the number
-of the evaluation, 0, 1, .. (PNDM visits one timestep twice: these are two evaluations).
-e: the noise in z, (B, 4, H, W).
+An estimator is a function (z, t, i) -> e. z: latents (B, 4, H, W); t: their timestep; e: its
+estimate of the noise in z, (B, 4, H, W). i counts the evaluations of the UNet: 0, 1, .. It is not
+the index of a timestep, because PNDM visits one timestep twice.
 
-Notation, as in the papers: e_0 for the empty prompt, e_p for the prompt, e_S for the prompt to
-avoid. All estimates of one evaluation are computed in one batch.
+Notation, as in the papers: e_0, e_p and e_S are the UNet's estimates for the empty prompt, the
+prompt and the prompt to avoid. One evaluation computes all of them in one batch.
 """
 
 from functools import partial
@@ -13,13 +13,15 @@ from functools import partial
 import torch
 
 
-def sample(estimate, scheduler, z, k=None):
+def sample(estimator, scheduler, z, k=None):
     """Denoises latents z from scheduler.timesteps[0] to timesteps[k], in k evaluations.
 
     Without k, denoises z to the end.
     """
-    for i, t in enumerate(scheduler.timesteps[:-1][:k]):
-        e = estimate(z, t, i)
+    if k is None:
+        k = len(scheduler.timesteps) - 1  # the last timestep is the end: no step starts there
+    for i, t in enumerate(scheduler.timesteps[:k]):
+        e = estimator(z, t, i)
         z = scheduler.step(z, e, i)
     return z
 
@@ -45,13 +47,13 @@ def cfg(unet, c_0, c_p, s):
     s = 0 ignores the prompt. s < 0 steers away from it.
     """
 
-    def estimate(z, t, i=0):
+    def estimator(z, t, i=0):  # only SLD and SEGA use i
         if s == 1:
             return evaluate(unet, z, t, c_p)[0]
         e_0, e_p = evaluate(unet, z, t, c_0, c_p)
         return e_0 + s * (e_p - e_0)
 
-    return estimate
+    return estimator
 
 
 # Safe Latent Diffusion (SLD; Schramowski et al. 2022, arXiv 2211.05105), table 1.
@@ -70,11 +72,11 @@ SLD = {
 def sld_step(e_0, e_p, e_S, s, i, nu, *, delta, s_S, threshold, s_m, beta_m):
     """One evaluation of SLD. Returns the estimate and the momentum ν for the next evaluation.
 
-    μ is 0 where e_p is above e_S by at least the threshold: there, nothing is avoided.
+    μ in 0..1 says how strongly each element is moved away from e_S. It is 0 where e_p is above e_S
+    by at least the threshold. γ is the whole correction, with momentum.
 
-    Eq. 8 of the SDD paper describes SLD differently: it prints max(1, |D|), and it scales D before
-    it compares D with the threshold. Then the scale would be at least 1 everywhere, and the
-    threshold would have almost no effect. We follow SLD's own paper.
+    Eq. 8 of the SDD paper differs: it prints max(1, |D|) and scales D before it compares D with the
+    threshold. Then μ would be at least 1 wherever SLD acts. We follow SLD's own paper.
     """
     D = e_p - e_S
     mu = torch.where(D >= threshold, 0.0, (s_S * D.abs()).clamp(max=1))
@@ -86,7 +88,7 @@ def sld_step(e_0, e_p, e_S, s, i, nu, *, delta, s_S, threshold, s_m, beta_m):
 
 
 class SLDGuidance:
-    """The estimate of SLD, which keeps the momentum of one trajectory."""
+    """The estimator of SLD. It keeps the momentum from call to call."""
 
     def __init__(self, unet, c_0, c_p, c_S, s, **constants):
         self.unet = unet
@@ -109,13 +111,14 @@ def sega_step(
     e_edits (K, B, 4, H, W): the estimates of K concepts. warmups: the evaluations before a concept
     acts, one number per concept or one for all. Returns the estimate and the momentum ν.
 
-    Only the strongest tenth of a concept's direction counts, per image and channel (quantile 0.9).
-    While some concepts are still in their warm-up, the mean of the others acts, without momentum.
-    diffusers does the same.
+    The guided estimate moves away from each concept by s_e (e_edit − e_0). Per image and channel,
+    only elements whose size is at least the quantile count (0.9: the largest tenth). While some
+    concepts are in their warm-up, γ is the mean of the others, without momentum, as in diffusers.
     """
     K = len(e_edits)
     g = -s_e * (e_edits - e_0)  # (K, B, 4, H, W): away from each concept
-    limit = g.abs().float().flatten(3).quantile(quantile, dim=3)[..., None, None]
+    limit = g.abs().float().flatten(3).quantile(quantile, dim=3)  # per concept, image and channel
+    limit = limit[..., None, None]  # (K, B, 4, 1, 1)
     g = torch.where(g.abs() >= limit, g, 0.0)
     gamma = g.sum(0) + s_m * nu  # (B, 4, H, W)
     nu = beta_m * nu + (1 - beta_m) * gamma  # of all concepts, also during their warm-up
@@ -131,7 +134,7 @@ def sega_step(
 
 
 class SEGAGuidance:
-    """The estimate of SEGA, which keeps the momentum of one trajectory."""
+    """The estimator of SEGA. It keeps the momentum from call to call."""
 
     def __init__(self, unet, c_0, c_p, concepts, s, warmup):
         self.unet = unet
@@ -155,7 +158,8 @@ class SEGAGuidance:
 #     s                 the guidance scale
 #     warmup            evaluations before SLD and SEGA act, or None for the method's own number,
 #                       which is meant for 50 steps
-# Each returns the estimate for one trajectory of one batch.
+# Each returns an estimator. Make a new one for each batch of images, because SLD and SEGA keep
+# their momentum from call to call.
 
 
 def sd(unet, c_0, c_p, c_S, s, warmup):
@@ -169,6 +173,7 @@ def neg(unet, c_0, c_p, c_S, s, warmup):
 
 
 def sld(unet, c_0, c_p, c_S, s, warmup, strength):
+    """Safe Latent Diffusion with the constants of one row of SLD."""
     constants = dict(SLD[strength])
     if warmup is not None:
         constants["delta"] = warmup
@@ -176,6 +181,7 @@ def sld(unet, c_0, c_p, c_S, s, warmup, strength):
 
 
 def sega(unet, c_0, c_p, c_S, s, warmup):
+    """SEGA: avoids each row of c_S."""
     return SEGAGuidance(unet, c_0, c_p, c_S, s, 10 if warmup is None else warmup)
 
 

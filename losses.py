@@ -12,7 +12,8 @@ it needs by name and ignores the rest with **_:
     n           the noise in z_t, (B, 4, H, W). Only where z_t is a noised image (Ablating Concepts)
     erase_scale, quantile   the flags of these names
 
-Notation: sg is the stop-gradient, here `torch.no_grad()`. Every ‖a − b‖² is a mean over elements.
+Here e and e_original are functions. Their values have an index: e_0 = e_original(z_t, t, c_0).
+sg is the stop-gradient, here `torch.no_grad()`. Every ‖a − b‖² is a mean over elements.
 """
 
 import torch
@@ -36,7 +37,8 @@ def esd_loss(e, e_original, z_t, t, c_s, c_0, erase_scale, **_):
 
     ‖ε_θ(c_s) − [ε_θ°(c_0) − s_s (ε_θ°(c_s) − ε_θ°(c_0))]‖²
 
-    With s_s = 0 the target is ε_θ°(c_0), as in the SDD paper. ESD's newer script counts from 1.
+    With s_s = 0 the target is ε_θ°(c_0), as in the SDD paper. ESD's newer script adds 1 to this
+    scale: its negative_guidance is s_s + 1.
     """
     with torch.no_grad():
         e_0 = e_original(z_t, t, c_0)
@@ -68,13 +70,13 @@ def all_but_one_loss(e, e_original, z_t, t, c_s, c_0, c_a, erase_scale, quantile
     """All-but-One (arXiv 2312.12807): the student's *guidance* follows the frozen model's.
 
     The guidance of a prompt is Δ(c) = ε(z_t, t, c) − ε(z_t, t, c_0).
-    The loss is ‖Δ_θ(c_s) − Δ°(c_a)‖².
-    With an empty anchor the target is 0. With a quantile the target is −g Δ°(c_s) where |Δ°(c_s)|
-    is above that quantile, and 0 elsewhere.
+    Without a quantile the loss is ‖Δ_θ(c_s) − Δ°(c_a)‖². With an empty anchor this target is 0.
+    With a quantile q the target is −g Δ°(c_s) where |Δ°(c_s)| is at least its q-quantile, and 0
+    elsewhere; g = erase_scale.
 
-    There is no public code, so this follows the paper's summary. Our own choices: γ1 = γ2 = 1;
-    gradients flow through both of the student's estimates; g = erase_scale; the quantile is taken
-    per sample and channel, as in SEGA. The paper's second term is `preservation_loss`.
+    There is no public code, so this follows the paper's summary. We chose: both weights of the
+    paper, γ1 and γ2, are 1; gradients flow through both of the student's estimates; the quantile
+    is taken per image and channel, as in SEGA. The paper's second term is `preservation_loss`.
     """
     with torch.no_grad():
         e_0 = e_original(z_t, t, c_0)

@@ -1,4 +1,4 @@
-"""All numbers of the papers in one table, the table of methods, and how arguments are settled.
+"""All numbers of the papers in one table, the table of methods, and the checks of arguments.
 
 "Which learning rate does ESD use?" is answered here and nowhere else. Sources:
     B.1, A.1   appendices of the SDD paper (arXiv 2307.05977): settings and pseudo-code
@@ -64,7 +64,7 @@ PRESETS = {
 class Method(NamedTuple):
     """The four choices in which the training methods differ, and the numbers of their papers."""
 
-    loss: Callable | None  # None: closed_form.py
+    loss: Callable | None  # None: erased without training, by closed_form.py
     latents: str  # where z_t comes from: sampled by "teacher", "student" or "original", or "anchor"
     train_params: str  # a key of TRAIN_PARAMS
     output: str  # which weights are the result: "teacher" (the average) or "student"
@@ -170,7 +170,7 @@ TRAIN_PARAMS = {
 
 # ------------------------------------------------------------------------------ settling arguments
 def settle(args):
-    """Fills in the preset's values and rejects arguments that cannot work.
+    """Replaces arguments that are not given by the preset's values, and rejects what cannot work.
 
     args: the result of train.parse. Returns {argument: value}, the content of run.json.
     """
@@ -201,14 +201,17 @@ def settle(args):
 
 def settle_closed_form(args, settings, method):
     """The same for UCE, MACE, RECE and SPEED, which have no loop: most flags have no effect."""
+    # Flags of the training loop. The first are None if they are not given, the others 0 or False.
     none = ("latents", "roles", "preserve", "erase_scale", "anchor_images", "batch_size", "lr")
     none += ("lr_schedule", "warmup", "weight_decay", "ema", "max_grad_norm", "steps")
     none += ("guidance_scale", "anchor_prompts", "loss")
-    unused = [key for key in none if getattr(args, key) is not None]
     off = ("quantile", "prior", "detach_start", "gradient_checkpointing", "export_every")
+    unused = [key for key in none if getattr(args, key) is not None]
     unused += [key for key in off if getattr(args, key)]
-    unused += ["iters"] if args.iters and args.method != "rece" else []
-    unused += ["states"] if args.states and args.method != "uce" else []
+    if args.iters and args.method != "rece":
+        unused.append("iters")
+    if args.states and args.method != "uce":
+        unused.append("states")
     flags = [f"--{key.replace('_', '-')}" for key in unused]
     if args.train_params not in (None, "kv", "v"):
         flags.append(f"--train-params {args.train_params}")
@@ -220,7 +223,7 @@ def settle_closed_form(args, settings, method):
     toy = settings["preset"] == "toy"
     values = preset_values(settings, method)
     values |= dict.fromkeys(("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve"), 0)
-    # steps, batch_size and guidance_scale only measure gap and drift for the log.
+    # steps, batch_size and guidance_scale are still used to measure gap and drift for the log.
     values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
     if args.method == "uce":
         values["states"] = "all" if toy else "last"
@@ -260,9 +263,9 @@ def check_closed_form(settings):
     if last and not "".join(anchors).strip():
         advice = "use --anchor WORD" + (" or --states all" if settings["method"] == "uce" else "")
         print(
-            f"warning: --method {settings['method']} without --anchor maps the concept to the last "
-            "word of the empty prompt. It has none, so this is the start token, which all prompts "
-            f"share, and the concept may stay: {advice}.",
+            f"warning: without --anchor, --method {settings['method']} maps the concept to the "
+            "start token, because the empty prompt has no last word. All prompts share this token, "
+            f"so the concept may stay: {advice}.",
             file=sys.stderr,
         )
 
@@ -341,9 +344,8 @@ def check_anchors(settings, method):
         raise UserError("--method all-but-one takes one --anchor for all concepts.")
     if settings["train_params"] == "embedding":
         for concept in settings["concept"]:
-            shared = set(concept.lower().split()) & {
-                word for anchor in anchors for word in anchor.lower().split()
-            }
+            words = {word for anchor in anchors for word in anchor.lower().split()}
+            shared = words & set(concept.lower().split())
             if shared:
                 print(
                     f"warning: --train-params embedding changes every word of {concept!r}, also "
@@ -397,7 +399,7 @@ def check_ranges(settings):
 
 
 def check_device(settings, work="training", advice="Use --model toy (minutes)"):
-    """A large model is not trained on a CPU by accident."""
+    """Rejects a large model on a machine without a GPU, unless --device cpu is given."""
     weights.check_name(settings["model"])  # a misspelled `toy` is not a large model
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     toy = settings["model"] in weights.TOYS

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x's noise schedule and its two samplers: DDIM, and PNDM (SD 1.4's default).
 
 The schedule defines z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) n, with noise n ~ N(0, I) and t in 0 .. 999.
+ᾱ_t = (1 − β_0) (1 − β_1) .. (1 − β_t) is the part of the signal's variance that is left at t.
 
 A sampler visits `timesteps`, from noisy to clean. `step(z, e, i)` takes latents z at timesteps[i],
 with the estimate e of their noise, and returns latents at timesteps[i + 1].
@@ -48,7 +49,8 @@ class DDIM:
     def step(self, z, e, i):
         """Latents z (B, 4, H, W) at timesteps[i] and their noise e -> latents at timesteps[i + 1].
 
-        The next timestep is t − stride. In the last step it is below 0, where ᾱ is ᾱ_0.
+        The next timestep is t − stride. In the last step this is below 0, and ᾱ is ᾱ_0; so
+        `timesteps` ends with 0.
         """
         t = self.timesteps[i]
         alpha = self.alpha(t)
@@ -60,11 +62,11 @@ class DDIM:
 class PNDM(DDIM):
     """Liu et al. 2022 (arXiv 2202.09778) without its Runge-Kutta start ("PLMS").
 
-    N steps need N + 1 evaluations, because the second timestep is visited twice. The first visit
-    is a prediction. The second visit repeats the first step with a better estimate. Each later
-    step mixes the estimates of the last four timesteps (Adams-Bashforth).
+    N steps need N + 1 estimates. The first estimate gives a provisional z at the second timestep.
+    The second estimate, made there, repeats the first step with the mean of the two. Later steps
+    combine up to four estimates (Adams-Bashforth).
 
-    A sampler keeps these estimates, so it can run one trajectory at a time. i = 0 starts a new one.
+    The object remembers estimates, so it handles one batch at a time. i = 0 starts a new one.
     """
 
     def __init__(self, steps, **schedule):
@@ -79,7 +81,7 @@ class PNDM(DDIM):
             self.z_first = z
             self.estimates = []
         if i == 1:
-            # e was made at the predicted z. Repeat the first step with the mean of its two ends.
+            # e was estimated at the provisional z: repeat the first step with the mean of both.
             z, e = self.z_first, (e + self.estimates[0]) / 2
             t, t_next = t + self.stride, t
         else:

@@ -3,32 +3,36 @@
     θ* ← θ                                                     the EMA teacher starts as the student
     c_s ← all concepts, joined with ", "
     repeat N times:
-        z_T ~ N(0, I),  t ~ U{0..T−1},  c_p ~ U{concepts}
-        z_t ← T − t denoising steps from z_T with θ*, guided towards c_p
+        z_T ~ N(0, I),  k ~ U{1..T},  c_p ~ U{concepts}                 the paper: t = T − k
+        z_t ← k denoising steps from z_T with θ*, guided towards c_p    t: the timestep of z_t
         θ   ← AdamW step on ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²      c_0: the empty prompt
         θ*  ← m θ* + (1 − m) θ
     return θ*
 
-The function `sdd` below is this listing. The other methods are variations of it (presets.METHODS):
-another loss, another model that samples z_t, or noised images in place of z_t.
+N = iters (1500), T = sampling steps (50), timesteps t in 0..999, m = 0.999, sg: no gradient.
+
+The function `sdd` below is the loop of this listing. train.py makes θ* and c_s before it
+(make_models, encode_all) and saves θ* after it (Run.export). The other methods are variations of the loop
+(presets.METHODS): another loss, another model that samples z_t, or noised images as z_t.
 
 Where this file differs from the paper, or where the paper's sources differ from each other:
 
 1. The loss is a mean over elements. Eq. 12 prints a squared norm, which is a sum.
-2. We count the denoising steps, k = T − t, k ~ U{1..T}. The paper has no k. Its pseudo-code (A.1)
-   evaluates the loss one timestep too noisy; we evaluate it at the timestep that z_t really has.
+2. We draw the number of denoising steps k ~ U{1..T}. The paper has no k: it draws a step index
+   t ~ U{0..T−1}, and k = T − t. Its pseudo-code (A.1) evaluates the loss at a timestep that is one
+   step too noisy. We use the timestep of z_t.
 3. c_p: Algorithm 1 and section 3.3 sample with one random concept. Pseudo-code A.1 takes the
    concepts in turn. B.1 says that z_t is sampled "with all 20 concepts". We follow Algorithm 1.
 4. c_s: Algorithm 1, section 3.3 and A.1 unlearn all concepts, joined. Only the authors' script
    unlearns one concept in turn, and samples z_t with all of them joined. `roles="official"` does
    the same as the script, with its timestep: a random integer near the timestep of z_t. The
-   script's k = 0 runs all T steps by mistake; here it takes no step.
+   script's k = 0 runs all T steps by mistake. Here k = 0 means no step.
 5. In A.1 the moving average is assigned to a local variable and has no effect. We average the
    trained tensors. All other tensors never change.
 6. Gradients are clipped at norm 1, as in the authors' script. The paper does not mention clipping.
 7. T = 50 comes from the authors' script. The paper does not give T.
 8. A batch (--batch-size) shares one k and one concept. The paper's batch size is 1.
-9. B.1 says "1500 or 2000" iterations. That 2000 is for several concepts is our inference.
+9. B.1 says "1500 or 2000" iterations. We infer that 2000 is for several concepts.
 10. `roles="each"` is our own: one random concept both samples z_t and is unlearned (c_p = c_s), a
     new one in each iteration. Neither the paper nor the script does this.
 """
@@ -43,7 +47,7 @@ import losses
 from guidance import cfg, sample
 
 ROLES = ("paper", "official", "each")  # see points 3, 4 and 10
-MAX_LOSS = 1e5  # estimates have variance 1, so the mean squared error of a working model is near 1
+MAX_LOSS = 1e5  # estimates have variance near 1, so a working model's loss is of order 1 or less
 
 
 class Iteration(NamedTuple):
@@ -93,14 +97,20 @@ def sdd(
     prompt, of each concept, of all concepts joined, and of --anchor.
     shape: of z_t, (B, 4, h, w). generator: a CPU generator, the only source of random numbers.
     noised_anchors: Ablating Concepts' source of z_t (ablation.py), used instead of sampling.
+    loss: a function of losses.py. s_g: the guidance scale while z_t is sampled. m: of the average.
+    iters, start: N, and the first iteration (after --resume). roles: one of ROLES.
+    lr, lr_schedule, warmup: see lr_factor. max_grad_norm: 0 does not clip.
+    preserve, prior: weights λ of two more terms of the loss (losses.py); 0 leaves them out.
     scaler: a torch.amp.GradScaler for gradients in float16.
+    B latents per iteration, K concepts, D = 768 for SD 1.4.
     Raises FloatingPointError before the step if the loss or its gradient has diverged.
     """
     theta = [p for group in optimizer.param_groups for p in group["params"]]
+    # A disabled scaler passes the loss and the step through unchanged.
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for i in range(start, iters):
         if noised_anchors is None:
-            # Sample z_t: k steps of the teacher from random noise, guided towards c_p.
+            # z_T ~ N(0, I),  k ~ U{1..T},  c_p ~ U{concepts};  z_t ← k denoising steps with θ*
             z_T = torch.randn(shape, generator=generator).to(c_0.device)
             k, t, j = random_timestep(roles, scheduler, len(concepts), i, generator)
             c_p, c_s = choose_prompts(roles, concepts[j : j + 1], joined)
@@ -110,7 +120,7 @@ def sdd(
         else:
             batch, k, j = noised_anchors()
 
-        # The loss. SDD: ε_θ(z_t, t, c_s) should equal ε_θ(z_t, t, c_0), which gets no gradient.
+        # L = ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²: both estimates are in losses.sdd_loss
         batch |= dict(e=student, e_original=original, c_0=c_0)
         value = loss(**batch)
         if preserve:
@@ -118,28 +128,36 @@ def sdd(
         if prior:
             value = value + prior * losses.prior_loss(**batch)
 
-        # The step: θ ← AdamW(θ, ∇ loss).
-        scaler.scale(value).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf)
-        stop_if_diverged(i, value, grad_norm, scaler)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(i, warmup, iters, lr_schedule)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        # θ ← AdamW step on L
+        rate = lr * lr_factor(i, warmup, iters, lr_schedule)
+        grad_norm = adamw_step(i, optimizer, theta, value, rate, max_grad_norm, scaler)
 
-        # The teacher's average: θ* ← m θ* + (1 − m) θ.
+        # θ* ← m θ* + (1 − m) θ
         ema.update(theta_ema, theta, m)
-        yield Iteration(i, value.item(), group["lr"], grad_norm.item(), k, j)
+        yield Iteration(i, value.item(), rate, grad_norm, k, j)
+
+
+def adamw_step(i, optimizer, theta, value, rate, max_grad_norm, scaler):
+    """One optimizer step on the loss `value`. Returns the gradient's norm before clipping."""
+    scaler.scale(value).backward()
+    scaler.unscale_(optimizer)
+    # A limit of infinity measures the norm and does not clip.
+    grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf).item()
+    stop_if_diverged(i, value, grad_norm, scaler)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return grad_norm
 
 
 def random_timestep(roles, scheduler, K, i, generator):
     """k, the timestep t of the loss, and the concept's index j. They are drawn in this order."""
-    T = len(scheduler.timesteps) - 1  # the DDIM sampler's; PNDM visits one timestep twice
+    T = len(scheduler.timesteps) - 1  # sampling steps; training uses DDIM (PNDM has one entry more)
     if roles == "official":
         k = int(torch.randint(0, T, (), generator=generator))
-        low = scheduler.timesteps[k] - 1  # z_t is at low + 1; the script draws t from its bin
+        low = scheduler.timesteps[k] - 1  # z_t is at low + 1; the script draws from low on
         t = int(torch.randint(low, low + scheduler.stride, (), generator=generator))
         return k, t, i % K
     k = int(torch.randint(1, T + 1, (), generator=generator))
@@ -170,14 +188,14 @@ def lr_factor(i, warmup, iters, schedule):
 
 
 def stop_if_diverged(i, value, grad_norm, scaler):
-    """FloatingPointError if the loss is NaN or above MAX_LOSS, or the gradient is not finite.
+    """Raises FloatingPointError if the loss is NaN or above MAX_LOSS, or the gradient not finite.
 
-    A GradScaler skips a step whose gradient overflowed in float16 and halves its scale. There, an
-    overflow ends the run only if the scale has fallen below 1.
+    With float16 an overflow is normal: GradScaler skips that step and halves its scale. It counts
+    as divergence only when the scale has fallen below 1.
     """
     overflow_is_normal = scaler.is_enabled() and scaler.get_scale() >= 1
     finite = math.isfinite(grad_norm) or overflow_is_normal
-    if not (finite and value < MAX_LOSS):
+    if not (finite and value < MAX_LOSS):  # NaN < MAX_LOSS is False
         raise FloatingPointError(
             f"Training diverged at iteration {i} (loss {value:.3g}, gradient norm {grad_norm:.3g})"
         )

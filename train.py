@@ -5,7 +5,7 @@
 
 The output folder receives erased.safetensors (the trained tensors, for generate.py --patch and for
 diffusers), index.html (a page about the run), before_after.png, film.webp, film.png, previews/,
-log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` continues after a kill.
+log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` continues a run.
 """
 
 import support.openmp  # noqa: F401 (before torch)
@@ -64,6 +64,8 @@ VERSIONS = {
 }
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 OWN_LOSS = "own_loss.py"  # the run's copy of --loss FILE
+# gap: mean |e(c_s) − e(c_0)|². drift: mean |e(c_0) − e°(c_0)|². flat: the share of preview images
+# of nearly one colour, a sign of a broken model. See report/previews.py.
 LOG_COLUMNS = (
     *("iteration", "loss", "lr", "grad_norm", "k", "concept"),
     *("gap_student", "drift_student", "gap_teacher", "drift_teacher", "flat"),
@@ -83,16 +85,19 @@ def parse(argv=None):
         help="what to forget; i2p means the paper's 20 harmful concepts")
     add("--model", default=weights.DEFAULT_MODEL,
         help="toy, a hub id, or a folder in diffusers' layout (default: %(default)s)")
-    add("--seed", type=natural, default=0, help="default: %(default)s")
+    add("--seed", type=natural, default=0, help="of the random numbers (default: %(default)s)")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", **one_of(METHODS), default="sdd", help="default: %(default)s")
+    add("--method", **one_of(METHODS), default="sdd",
+        help="docs/methods.md describes each (default: %(default)s)")
     add("--preset", **one_of(PRESETS),
         help="defaults of the flags below (default: paper; toy for the toy model)")
     add("--loss", metavar="FILE:FUNCTION",
         help="your own loss instead of the method's (see losses.py)")
     add("--train-params", **one_of(TRAIN_PARAMS),
-        help="which tensors are trained (default: the method's; sdd: xattn)")
+        help="xattn: cross-attention; kv: its keys and values; v: its values; noxattn: all but "
+             "it, the time embedding and conv_out; full: the whole UNet; embedding: the concept's "
+             "words (default: the method's; sdd: xattn)")
     add("--latents", **one_of(["teacher", "student", "original"]),
         help="which model samples z_t (default: the method's; sdd: teacher)")
     add("--roles", **one_of(ROLES),
@@ -102,8 +107,8 @@ def parse(argv=None):
     add("--preserve", type=finite, metavar="λ",
         help=f"add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD ({default('preserve')})")
     add("--erase-scale", type=finite, metavar="S",
-        help="esd: s_s, how far the target moves away from the concept; all-but-one: g of the "
-             f"signal of --quantile ({default('erase_scale')})")
+        help="esd: s_s, how far the target moves away from the concept; all-but-one with "
+             f"--quantile: g, the same for its target ({default('erase_scale')})")
     add("--quantile", type=finite, default=0.0, metavar="Q",
         help="all-but-one: use the erasing signal above this quantile, for example 0.9, instead "
              "of the anchor (default: off)")
@@ -127,7 +132,7 @@ def parse(argv=None):
         help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
         "the toy model: several, see presets.py)")
     add("--states", **one_of(["last", "all"]),
-        help="uce: the text state of a prompt's last word, or all 77 (default: last; toy: all)")
+        help="uce: use the last word of a prompt, or all 77 tokens (default: last; toy: all)")
     add("--ridge", type=finite, metavar="λ",
         help="weight of |W − W°|² (default: uce 0.5, rece 0.1, speed 1; mace 1000, or nearly 0 "
         "with --keep)")
@@ -154,8 +159,8 @@ def parse(argv=None):
     add("--steps", type=positive, metavar="T",
         help=f"DDIM steps of a whole image ({default('steps')})")
     add("--guidance-scale", type=finite, metavar="S",
-        help="s_g while z_t is sampled; at 1 the concept's estimate alone, below 1 also less of "
-             f"it ({default('guidance_scale')})")
+        help="s_g while z_t is sampled. 1: the concept's estimate alone; between 0 and 1: less of "
+             f"the concept ({default('guidance_scale')})")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="output folder (default: a new one in runs/)")
@@ -289,11 +294,11 @@ class Run:
             self.done, self.generator_state = iteration.i + 1, self.generator.get_state()
             yield iteration
             if sampling_unet is not None:
-                sampling_unet.sync()
+                sampling_unet.sync()  # copy the new weights before the next z_t
 
     @torch.no_grad()
     def closed_form_rounds(self, start):
-        """Methods without training: an Iteration per round; teacher and student get its result."""
+        """Methods without training: one Iteration per round; writes the result to θ and θ*."""
         a, models = self.settings, self.models
         parameters = dict(models.original.unet.named_parameters())
         original = {name: parameters[name] for name in models.theta}
@@ -335,13 +340,13 @@ class Run:
         )
         if a["detach_start"]:
             ablation.detach_start(models.student.unet)
-        embed_targets = prompts.targets.__getitem__
-        if self.trains_text:
-            tokenizer = models.student.tokenizer
-            tokens = tokenize(tokenizer, [pair.target for pair in self.pairs])[0].to(self.device)
+        texts = [pair.target for pair in self.pairs]
+        tokens = tokenize(models.student.tokenizer, texts)[0].to(self.device)
 
-            def embed_targets(which):
+        def embed_targets(which):
+            if self.trains_text:  # the embedding changes in each iteration
                 return models.student.text_encoder(tokens[which])
+            return prompts.targets[which]
 
         return ablation.noised_anchors(
             z_0,
@@ -355,12 +360,11 @@ class Run:
 
     # ------------------------------------------------------------------------------ checkpoints
     def checkpoint_groups(self):
-        groups = {
+        return {
             "student": self.models.theta,
             "teacher": self.models.theta_ema,
             "generator": {"state": self.generator_state},
         }
-        return groups
 
     def save(self):
         """Writes the run as it was after its last complete iteration."""
@@ -375,6 +379,7 @@ class Run:
         """Reads the checkpoint, if there is one, and removes rows of log.csv that are newer."""
         file, log = self.out / "checkpoint.safetensors", self.out / "log.csv"
         if file.exists():
+            # fills θ, θ* and self.generator_state in place
             metadata = weights.load_checkpoint(file, self.checkpoint_groups(), self.optimizer)
             self.done = int(metadata["iterations"])
             self.generator.set_state(self.generator_state)
@@ -382,7 +387,7 @@ class Run:
                 self.scaler.load_state_dict(json.loads(metadata["scaler"]))
         rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
         with atomic_write(log) as temporary:
-            temporary.write_text("".join(rows[: self.done + 1]), encoding="utf-8")
+            temporary.write_text("".join(rows[: self.done + 1]), encoding="utf-8")  # + 1: header
 
     def export(self, file, which):
         """Writes a patch: the trained tensors of "student" or "teacher", with their metadata."""
@@ -454,13 +459,13 @@ def make_models(model, settings, device, dtype):
     theta_ema = {name: averages[name] for name in theta}
     print(
         f"training {len(theta)} tensors, {sum(p.numel() for p in theta.values()):,} parameters, on "
-        f"{device} (frozen tensors: {str(dtype)[6:]})"
+        f"{device} (frozen tensors: {str(dtype).removeprefix('torch.')})"
     )
     return Models(model, teacher, original, theta, theta_ema), fingerprint
 
 
 def checkpoint_blocks(unet):
-    """Of each block keep only the input for the backward pass; compute the rest again there."""
+    """Keeps only each block's input for the backward pass, and computes the rest again there."""
     for block in unet.modules():
         if isinstance(block, (ResnetBlock, Transformer)):
             block.forward = partial(
@@ -690,9 +695,12 @@ def train_in(out, settings, args):
                 reporter.log_previews()
             iterate(run, previews, reporter)
         except FloatingPointError as e:
+            kept = "There is no checkpoint yet"
+            if (out / "checkpoint.safetensors").exists():
+                kept = f"The last checkpoint is kept in {out}"
             raise UserError(
-                f"{e}. The checkpoint before it is kept in {out}. Start again in another folder "
-                "with a smaller --lr, or with --dtype fp32."
+                f"{e}. {kept}. Start again in another folder with a smaller --lr, or with "
+                "--dtype fp32."
             ) from None
         except torch.OutOfMemoryError:
             run.optimizer.zero_grad()  # drop the unfinished iteration
@@ -710,7 +718,7 @@ def train_in(out, settings, args):
     reporter.log_previews()
     print(
         f"{settings['iters'] - start} iterations in {seconds:.0f} s, previews included. "
-        f"Forgotten: {', '.join(settings['concept'])}\n"
+        f"Trained to forget: {', '.join(settings['concept'])}\n"
         f"weights: {out / 'erased.safetensors'}\n"
         f"open this page in a browser: {out / 'index.html'}"
     )

@@ -12,6 +12,7 @@ Letters in the shape comments, which stand where the shape changes:
     H, W   height and width of the feature map; N = H·W positions
     L, D   tokens of the prompt (77) and the width of their embeddings (768)
     h, d   attention heads (8), and channels per head: d = C / h
+In einops patterns of feature maps, h and w are H and W.
 """
 
 import math
@@ -84,7 +85,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose second half of outputs, through a GELU, multiplies the first half."""
+    """A linear layer with 2·c_hidden outputs: the first half, times the GELU of the second."""
 
     def __init__(self, c, c_hidden):
         super().__init__()
@@ -158,7 +159,7 @@ class DownBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
         self.attentions = transformers(kind, len(inputs), c, c_context, heads, groups)
-        self.downsamplers = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()  # 0 or 1 modules; a list for the checkpoint's name
         if downsample:
             self.downsamplers.append(named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
 
@@ -198,7 +199,7 @@ class UpBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
         self.attentions = transformers(kind, len(inputs), c, c_context, heads, groups)
-        self.upsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()  # 0 or 1 modules; a list for the checkpoint's name
         if upsample:
             self.upsamplers.append(Upsample(c))
 
@@ -209,7 +210,8 @@ class UpBlock(nn.Module):
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
-            size = skips[-1].shape[-2:]  # not 2H x 2W: from an odd size, the skip is smaller
+            # The skip's size, not 2H x 2W: an odd size was rounded up on the way down.
+            size = skips[-1].shape[-2:]
             x = upsample(x, size)  # (B, c, *size)
         return x
 
@@ -217,8 +219,8 @@ class UpBlock(nn.Module):
 class UNet(nn.Module):
     """ε(z, t, c). Its arguments are keys of `unet/config.json`; their defaults are SD 1.4's.
 
-    `attention_head_dim` is the *number* of heads, in every block: the key's name is a historical
-    mistake. ValueError if the config describes another U than that of Stable Diffusion 1.x.
+    `attention_head_dim` is the *number* of heads, in every block: the key has this name by mistake.
+    Raises ValueError if the config describes a different network.
     """
 
     def __init__(
@@ -249,7 +251,7 @@ class UNet(nn.Module):
             raise ValueError("the UNet has 4 blocks each way, with layers_per_block 2")
         c1, c2, c3, c4 = block_out_channels
         c_emb = 4 * c1
-        same = dict(
+        sizes = dict(  # for every block
             c_emb=c_emb,
             c_context=cross_attention_dim,
             heads=attention_head_dim,
@@ -261,22 +263,25 @@ class UNet(nn.Module):
             linear_1=nn.Linear(c1, c_emb), silu=nn.SiLU(), linear_2=nn.Linear(c_emb, c_emb)
         )
         # The U, one row per block: its kind, the input channels of its ResNets, its output
-        # channels. On the way up the input is x plus a skip. On the right: SD 1.4's output
-        # channels, and the height and width of the feature map for latents of 64 x 64.
-        # In a block with cross-attention, a transformer follows each ResNet.
+        # channels. In a block with cross-attention, a transformer follows each ResNet.
+        # On the way up a row has three ResNets. Each reads x and one skip, the newest first: two
+        # from the ResNets of the row opposite, and one from what that row read as its input. So
+        # the third skip has the channels of the row above.
+        # On the right: SD 1.4's output channels, and the side of the feature map for 64 x 64
+        # latents.
         # fmt: off
         self.down_blocks = nn.ModuleList([
-            DownBlock(down[0], [c1, c1], c1, downsample=True, **same),            #  320   64 -> 32
-            DownBlock(down[1], [c1, c2], c2, downsample=True, **same),            #  640   32 -> 16
-            DownBlock(down[2], [c2, c3], c3, downsample=True, **same),            # 1280   16 ->  8
-            DownBlock(down[3], [c3, c4], c4, downsample=False, **same),           # 1280    8
+            DownBlock(down[0], [c1, c1], c1, downsample=True, **sizes),           #  320   64 -> 32
+            DownBlock(down[1], [c1, c2], c2, downsample=True, **sizes),           #  640   32 -> 16
+            DownBlock(down[2], [c2, c3], c3, downsample=True, **sizes),           # 1280   16 ->  8
+            DownBlock(down[3], [c3, c4], c4, downsample=False, **sizes),          # 1280    8
         ])
-        self.mid_block = MidBlock(c4, **same)                                     # 1280    8
+        self.mid_block = MidBlock(c4, **sizes)                                    # 1280    8
         self.up_blocks = nn.ModuleList([
-            UpBlock(up[0], [c4+c4, c4+c4, c4+c3], c4, upsample=True, **same),     # 1280    8 -> 16
-            UpBlock(up[1], [c4+c3, c3+c3, c3+c2], c3, upsample=True, **same),     # 1280   16 -> 32
-            UpBlock(up[2], [c3+c2, c2+c2, c2+c1], c2, upsample=True, **same),     #  640   32 -> 64
-            UpBlock(up[3], [c2+c1, c1+c1, c1+c1], c1, upsample=False, **same),    #  320   64
+            UpBlock(up[0], [c4+c4, c4+c4, c4+c3], c4, upsample=True, **sizes),    # 1280    8 -> 16
+            UpBlock(up[1], [c4+c3, c3+c3, c3+c2], c3, upsample=True, **sizes),    # 1280   16 -> 32
+            UpBlock(up[2], [c3+c2, c2+c2, c2+c1], c2, upsample=True, **sizes),    #  640   32 -> 64
+            UpBlock(up[3], [c2+c1, c1+c1, c1+c1], c1, upsample=False, **sizes),   #  320   64
         ])
         # fmt: on
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, c1, 1e-5)
