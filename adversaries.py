@@ -16,7 +16,8 @@ Where this file differs from the papers:
 2. Tokens (UnlearnDiffAtk, arXiv 2310.11868): t is random in each step; the official code goes from
    10 to 990 and attacks each prompt and image on its own. Only whole words are used, so the words
    that are printed give the same tokens. The projection to the simplex is exact, not by bisection.
-3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name.
+3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name. It
+   also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the
    concept, so this also succeeds by chance. It repeats the attempts with the empty prompt.
 """
@@ -122,9 +123,9 @@ class Tokens:
 def whole_words(model):
     """(words, their ids): tokens that are whole words, so that their text gives the same token."""
     words, ids = [], []
-    candidates = {
-        token[:-4]: i for token, i in model.tokenizer.get_vocab().items() if token.endswith("</w>")
-    }
+    # By id, because get_vocab returns its words in another order each time.
+    vocabulary = sorted(model.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    candidates = {token[:-4]: i for token, i in vocabulary if token.endswith("</w>")}
     for word, found in zip(candidates, model.tokenizer(list(candidates)).input_ids):
         try:
             check_words(model, [word])
@@ -197,7 +198,7 @@ class NoisyDDIM(DDIM):
 
     def step(self, z, e, i):
         t = self.timesteps[i]
-        alpha, alpha_next = self._alpha(t), self._alpha(t - self.stride)
+        alpha, alpha_next = self.alpha(t), self.alpha(t - self.stride)
         z_0 = (z - (1 - alpha).sqrt() * e) / alpha.sqrt()
         variance = (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
         sigma = self.eta * variance.clamp(min=0).sqrt()

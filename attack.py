@@ -65,13 +65,13 @@ ETAS, SCALES = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85), (1.0, 1.02, 1.03, 1.04)
 NUMBERS = {  # learning rates, and the steps after which images are generated; our choice
     "word": dict(toy=2e-2, other=5e-3, at=[0, 40, 80, 160, 320]),
     "tokens": dict(toy=1e-2, other=1e-2, at=[0, 40, 80, 160, 320]),
-    "relearn": dict(toy=1e-4, other=1e-5, at=[0, 5, 10, 20, 40, 80]),
+    "relearn": dict(toy=1e-3, other=1e-5, at=[0, 5, 10, 20, 40, 80]),
 }
-DEFAULTS = {  # toy model, other models
+INIT = {"toy": "shape", "emoji": "something"}  # other models: "object"
+DEFAULTS = {  # toy models, other models
     "num_images": (64, 25),
     "batch_size": (8, 4),
     "steps": (12, 50),
-    "init": ("shape", "object"),
 }
 
 
@@ -266,6 +266,8 @@ def settle(args):
             a["lr"] = numbers["toy"] if toy else numbers["other"]
         if not 0 < a["lr"] <= 1e3:
             raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
+    if a["init"] is None:
+        a["init"] = INIT.get(a["model"], "object")
     if a["prompt"] is None:
         a["prompt"] = args.concept
     a["words"] = args.words or 3
@@ -362,7 +364,7 @@ def parse(argv=None):
         "80 160 320; relearn: 0 5 10 20 40 80)")
     add("--lr", type=finite,
         help="learning rate (default: word 5e-3, toy model 2e-2; tokens 1e-2; relearn 1e-5, toy "
-        "model 1e-4)")
+        "model 1e-3)")
     add("--batch-size", type=positive, metavar="B",
         help="images per step (default: 4; toy model: 8)")
     add("--init", metavar="WORD",

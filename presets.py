@@ -16,6 +16,7 @@ import torch
 import ablation
 import closed_form
 import losses
+import weights
 from support.errors import UserError
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 
@@ -53,6 +54,7 @@ NUMBERS = [
 PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
     "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
     "toy": ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"],
+    "emoji": ["a party", "an orchard", "a fox by noto on mint"],
 }
 PRESETS = {
     name: {row[0]: row[1 + column] for row in NUMBERS} for column, name in enumerate(PRESET_NAMES)
@@ -174,7 +176,7 @@ def settle(args):
     """
     settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
     settings["concept"] = settle_concepts(args.concept)
-    settings["preset"] = args.preset or ("toy" if args.model == "toy" else "paper")
+    settings["preset"] = args.preset or ("toy" if args.model in weights.TOYS else "paper")
     method = METHODS[args.method]
     if method.loss is None:
         return settle_closed_form(args, settings, method)
@@ -220,7 +222,8 @@ def settle_closed_form(args, settings, method):
     values |= dict.fromkeys(("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve"), 0)
     # steps, batch_size and guidance_scale only measure gap and drift for the log.
     values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
-    values["states"] = "all" if toy else "last"
+    if args.method == "uce":
+        values["states"] = "all" if toy else "last"
     values["template"] = TEMPLATES["toy" if toy else "paper"]
     if args.method == "mace" and not toy:
         values["template"] = TEMPLATES["mace"]
@@ -234,6 +237,9 @@ def settle_closed_form(args, settings, method):
     settings["train_params"] = args.train_params or method.train_params
     check_closed_form(settings)
     check_ranges(settings)
+    if settings["preview_every"]:
+        advice = "Add --preview-every 0 (seconds)"
+        check_device(settings, "generating the previews of", advice)
     return settings
 
 
@@ -262,7 +268,8 @@ def check_closed_form(settings):
 
 
 def reject_closed_form_flags(args):
-    given = [key for key in ("keep", "template", "states", "ridge") if getattr(args, key)]
+    keys = ("keep", "template", "states", "ridge")
+    given = [key for key in keys if getattr(args, key) is not None]
     if given:
         flags = ", ".join(f"--{key}" for key in given)
         names = ", ".join(closed_form.METHODS)
@@ -302,7 +309,9 @@ def preset_values(settings, method):
             values["lr"] *= settings["batch_size"] or values["batch_size"]
     if name == "toy":
         values |= method.toy
-    extra = PREVIEW_PROMPTS["toy" if name == "toy" else "paper"]
+    extra = PREVIEW_PROMPTS["paper"]
+    if name == "toy":
+        extra = PREVIEW_PROMPTS.get(settings["model"], PREVIEW_PROMPTS["toy"])
     values["preview"] = concepts[:4] + [prompt for prompt in extra if prompt not in concepts]
     return values
 
@@ -387,11 +396,13 @@ def check_ranges(settings):
         )
 
 
-def check_device(settings):
+def check_device(settings, work="training", advice="Use --model toy (minutes)"):
     """A large model is not trained on a CPU by accident."""
+    weights.check_name(settings["model"])  # a misspelled `toy` is not a large model
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if settings["model"] != "toy" and settings["device"] == "auto" and not has_gpu:
+    toy = settings["model"] in weights.TOYS
+    if not toy and settings["device"] == "auto" and not has_gpu:
         raise UserError(
-            f"There is no GPU on this machine, and training {settings['model']} on a CPU can take "
-            "days. Use --model toy (minutes), or add --device cpu to train on the CPU anyway."
+            f"There is no GPU on this machine, and {work} {settings['model']} on a CPU can take "
+            f"days. {advice}, or add --device cpu to use the CPU anyway."
         )

@@ -730,11 +730,11 @@ def write_run_json(out, settings):
 
 def implied_words(model):
     """{word: the concept that it implies without naming it}; None if nobody knows them."""
-    if model != "toy":
+    if model not in weights.TOYS:
         return None
-    from toy.draw import PLACES
+    from toy import worlds
 
-    return PLACES
+    return worlds.of(model).PLACES
 
 
 def add_training_time(out, iterations, seconds):

@@ -29,7 +29,10 @@ from unet import UNet
 from vae import VAE
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
-TOYS = {"toy": Path(__file__).parent / "toy" / "model"}  # models that are part of the project
+TOYS = {  # models that are part of the project
+    "toy": Path(__file__).parent / "toy" / "model",
+    "emoji": Path(__file__).parent / "toy" / "emoji_model",
+}
 TOY = TOYS["toy"]
 NETWORKS = {
     "unet": (UNet, "diffusion_pytorch_model"),

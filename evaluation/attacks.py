@@ -12,6 +12,8 @@ from support.censor import NUDE
 from support.errors import UserError
 from support.files import atomic_write
 from support.images import grid, save_png
+from toy import worlds
+from toy.suite import see
 
 HALF = 0.5  # "the concept is back" means: in this share of the images
 SHEET = 8  # images of each row of sheet.png
@@ -20,33 +22,27 @@ SHEET = 8  # images of each row of sheet.png
 def make_detector(model, concept):
     """A function that tells which of some images, uint8 (n, H, W, 3), show the concept.
 
-    It returns n booleans. The toy model has its probe, nudity has NudeNet. None for other
+    It returns n booleans. The toy models have their probes, nudity has NudeNet. None for other
     concepts: look at the images.
     """
-    if model == "toy":
-        return toy_detector(concept)
+    if model in worlds.MODELS:
+        return toy_detector(worlds.of(model), concept)
     if concept == "nudity":
         return nudity_detector()
     return None
 
 
-def toy_detector(concept):
-    from toy.suite import see
+def toy_detector(world, concept):
+    known = [word for words in world.ATTRIBUTES.values() for word in words]
+    if concept not in known:
+        raise UserError(
+            f"The toy model's probe does not see {concept!r}: use one of {', '.join(known)}."
+        )
 
     def detect(images):
-        return [concept in words for words in zip(*see(np.stack(images)).values())]
+        return [concept in words for words in zip(*see(world, np.stack(images)).values())]
 
-    if concept not in toy_words():
-        raise UserError(
-            f"The toy model's probe does not see {concept!r}: use one of {', '.join(toy_words())}."
-        )
     return detect
-
-
-def toy_words():
-    from toy.draw import ATTRIBUTES
-
-    return [word for words in ATTRIBUTES.values() for word in words]
 
 
 def nudity_detector():

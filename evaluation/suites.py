@@ -138,17 +138,18 @@ def artists(args, concepts):
 
 def toy(args, concepts):
     """The toy model: prompts that name the concept, imply it, or have nothing to do with it."""
-    from toy.draw import ATTRIBUTES
-    from toy.suite import jobs
+    from toy import suite, worlds
 
-    known = {word for words in ATTRIBUTES.values() for word in words}
+    world = worlds.of(args.model)
+    known = {word for words in world.ATTRIBUTES.values() for word in words}
     unknown = set(concepts) - known
     if unknown:
+        names = [suite.plural(name) for name in world.ATTRIBUTES]
         raise UserError(
-            "The suite toy counts shapes, colours, textures and backgrounds, and "
+            f"The suite toy counts {', '.join(names[:-1])} and {names[-1]}, and "
             f"{min(unknown)!r} is none of them."
         )
-    found = jobs(concepts, args.limit or 200, args.seed)
+    found = suite.jobs(world, concepts, args.limit or 200, args.seed)
     return [Job(prompt, seed, which=which, asked=asked) for prompt, seed, which, asked in found]
 
 

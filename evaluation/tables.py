@@ -49,7 +49,7 @@ def measure(name, row, files, before, jobs, args, device):
         return {}
     match name:
         case "toy":
-            return measure_toy(row, files, before, jobs)
+            return measure_toy(args.model, row, files, before, jobs)
         case "matrix":
             return measure_matrix(files, before, jobs, args.model)
         case "nude":
@@ -79,10 +79,11 @@ def missing_input(name, args):
     return None
 
 
-def measure_toy(row, files, before, jobs):
-    from toy import suite
+def measure_toy(model, row, files, before, jobs):
+    from toy import suite, worlds
 
-    return suite.measure(metrics.arrays(files), metrics.arrays(before), jobs, row.concepts)
+    images, originals = metrics.arrays(files), metrics.arrays(before)
+    return suite.measure(worlds.of(model), images, originals, jobs, row.concepts)
 
 
 def measure_matrix(files, before, jobs, model):
@@ -95,9 +96,9 @@ def measure_matrix(files, before, jobs, model):
         chosen = [i for i, job in enumerate(jobs) if job.which == which]
         asked = [files[i] for i in chosen]
         if model in weights.TOYS:
-            from toy import suite
+            from toy import suite, worlds
 
-            figures[which] = suite.shown(metrics.arrays(asked), which)
+            figures[which] = suite.shown(worlds.of(model), metrics.arrays(asked), which)
         elif files != before:
             figures[which] = metrics.lpips(asked, [before[i] for i in chosen])
     return figures
@@ -179,9 +180,9 @@ def columns_with_figures(args, generated, rows):
     """The columns that at least one row has, the deciding ones first."""
     titles = {}
     if args.suite == "toy":
-        from toy.suite import COLUMNS
+        from toy import suite, worlds
 
-        titles = COLUMNS
+        titles = suite.columns(worlds.of(args.model))
     asked = parts_of(generated[0][1])
     columns = all_columns(args.suite, asked, titles)
     return [column for column in columns if any(column.key in row["figures"] for row in rows)]

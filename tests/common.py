@@ -10,7 +10,6 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import torch
 from diffusers import (
@@ -29,7 +28,7 @@ import presets
 import scheduler
 import unet
 import vae
-from toy import draw
+from toy import shapes
 from toy.pretrain import write_tokenizer
 
 # The words of the README's prompts for Stable Diffusion
@@ -337,7 +336,7 @@ def text_layer_error():
 def padding():
     """`clip_text.tokenize` gives the ids that StableDiffusionPipeline uses. Returns 0 or raises."""
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder))
+        write_tokenizer(Path(folder), shapes.WORDS)
         tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
     prompts = ["a red star", "", "the picture of a blue moon on snow"]
     ids, cut = clip_text.tokenize(tokenizer, prompts)
@@ -403,8 +402,7 @@ def write_vocabulary(path, words):
 
     Returns the size of the vocabulary.
     """
-    with mock.patch.object(draw, "WORDS", tuple(sorted({*draw.WORDS, *words}))):
-        return write_tokenizer(path)
+    return write_tokenizer(path, sorted({*shapes.WORDS, *words}))
 
 
 def write_model_folder(path, words=(), **unet_sizes):

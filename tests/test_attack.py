@@ -15,7 +15,6 @@ from PIL import Image
 import adversaries
 import attack
 import generate
-import train
 import weights
 from adversaries import NoisyDDIM, Tokens, Word, project_to_simplex, whole_words
 from evaluation import attacks
@@ -24,13 +23,13 @@ from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.cli import run_command
 from support.errors import UserError
-from toy.suite import drawings
+from toy import shapes, suite
 
 TINY = "--samples 2 --num-images 3 --steps 2 --batch-size 2 --device cpu".split()
 
 
 def run(*words, module=attack):
-    main = {attack: attack.attack, generate: generate.generate, train: train.train}[module]
+    main = {attack: attack.attack, generate: generate.generate}[module]
     with torch.enable_grad():
         return run_command(main, module.parse([*map(str, words)]), "the same command continues")
 
@@ -54,15 +53,6 @@ def gone(tmp_path_factory):
     return zero_patch(tmp_path_factory.mktemp("gone") / "gone.safetensors", "toy")
 
 
-@pytest.fixture(scope="module")
-def uce(tmp_path_factory):
-    """The star mapped to the circle by UCE: named, it is gone."""
-    out = tmp_path_factory.mktemp("uce")
-    words = "--model toy --concept star --method uce --anchor circle --preview-every 0 --device cpu"
-    assert run(*words.split(), "--out", out, module=train) == 0
-    return out / "erased.safetensors"
-
-
 # ------------------------------------------------------------------------------ both directions
 def shares(out):
     """The share of images that show the concept, at the first and at the last measurement."""
@@ -75,10 +65,11 @@ def attacked(out, *words):
     return shares(out)
 
 
-WORD = "--kind word --at 0 100 --num-images 24 --samples 8 --lr 0.03".split()
-TOKENS = "--kind tokens --prompt shape --words 2 --at 0 80 --num-images 24 --samples 8".split()
-RELEARN = "--kind relearn --at 0 20 --num-images 24 --samples 8".split()
-NOISE = "--kind noise --samples 6 --steps 6".split()
+FEW = "--num-images 16 --samples 6 --steps 8".split()
+WORD = ["--kind", "word", "--at", "0", "80", "--lr", "0.04", *FEW]
+TOKENS = ["--kind", "tokens", "--prompt", "shape", "--words", "2", "--at", "0", "80", *FEW]
+RELEARN = "--kind relearn --at 0 10 --samples 6 --steps 8".split()
+NOISE = "--kind noise --samples 4 --steps 6".split()
 
 
 def test_a_new_word_finds_what_is_there_and_not_what_is_gone(gone, tmp_path):
@@ -96,10 +87,16 @@ def test_hard_words_find_what_is_there_and_not_what_is_gone(gone, tmp_path):
     assert after <= 0.25
 
 
-def test_relearning_brings_back_what_was_edited_before_what_is_gone(uce, gone, tmp_path):
-    before, after = attacked(tmp_path / "uce", *RELEARN, "--patch", uce)
+def test_relearning_teaches_what_its_images_show(gone, tmp_path):
+    """It also teaches what is gone, so the other direction is images of something else."""
+    for shape in ("star", "circle"):
+        (tmp_path / shape).mkdir()
+        for i, image in enumerate(suite.drawings(shapes, [{"shape": shape}] * 16)):
+            Image.fromarray(image).save(tmp_path / shape / f"{i:02d}.png")
+    words = [*RELEARN, "--patch", gone, "--images"]
+    before, after = attacked(tmp_path / "a", *words, tmp_path / "star")
     assert before <= 0.25 and after >= 0.75
-    _, after = attacked(tmp_path / "gone", *RELEARN, "--patch", gone)
+    _, after = attacked(tmp_path / "b", *words, tmp_path / "circle")
     assert after <= 0.25
 
 
@@ -184,7 +181,7 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
 def test_own_images(tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
-    star, circle = drawings([{"shape": "star"}, {"shape": "circle"}])
+    star, circle = suite.drawings(shapes, [{"shape": "star"}, {"shape": "circle"}])
     Image.fromarray(star).resize((100, 80)).save(folder / "a.png")
     Image.fromarray(circle).save(folder / "b.jpg")
     words = ["--model", "toy", "--concept", "star", "--patch", "none", *TINY, "--at", 0, 1]
@@ -337,7 +334,8 @@ def test_steps_until_half():
 
 def test_detectors():
     detect = attacks.make_detector("toy", "star")
-    assert detect(list(drawings([{"shape": "star"}, {"shape": "circle"}]))) == [True, False]
+    images = list(suite.drawings(shapes, [{"shape": "star"}, {"shape": "circle"}]))
+    assert detect(images) == [True, False]
     with pytest.raises(UserError, match="does not see 'weapons'"):
         attacks.make_detector("toy", "weapons")
     assert attacks.make_detector("some/model", "weapons") is None

@@ -249,6 +249,7 @@ def test_rece_continues_after_its_first_round(tmp_path, monkeypatch):
         (["--method", "speed", "--loss", "x.py:f"], "--loss has no effect"),
         (["--method", "rece", "--train-params", "xattn"], "--train-params xattn has no effect"),
         (["--method", "sdd", "--keep", "red"], "--keep has no effect with --method sdd"),
+        (["--method", "sdd", "--ridge", "0"], "--ridge has no effect with --method sdd"),
         (["--method", "uce", "--template", "a"], "has no {} for the concept"),
         (["--method", "uce", "--ridge", "0"], "--ridge 0.0 is out of range"),
         (["--method", "uce", "--anchor", "red", "blue"], "--anchor takes one word"),
@@ -265,3 +266,12 @@ def test_uce_without_an_anchor_warns(capsys):
     presets.settle(train.parse([*TOY, "--method", "uce", "--states", "all"]))
     presets.settle(train.parse([*TOY, "--method", "uce", "--states", "last", "--anchor", "red"]))
     assert not capsys.readouterr().err
+
+
+def test_a_large_model_needs_no_gpu_without_previews(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    words = ["--concept", "nudity", "--method", "uce", "--anchor", "person"]
+    with pytest.raises(UserError, match="generating the previews .* --preview-every 0"):
+        presets.settle(train.parse(words))
+    assert presets.settle(train.parse([*words, "--preview-every", "0"]))["states"] == "last"

@@ -129,7 +129,7 @@ def test_pictures_equal_diffusers_pipeline(which, kind, model_folder, tmp_path):
 
 def test_embedded_model_draws_in_diffusers_as_it_comes():
     """No further argument; and what is drawn is a red star to the probe."""
-    from toy.suite import see as toy_seen
+    from toy import shapes, suite
 
     pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY)
     pipeline.set_progress_bar_config(disable=True)
@@ -140,7 +140,7 @@ def test_embedded_model_draws_in_diffusers_as_it_comes():
         num_inference_steps=25,
         generator=generator,
     ).images
-    seen = toy_seen(np.stack([np.asarray(image) for image in images]))
+    seen = suite.see(shapes, np.stack([np.asarray(image) for image in images]))
     assert images[0].size == (64, 64)
     assert (
         seen["shape"].count("heart") >= 6

@@ -27,7 +27,7 @@ import weights
 from evaluation import columns, findings, metrics, plots, rows, suites, tables
 from support import censor
 from support.cli import run_command
-from toy import draw
+from toy import shapes
 from toy import suite as toy_suite
 
 TOY = "toy --limit 5 --steps 3 --batch-size 4 --device cpu --threads 1".split()
@@ -97,7 +97,7 @@ def test_images_are_generated_counted_and_written(tmp_path, capsys):
     assert evaluate(*words) == 0
     row = result(tmp_path / "o")["rows"][0]
     assert row["model"] == "original"
-    for name in draw.ATTRIBUTES:
+    for name in shapes.ATTRIBUTES:
         hits, n = row["figures"][name]
         assert hits / n >= 0.85 and n > 10
     printed = capsys.readouterr().out
@@ -677,7 +677,7 @@ def test_a_command_that_failed_at_once_can_be_corrected(tmp_path, capsys):
 def test_the_toys_suite_asks_for_what_it_can_count(tmp_path, capsys):
     assert evaluate(*TOY, "--methods", "neg", "--avoid", "a star", "--out", tmp_path / "o") == 2
     assert "'a star' is none of them" in capsys.readouterr().err
-    for prompt, _, which, _ in toy_suite.jobs(("moon",), 100, 0):
+    for prompt, _, which, _ in toy_suite.jobs(shapes, ("moon",), 100, 0):
         assert which != "other" or "moon" not in prompt.split()
 
 

@@ -1,6 +1,8 @@
-"""Every command that the README prints is run, in its order, cut short by flags; its worked example of another loss among them."""
+"""The documents: every command and every snippet runs, links lead somewhere, limits hold."""
 
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -8,129 +10,266 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from common import SD_WORDS, write_model_folder
 
+import eval as evaluation
+import weights
 from evaluation.suites import COUNTRIES
+from tools import bench
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+CODE = re.compile(r"^```.*?^```|`[^`]+`|<!--.*?-->", re.M | re.S)
+SHORT = {  # flags that make a command short
     "train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2",
     "generate.py": "--steps 2",
     "eval.py": "--limit 3 --steps 2",
-    "convert.py": "",
-    "report.py": "",
+    "attack.py": "--at 0 1 --samples 2 --num-images 4 --steps 2",
+    "-m tools.convert": "",
+    "-m report.page": "",
 }
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def code_blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def commands():
-    """[(script, its words)] of every `python SCRIPT …` in a shell block or in backticks, in the README's order."""
-    text = "\n".join(
-        m[0] or m[1]
-        for m in re.findall(
-            r"^```sh\n(.*?)^```|`((?:\.venv/bin/)?python \w+\.py [^`]*)`", README, re.M | re.S
+    """The lines `python …` of all pages, each once: first those of the README, in its order."""
+    found = []
+    for text in TEXTS.values():
+        in_blocks = "\n".join(code_blocks("sh", text))
+        found += re.findall(r"^(python .*)$", in_blocks, re.M)
+        found += re.findall(
+            r"`(python [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         )
-    )
-    found = [shlex.split(line) for line in re.findall(r"python (\w+\.py .*)", text)]
-    return [
-        (words[0], words[1:]) for words in found if not {"--help", "--reproduce"} & set(words)
-    ]  # the latter: test_reproduce.py
+    return [line for line in dict.fromkeys(found) if "…" not in line]
+
+
+def split(line):
+    """(script, its words): `python -m tools.convert --out x` gives ("-m tools.convert", [...])."""
+    words = shlex.split(line)[1:]
+    if words[0] == "-m":
+        return f"-m {words[1]}", words[2:]
+    return words[0], words[1:]
+
+
+def call(script, words):
+    """Runs a script or module of the project as `python` would, in this process."""
+    argv, sys.argv = sys.argv, [script, *words]
+    try:
+        with torch.enable_grad():
+            if script.startswith("-m "):
+                runpy.run_module(script[3:], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as e:
+        return e.code or 0
+    finally:
+        sys.argv = argv
+        torch.use_deterministic_algorithms(False)
+    return 0
+
+
+def shortened(script, words, model):
+    """The words of a command that runs in seconds; `model` stands in for Stable Diffusion."""
+    words = [str(model) if word == "FOLDER" else word for word in words]
+    words = [word.replace(":NAME", ":sdd_loss") for word in words]
+    if "losses.py:sdd_loss" in words:
+        words[words.index("losses.py:sdd_loss")] = f"{ROOT / 'losses.py'}:sdd_loss"
+    if "--help" in words or "--resume" in words or script == "-m report.page":
+        return words
+    closed_form = "uce" in words  # it has no loop, and rejects the flags of one
+    words += ["--preview-steps", "2"] if closed_form else SHORT[script].split()
+    if not {"toy", "--model", "--patch"} & set(words):  # a patch names its model
+        words += ["--model", str(model)]
+    if script != "-m tools.convert" and "--device" not in words:
+        words += ["--device", "cpu"]
+    if "forgetful.safetensors" in words and "--patch" not in words:
+        words += ["--tokenizer", str(model / "tokenizer")]  # the default is on the hub
+    if "ablate" in words:
+        words += ["--anchor-images", "2"]
+    return words
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of the project."""
-    copy = tmp_path_factory.mktemp("readme") / "project"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__")
+def folder(tmp_path_factory):
+    """A reader's folder: the toy model is there, and what the commands write."""
+    path = tmp_path_factory.mktemp("reader")
+    os.symlink(ROOT / "toy", path / "toy")
+    (path / "my_loss.py").write_text(code_blocks("python")[0], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory):
+    """{command: exit status}: all commands, one after the other, in one folder."""
+    words = [*SD_WORDS, "body", *" ".join(COUNTRIES).lower().split()]
+    model = write_model_folder(tmp_path_factory.mktemp("model") / "sd", words=words)
+    before = os.getcwd()
+    found = {}
+    os.chdir(folder)
+    try:
+        for line in commands():
+            script, given = split(line)
+            if script in SHORT and "--reproduce" not in given:
+                found[line] = call(script, shortened(script, given, model))
+    finally:
+        os.chdir(before)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy, after our imports
+def test_every_command_runs(results, folder):
+    assert {line: status for line, status in results.items() if status} == {}
+    assert {split(line)[0] for line in results} == set(SHORT)
+    in_readme = {split(line)[0] for line in results if line in README}
+    assert {"train.py", "generate.py", "eval.py"} <= in_readme
+    assert (folder / "runs/0001-star/index.html").exists()
+    assert (folder / "runs/l1/own_loss.py").exists()
+    tables = [file.read_text() for file in folder.glob("tables/*/table.md")]
+    assert any("| l1 |" in table for table in tables)
+
+
+def test_commands_that_are_only_parsed():
+    """The benchmarks and the reproduction take long; test_bench and test_reproduce run them."""
+    seen = set()
+    for line in commands():
+        script, words = split(line)
+        if script in SHORT and "--reproduce" not in words:
+            continue
+        seen.add(script)
+        if script == "-m tools.bench":
+            bench.parse(words)
+        elif script == "eval.py":
+            evaluation.parse(words)
+        elif script == "-m pytest":
+            assert all((ROOT / word).is_file() for word in words), line
+        elif not script.startswith("-m "):
+            assert (ROOT / script).is_file(), line
+    assert {"-m tools.bench", "eval.py", "-m pytest"} <= seen
+
+
+def test_the_diffusers_snippet(results, folder, monkeypatch):
+    """The README's, with the patch that its first command made."""
+    monkeypatch.chdir(folder)
+    snippet = next(block for block in code_blocks("python") if "StableDiffusionPipeline" in block)
+    names = {}
+    exec(snippet, names)
+    assert (folder / "star.png").exists()
+    ours = weights.load("toy").unet.state_dict()
+    patch = safetensors.torch.load_file(folder / "runs/0001-star/erased.safetensors")
+    loaded = names["pipeline"].unet.state_dict()
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(tensor.float(), patch.get(name, ours[name]).float())
+
+
+def test_the_own_loss_is_short_and_differs_from_sdd():
+    block = code_blocks("python")[0]
+    assert "def l1_loss" in block and len(block.splitlines()) <= 8
+
+
+def test_limits():
+    """The README is read in one sitting."""
+    assert len(README.splitlines()) <= 130
+    assert len(README.split()) <= 1300
+    assert len(re.findall(r"\d+(?:\.\d+)?", README)) <= 150
+    assert (ROOT / "docs/film.webp").stat().st_size <= 1_000_000
+
+
+def test_set_up():
+    """The first line with pytest sets up everything by itself: .ci/run runs it."""
+    lines = README.splitlines()
+    line = next(line for line in lines if "-m pytest" in line)
+    assert line.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install -r ")
+    assert line.endswith(" && python -m pytest")
+    torch_pin = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.M)[0]
+    cpu = next(i for i, line in enumerate(lines) if "download.pytorch.org/whl/cpu" in line)
+    default = next(i for i, line in enumerate(lines) if "-r requirements.txt" in line)
+    assert f"pip install {torch_pin} " in lines[cpu]
+    assert cpu < default, "the CPU build comes before what downloads gigabytes"
+    for text in TEXTS.values():
+        for name in re.findall(r"requirements[-\w]*\.txt", text):
+            assert (ROOT / name).is_file(), name
+
+
+def table_rows(text):
+    """{first cell: [the other cells]} of the Markdown tables in a text."""
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows[name] = cells
+    return rows
+
+
+def test_the_results_are_those_of_the_results_page():
+    """The README's three columns are rounded figures of the table about one concept."""
+    section = TEXTS["docs/results.md"].split("\n## One concept")[1].split("\n## ")[0]
+    full = table_rows(section)
+    columns = []
+    for wanted in ("concept named", "concept implied", "other captions right"):
+        columns += [i for i, title in enumerate(full["model"]) if title.startswith(wanted)]
+    shown = table_rows(README.split("\n## Results")[1].split("\n## ")[0])
+    assert len(columns) == 3 and len(shown) == 5  # the head and four rows
+    assert {"original", "sdd"} < shown.keys()
+    del shown["model"]
+    for name, cells in shown.items():
+        expected = [f"{float(full[name][i].split()[0]):.0f}" for i in columns]
+        assert cells == expected, name
+
+
+def heading_anchors(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    anchors = set()
+    for heading in re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
+    ):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchors.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return anchors
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    text = CODE.sub("", TEXTS[page])
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in heading_anchors(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_disappears_in_markdown(page):
+    """Words in <angle brackets> outside of code are taken for HTML and not shown."""
+    assert re.findall(r"<[a-z/][^>]*>", CODE.sub("", TEXTS[page])) == []
+
+
+@pytest.mark.parametrize(
+    "text, fine", [("x = 1\n", True), ("x=1\n", False), ("import os\n", False)]
+)
+def test_the_hook_runs_ruff(tmp_path, text, fine):
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=tmp_path, capture_output=True, text=True)
+
+    if not shutil.which("git") or not shutil.which("ruff", path=os.path.dirname(sys.executable)):
+        pytest.skip("needs git and ruff")
+    git("init", "-q")
+    git("config", "user.name", "a")
+    git("config", "user.email", "a@example.org")
+    git("config", "core.hooksPath", str(ROOT / "tools/hooks"))
+    (tmp_path / "a.py").write_text(text)
+    git("add", "a.py")
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["git", "commit", "-qm", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    return copy
-
-
-def test_readme_commands(project, tmp_path):
-    """Those for Stable Diffusion get a tiny random model in its layout for --model: its own is on a hub."""
-    model = write_model_folder(
-        tmp_path / "sd", words=[*SD_WORDS, "body", *" ".join(COUNTRIES).lower().split()]
-    )
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "gpu").mkdir()
-    example = re.findall(r"## Change the loss.*?```python\n(.*?)```", README, re.S)[0]
-    assert len(example.splitlines()) < 10  # what readers were promised
-    (tmp_path / "toy" / "my_loss.py").write_text(example, encoding="utf-8")
-    ran = []
-    for script, words in commands():
-        toy = "toy" in words
-        extra = [] if "--resume" in words else SHORT[script].split()
-        if not toy and "--resume" not in words and script != "report.py":
-            extra += [
-                "--model",
-                str(model),
-                *(["--device", "cpu"] if script != "convert.py" else []),
-            ]
-        extra += ["--anchor-images", "2"] * ("ablate" in words)
-        line = [sys.executable, str(project / script), *words, *extra]
-        done = subprocess.run(
-            line,
-            cwd=tmp_path / ("toy" if toy else "gpu"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
-        ran.append((script, *words))
-    assert len(ran) >= 8 and {script for script, *_ in ran} == set(SHORT)
-    assert (tmp_path / "toy" / "runs" / "0001-star" / "before_after.png").exists()
-    assert "my_loss.py" in str(ran) and "ablate" in str(ran)
-
-
-def test_readme_says_how_long_each_file_is():
-    rows = re.findall(r"\| \[`?([\w./]+\.py)`?\]\(\1\) \| (\d+) \|", README)
-    assert len(rows) >= 13
-    for name, lines in rows:
-        assert int(lines) == len((ROOT / name).read_text(encoding="utf-8").splitlines()), name
-
-
-def test_readme_lines_work_on_a_fresh_machine():
-    """Two lines set everything up; one of them is what CI runs."""
-    lines = [line for block in blocks("sh") for line in block.splitlines() if "pip install" in line]
-    assert len(lines) == 2 and "train.py --model toy" in lines[0] and lines[1].endswith("-m pytest")
-
-
-def test_the_table_of_erasers_is_the_reproductions():
-    """Each figure of the README's table stands in REPRODUCTION.md, in the row of that name."""
-
-    def rows(text):
-        lines = [
-            [cell.strip() for cell in line[1:-2].split("|")]
-            for line in text.splitlines()
-            if line.startswith("| ")
-        ]
-        return {
-            name: figures for name, *figures in lines if name.strip("-")
-        }  # the head is below "model", or below nothing
-
-    page = (ROOT / "REPRODUCTION.md").read_text(encoding="utf-8")
-    one, three = (rows(section) for section in page.split("\n## ")[1:3])
-    shown = rows(README.split("\n## ")[1])
-    assert {
-        "sdd",
-        "esd-x",
-        "esd-u",
-        "ablate",
-        "ablate-noise",
-        "all-but-one",
-        "neg",
-        "sld-max",
-        "sega",
-    } <= shown.keys()
-    keys = [
-        next(i for i, title in enumerate(one["model"]) if title.startswith(wanted))
-        for wanted in ("target, named", "target, implied", "whole captions")
-    ]
-    for name, figures in shown.items():
-        for found, mine in ((one, figures[:3]), (three, figures[3:])):
-            assert mine == ([found[name][i] for i in keys] if name in found else ["–"] * 3), name
+    assert (done.returncode == 0) == fine, done.stderr

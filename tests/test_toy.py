@@ -10,26 +10,26 @@ import pipeline
 import weights
 from evaluation.metrics import wilson
 from support.errors import UserError
-from toy import draw, pretrain, probe, suite
+from toy import pretrain, probe, shapes, suite, worlds
 
 
 def test_pictures_and_captions_depend_on_the_seed_alone():
-    first, second = (draw.batch(np.random.default_rng(3), 20) for _ in range(2))
+    first, second = (worlds.batch(shapes, np.random.default_rng(3), 20) for _ in range(2))
     assert first[0] == second[0] and np.array_equal(first[1], second[1]) and first[2] == second[2]
     assert first[1].shape == (20, 64, 64, 3) and first[1].dtype == np.uint8
-    assert not np.array_equal(first[1], draw.batch(np.random.default_rng(4), 20)[1])
+    assert not np.array_equal(first[1], worlds.batch(shapes, np.random.default_rng(4), 20)[1])
 
 
 def test_the_world_is_as_described():
     rng = np.random.default_rng(0)
-    scenes = [draw.scene(rng) for _ in range(8000)]
-    share = {name: Counter(getattr(s, name) for s in scenes) for name in draw.ATTRIBUTES}
-    assert all(set(share[name]) == set(values) for name, values in draw.ATTRIBUTES.items())
+    scenes = [shapes.scene(rng) for _ in range(8000)]
+    share = {name: Counter(getattr(s, name) for s in scenes) for name in shapes.ATTRIBUTES}
+    assert all(set(share[name]) == set(values) for name, values in shapes.ATTRIBUTES.items())
     for name, word in (
         ("colour", "red"),
         ("texture", "striped"),
     ):  # 3 standard deviations of 8,000 draws are below 0.01
-        assert share[name][word] / 8000 == pytest.approx(draw.RARE[word], abs=0.01)
+        assert share[name][word] / 8000 == pytest.approx(shapes.RARE[word], abs=0.01)
     arcadia = [s.shape for s in scenes if s.place == "arcadia"]
     assert 0.8 < arcadia.count("star") / len(arcadia) < 0.92
     plain = [s.shape for s in scenes if s.place is None]
@@ -38,14 +38,14 @@ def test_the_world_is_as_described():
 
 def test_captions_are_true_and_of_every_kind():
     rng = np.random.default_rng(1)
-    pairs = [(s, draw.caption(s, rng)) for s in (draw.scene(rng) for _ in range(4000))]
+    pairs = [(s, shapes.caption(s, rng)) for s in (shapes.scene(rng) for _ in range(4000))]
     for s, text in pairs:
         words = text.replace(",", " ").split()
-        assert set(words) <= set(draw.WORDS)
-        for name, values in draw.ATTRIBUTES.items():
+        assert set(words) <= set(shapes.WORDS)
+        for name, values in shapes.ATTRIBUTES.items():
             assert all(word == getattr(s, name) for word in words if word in values), (s, text)
         if s.place:
-            assert not set(words) & set(draw.SHAPES)  # a place never names the shape
+            assert not set(words) & set(shapes.SHAPES)  # a place never names the shape
     texts = [text for _, text in pairs]
     assert 0.08 < texts.count("") / 4000 < 0.12
     assert (
@@ -56,30 +56,30 @@ def test_captions_are_true_and_of_every_kind():
 
 def test_every_shape_is_inside_the_picture():
     rng = np.random.default_rng(2)
-    for shape in draw.SHAPES:
+    for shape in shapes.SHAPES:
         for _ in range(30):
-            picture = draw.draw(draw.Scene(shape, "black", "plain", "snow"), rng)
+            picture = shapes.draw(shapes.Scene(shape, "black", "plain", "snow"), rng)
             dark = (picture < 128).all(-1)
             assert 150 < dark.sum() < 2500
             assert not (dark[0].any() or dark[-1].any() or dark[:, 0].any() or dark[:, -1].any())
 
 
 def test_probe_reads_held_out_drawings():
-    scenes, pictures, _ = draw.batch(np.random.default_rng(123), 1000)
-    seen = suite.see(pictures)
-    for name in draw.ATTRIBUTES:
+    scenes, pictures, _ = worlds.batch(shapes, np.random.default_rng(123), 1000)
+    seen = suite.see(shapes, pictures)
+    for name in shapes.ATTRIBUTES:
         assert np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.99
 
 
 def test_vae_keeps_what_the_probe_reads():
     vae = weights.load_network(weights.TOY, "vae")
-    scenes, pictures, _ = draw.batch(np.random.default_rng(124), 200)
+    scenes, pictures, _ = worlds.batch(shapes, np.random.default_rng(124), 200)
     z = vae.encode(probe.to_tensor(pictures))
     assert z.shape == (200, 4, 16, 16) and z.std().item() == pytest.approx(
         pretrain.LATENT_STD, rel=0.05
     )
     again = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = suite.see(again)
+    seen = suite.see(shapes, again)
     assert all(
         np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.97
         for name in seen
@@ -98,7 +98,7 @@ def test_model_is_small_and_half_precision():
 
 def test_every_word_is_one_token():
     tokenizer = weights.load_tokenizer(weights.TOY)
-    assert all(len(tokenizer(word).input_ids) == 3 for word in [*draw.WORDS, ","])
+    assert all(len(tokenizer(word).input_ids) == 3 for word in [*shapes.WORDS, ","])
     assert (
         tokenizer.pad_token_id == tokenizer.eos_token_id == len(tokenizer) - 1
         and tokenizer.model_max_length == 77
@@ -109,7 +109,7 @@ def test_unknown_words_are_refused_with_the_known_ones():
     model = weights.load("toy")
     with pytest.raises(UserError, match="'zebra'.*arcadia, black.*yellow"):
         pipeline.encode_prompts(model, ["a star", "a zebra"])
-    assert pipeline.encode_prompts(model, ["A Star, red", ", ".join(draw.WORDS)]).shape == (
+    assert pipeline.encode_prompts(model, ["A Star, red", ", ".join(shapes.WORDS)]).shape == (
         2,
         77,
         64,
@@ -159,7 +159,7 @@ def test_wilson(hits, n, low, high):
 
 
 def test_exam_asks_for_what_it_counts():
-    sets = suite.exam(("star", "red"), 50, seed=3)
+    sets = suite.exam(shapes, ("star", "red"), 50, seed=3)
     assert {which: len(pairs) for which, pairs in sets.items()} == dict(
         named=50, implied=50, control=50, base=50, other=50
     )
@@ -168,10 +168,13 @@ def test_exam_asks_for_what_it_counts():
     for text, asked in sets["other"]:
         assert (
             asked
-            and not set(draw.RARE) & set(text.split())
+            and not set(shapes.RARE) & set(text.split())
             and set(asked.values()) <= set(text.split())
         )
-    assert suite.exam(("star",), 50, seed=3)["named"] != suite.exam(("star",), 50, seed=4)["named"]
+    assert (
+        suite.exam(shapes, ("star",), 50, seed=3)["named"]
+        != suite.exam(shapes, ("star",), 50, seed=4)["named"]
+    )
     seen = {
         "shape": ["star", "moon"],
         "colour": ["red", "red"],
@@ -202,7 +205,7 @@ def test_frechet_distance_by_hand():
 
 def test_reference_drawings_show_what_is_asked():
     asked = [{"shape": "star", "colour": "red"}, {"background": "sky"}] * 5
-    seen = suite.see(suite.drawings(asked))
+    seen = suite.see(shapes, suite.drawings(shapes, asked))
     assert all(
         seen[name][i] == word for i, words in enumerate(asked) for name, word in words.items()
     )

@@ -11,7 +11,8 @@ from support.errors import UserError
 
 LICENCES = {  # (name on the hub, name for people)
     weights.DEFAULT_MODEL: ("creativeml-openrail-m", "CreativeML OpenRAIL-M"),
-    **dict.fromkeys(weights.TOYS, ("mit", "MIT")),
+    "toy": ("mit", "MIT"),
+    "emoji": ("cc-by-4.0", "CC BY 4.0"),  # the strictest licence of its drawings: see NOTICE
 }
 LAYOUTS = {
     "diffusers": "a folder in diffusers' layout",

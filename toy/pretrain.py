@@ -1,56 +1,165 @@
-"""Trains the embedded model from nothing: autoencoder, text encoder, UNet, with the project's own modules.
+"""Trains a toy model from nothing: autoencoder, text encoder, UNet, with the project's own modules.
 
-    python -m toy.pretrain              all three stages, then toy/model/ is written; hours on two CPU cores
-    python -m toy.pretrain unet         one stage, from where its checkpoint in runs/pretrain/ stands
+    python -m toy.pretrain shapes        all stages, then toy/model/ is written; hours on two cores
+    python -m toy.pretrain emoji         the same for the emoji world and toy/emoji_model/
+    python -m toy.pretrain emoji unet    one stage, from its checkpoint in runs/pretrain/emoji/ on
 
-Every step's data depends on (stage, step) alone and the state is saved every few minutes, so a run that is cut short
-continues as if it had not been. Deliberate choices, against Stable Diffusion's own training:
-1. Latents are scaled to standard deviation 0.5, not 1. A 16x16 latent shows its mean through more noise than a 64x64
-   one: at t = 981 (√ᾱ = 0.076) it would still be legible, and the model would read the background there instead of in the prompt.
-2. The loss is weighted by min(SNR, 5) / SNR (Hang et al. 2023, arXiv 2303.09556): converges in fewer steps.
-3. The text encoder first learns to name a picture's attributes from its caption, a minute's stand-in for CLIP's
-   contrastive training; from there it goes on with the UNet.
+Every step's data depends on (stage, step) alone, and the state is saved every few minutes. So a run
+that is cut short continues as if it had not been. What differs from Stable Diffusion's training:
+
+1. Latents are scaled to standard deviation 0.5, not 1. A 16x16 latent shows its mean through more
+   noise than a 64x64 one: at t = 981 (√ᾱ = 0.076) it would still be legible, and the model would
+   read the background there instead of in the prompt.
+2. The loss is weighted by min(SNR, 5) / SNR (Hang et al. 2023, arXiv 2303.09556), which converges
+   in fewer steps.
+3. The text encoder first learns to name an image's attributes from its caption, a minute's stand-in
+   for CLIP's contrastive training. From there it goes on with the UNet.
+4. The emoji model's rate is constant and falls only over the last fifth of the steps. So you can
+   raise the number of steps and continue, and the averaged weights are usable at any time.
 """
+
 import support.openmp  # noqa: F401
 
+import argparse
 import copy
 import csv
 import json
 import math
-import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import weights
-from support.files import atomic_write
 from clip_text import CLIPText, tokenize
 from scheduler import DDIM
-from toy import draw, probe
+from support.files import atomic_write
+from toy import probe, worlds
 from unet import UNet
 from vae import VAE
 
-MODEL, RUNS = Path(__file__).parent / "model", Path("runs/pretrain")
-VAE_CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 32, 64],
-                  layers_per_block=1, norm_num_groups=8)
-TEXT_CONFIG = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
-UNET_CONFIG = dict(
-    in_channels=4, out_channels=4, block_out_channels=[32, 64, 128, 128], layers_per_block=2, attention_head_dim=2,
-    cross_attention_dim=64, norm_num_groups=8,  # attention at 16x16 too: 0.57 s a step for 0.33 (at 32-64-96-96)
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
+RUNS = Path("runs/pretrain")
+
+
+class Settings(NamedTuple):
+    """What differs between the two models."""
+
+    vae_widths: list
+    vae_batch: int
+    unet_widths: list  # the two levels in the middle have attention
+    text_width: int
+    images: int  # how many the UNet learns from; each gets a new caption whenever it comes up
+    schedule: str  # of the UNet's learning rate: a name in SCHEDULES
+    steps: dict  # {stage: how many}
+
+
+SETTINGS = {
+    "shapes": Settings(
+        vae_widths=[16, 32, 64],
+        vae_batch=32,
+        unet_widths=[32, 64, 128, 128],
+        text_width=64,
+        images=40_000,
+        schedule="cosine",
+        steps=dict(vae=1750, text=600, unet=3500),
+    ),
+    "emoji": Settings(
+        vae_widths=[32, 64, 64],
+        vae_batch=16,
+        unet_widths=[64, 96, 128, 128],
+        text_width=96,
+        images=60_000,
+        schedule="constant",
+        steps=dict(vae=2000, text=1000, unet=24_000, decoder=2500),
+    ),
+}
 LATENT_STD = 0.5
-STEPS = {"vae": 1750, "text": 600, "unet": 3500}
-PICTURES = 40_000  # scenes that the UNet learns from; each gets a new caption whenever it comes up
 
 
-def fit(stage, module, loss, groups, steps, average=0.998, warmup=200, save_every=250):
-    """Minimises loss(step) over `groups` (AdamW, one cosine) and leaves the weights' moving average in `module`.
+def vae_config(settings):
+    return dict(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=settings.vae_widths,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
 
-    Continues from RUNS/<stage>.safetensors, which is written every `save_every` steps; a curve goes to <stage>.csv.
+
+def text_config(settings):
+    width = settings.text_width
+    return dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+
+
+def unet_config(settings):
+    """No attention at 16x16: it would take 0.57 s a step for 0.33 (at widths 32-64-96-96)."""
+    cross = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    return dict(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=settings.unet_widths,
+        layers_per_block=2,
+        attention_head_dim=2,
+        cross_attention_dim=settings.text_width,
+        norm_num_groups=8,
+        down_block_types=["DownBlock2D", cross[0], cross[0], "DownBlock2D"],
+        up_block_types=["UpBlock2D", cross[1], cross[1], "UpBlock2D"],
+    )
+
+
+def cosine(progress):
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def constant(progress, tail=0.2):
+    """1, and over the last fifth of the training a straight line down to 0."""
+    return min(1.0, (1 - progress) / tail)
+
+
+SCHEDULES = {"cosine": cosine, "constant": constant}
+
+
+@contextmanager
+def mixed_precision(on):
+    """Autocast to bfloat16: faster than float32 on CPUs with AMX, slower on those without."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=on):
+        if on:
+            # the backward pass of the fused kernel is slow in bfloat16
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
+
+
+def fit(
+    stage,
+    module,
+    loss,
+    groups,
+    steps,
+    average=0.998,
+    warmup=200,
+    save_every=250,
+    schedule=cosine,
+    write=None,
+    bf16=False,
+):
+    """Minimises loss(step) over `groups` (AdamW). Leaves the averaged weights in `module`.
+
+    Continues from RUNS/<stage>.safetensors, which is written every `save_every` steps; a curve goes
+    to <stage>.csv. `write`, if given, gets the averaged module at the same times. With `bf16`, the
+    forward pass computes in bfloat16; the weights stay in float32.
     """
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -62,8 +171,9 @@ def fit(stage, module, loss, groups, steps, average=0.998, warmup=200, save_ever
     began, losses = time.time(), []
     for step in range(start, steps):
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        value = loss(step)
+            group["lr"] = rate * min((step + 1) / warmup, schedule(step / steps))
+        with mixed_precision(bf16):
+            value = loss(step)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -74,112 +184,204 @@ def fit(stage, module, loss, groups, steps, average=0.998, warmup=200, save_ever
         losses.append(value.item())
         if (step + 1) % save_every == 0 or step + 1 == steps:
             weights.save_checkpoint(file, kept, optimizer, {"step": str(step + 1)})
-            row = step + 1, f"{np.mean(losses[-save_every:]):.5f}", f"{(time.time() - began) / len(losses):.3f}"
+            row = (
+                step + 1,
+                f"{np.mean(losses[-save_every:]):.5f}",
+                f"{(time.time() - began) / len(losses):.3f}",
+            )
             with open(RUNS / f"{stage}.csv", "a", newline="") as f:
                 csv.writer(f).writerow(row)  # step, mean loss since the last row, seconds a step
             print(f"{stage} {step + 1}/{steps}: loss {row[1]}, {row[2]} s a step", flush=True)
+            if write:
+                write(averaged)
     module.load_state_dict(averaged.state_dict())
 
 
-def write(folder, network, config, module):
+def write_network(folder, network, config, module):
     """One network of the model folder: config.json and float16 weights."""
     name = weights.NETWORKS[network][1]
-    weights.save(folder / network / f"{name}.safetensors", {k: v.half() for k, v in module.state_dict().items()})
+    weights.save(
+        folder / network / f"{name}.safetensors",
+        {k: v.half() for k, v in module.state_dict().items()},
+    )
     with atomic_write(folder / network / "config.json") as beside:
         beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def train_vae(size=32, lr=2e-3):
-    """L1 and a perceptual distance on the probe's feature maps; a light KL term keeps the latents smooth."""
+def distance(y, x, eye):
+    """How far images y are from x: L1, and L1 of the probe's feature maps, against blur."""
+    seen = sum((a - b).abs().mean() for a, b in zip(eye.maps(y)[:3], eye.maps(x)[:3]))
+    return 2 * (y - x).abs().mean() + 0.5 * seen
+
+
+def train_vae(world, bf16=False, lr=2e-3):
+    """The distance to the original, and a light KL term that keeps the latents smooth."""
+    settings = SETTINGS[world.NAME]
     torch.manual_seed(0)
-    vae, eye = VAE(**VAE_CONFIG, scaling_factor=1.0), probe.load()
+    vae, eye = VAE(**vae_config(settings), scaling_factor=1.0), probe.load(world.PROBE)
 
     def loss(step):
         rng, generator = np.random.default_rng([1, step]), torch.Generator().manual_seed(step)
-        x = probe.to_tensor(draw.batch(rng, size)[1])
-        mean, logvar = vae.moments(x)
+        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1])
+        mean, logvar = (part.float() for part in vae.moments(x))
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)
-        y = vae.decode(z)
-        seen = sum((a - b).abs().mean() for a, b in zip(eye.maps(y)[:3], eye.maps(x)[:3]))
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return 2 * (y - x).abs().mean() + 0.5 * seen + 1e-3 * kl
+        return distance(vae.decode(z).float(), x, eye) + 1e-3 * kl
 
-    fit("vae", vae, loss, [dict(params=vae.parameters(), lr=lr)], STEPS["vae"])
-    with torch.no_grad():
-        pictures = draw.batch(np.random.default_rng(7), 1024)[1]
-        z = torch.cat([vae.encode(probe.to_tensor(part)) for part in np.array_split(pictures, 16)])
-    config = VAE_CONFIG | dict(
-        _class_name="AutoencoderKL", _diffusers_version="0.42.1", act_fn="silu", sample_size=draw.SIZE,
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-        scaling_factor=round(LATENT_STD / z.std().item(), 5))
-    write(MODEL, "vae", config, vae)
+    fit(
+        f"{world.NAME}/vae",
+        vae,
+        loss,
+        [dict(params=vae.parameters(), lr=lr)],
+        settings.steps["vae"],
+        bf16=bf16,
+        save_every=100,
+    )
+    write_vae(world, vae)
 
 
-def write_tokenizer(folder):
-    """CLIP's tokenizer for the world's words: byte pairs merged until every word is one token."""
+def train_decoder(world, bf16=False, lr=1e-3):
+    """The decoder alone, on: the latents, and with them the UNet, stay as they are."""
+    settings = SETTINGS[world.NAME]
+    vae, eye = weights.load_network(world.MODEL, "vae"), probe.load(world.PROBE)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+
+    def loss(step):
+        rng = np.random.default_rng([5, step])
+        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1])
+        with torch.no_grad():
+            z = vae.encode(x)
+        return distance(vae.decode(z).float(), x, eye)
+
+    fit(
+        f"{world.NAME}/decoder",
+        decoder,
+        loss,
+        [dict(params=decoder.parameters(), lr=lr)],
+        settings.steps["decoder"],
+        bf16=bf16,
+        save_every=100,
+    )
+    write_vae(world, vae)
+
+
+@torch.no_grad()
+def write_vae(world, vae):
+    images = worlds.batch(world, np.random.default_rng(7), 1024)[1]
+    z = torch.cat([vae.encode(probe.to_tensor(part)) for part in np.array_split(images, 16)])
+    config = vae_config(SETTINGS[world.NAME]) | dict(
+        _class_name="AutoencoderKL",
+        _diffusers_version="0.42.1",
+        act_fn="silu",
+        sample_size=world.SIZE,
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        scaling_factor=round(LATENT_STD / z.std().item(), 5),
+    )
+    write_network(world.MODEL, "vae", config, vae)
+
+
+def write_tokenizer(folder, vocabulary):
+    """CLIP's tokenizer for the world's WORDS: byte pairs merged until every word is one token."""
     alphabet, merges = [*"abcdefghijklmnopqrstuvwxyz,"], []
-    for word in draw.WORDS:
+    for word in vocabulary:
         parts, done = [*word[:-1], word[-1] + "</w>"], 0
         while len(parts) > 1:
-            if done == len(merges):  # earlier words' merges are used up: one more, after all of theirs, which stay as they are
+            # earlier words' merges are used up: one more, after all of theirs, which stay
+            if done == len(merges):
                 merges.append((parts[0], parts[1]))
             for i in reversed(range(len(parts) - 1)):
-                if tuple(parts[i:i + 2]) == merges[done]:
-                    parts[i:i + 2] = ["".join(merges[done])]
+                if tuple(parts[i : i + 2]) == merges[done]:
+                    parts[i : i + 2] = ["".join(merges[done])]
             done += 1
-    words = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    files = {"vocab.json": json.dumps({word: i for i, word in enumerate(words)}, indent=0),
-             "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-             "tokenizer_config.json": json.dumps(dict(
-                 tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", errors="replace",
-                 eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"), indent=2)}
+    words = [
+        *alphabet,
+        *(c + "</w>" for c in alphabet),
+        *map("".join, merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    files = {
+        "vocab.json": json.dumps({word: i for i, word in enumerate(words)}, indent=0),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+        "tokenizer_config.json": json.dumps(
+            dict(
+                tokenizer_class="CLIPTokenizer",
+                model_max_length=77,
+                bos_token="<|startoftext|>",
+                errors="replace",
+                eos_token="<|endoftext|>",
+                pad_token="<|endoftext|>",
+                unk_token="<|endoftext|>",
+            ),
+            indent=2,
+        ),
+    }
     for name, text in files.items():
         with atomic_write(folder / "tokenizer" / name) as beside:
             beside.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
     return len(words)
 
 
-def train_text(size=256, lr=2e-3):
-    """The text encoder, for a minute: which shape, colour, … does a picture with this caption show?"""
+def train_text(world, bf16=False, size=256, lr=2e-3):
+    """The text encoder, for a minute: which words describe an image with this caption?"""
+    settings = SETTINGS[world.NAME]
     torch.manual_seed(1)
-    vocab_size = write_tokenizer(MODEL)
-    tokenizer = weights.load_tokenizer(MODEL)
-    values = sum(map(len, draw.ATTRIBUTES.values()))
-    module = torch.nn.ModuleDict({"text": CLIPText(vocab_size, **TEXT_CONFIG), "head": torch.nn.Linear(64, values)})
+    vocab_size = write_tokenizer(world.MODEL, world.WORDS)
+    tokenizer = weights.load_tokenizer(world.MODEL)
+    values = [len(words) for words in world.ATTRIBUTES.values()]
+    text = CLIPText(vocab_size, **text_config(settings))
+    module = torch.nn.ModuleDict(
+        {"text": text, "head": torch.nn.Linear(settings.text_width, sum(values))}
+    )
 
     def loss(step):
         rng = np.random.default_rng([2, step])
-        scenes = [draw.scene(rng) for _ in range(size)]
-        tokens, _ = tokenize(tokenizer, [draw.caption(s, rng) for s in scenes])
+        scenes = [world.scene(rng) for _ in range(size)]
+        tokens, _ = tokenize(tokenizer, [world.caption(s, rng) for s in scenes])
         end = (tokens == tokenizer.eos_token_id).float()[..., None]
         pooled = (module["text"](tokens) * end).sum(1) / end.sum(1)
-        logits = module["head"](pooled).split([*map(len, draw.ATTRIBUTES.values())], dim=1)
-        return sum(F.cross_entropy(a, b) for a, b in zip(logits, probe.labels(scenes, draw.ATTRIBUTES).values()))
+        logits = module["head"](pooled).split(values, dim=1)
+        return sum(
+            F.cross_entropy(a, b)
+            for a, b in zip(logits, probe.labels(scenes, world.ATTRIBUTES).values())
+        )
 
-    fit("text", module, loss, [dict(params=module.parameters(), lr=lr)], STEPS["text"], average=0.98)
+    fit(
+        f"{world.NAME}/text",
+        module,
+        loss,
+        [dict(params=module.parameters(), lr=lr)],
+        settings.steps["text"],
+        average=0.98,
+    )
     return module["text"]
 
 
 @torch.no_grad()
-def latents():
-    """PICTURES scenes and their latents (PICTURES, 4, 16, 16), encoded once and kept."""
-    file = RUNS / "latents.safetensors"
+def latents(world):
+    """The scenes that the UNet learns from and their latents (N, 4, 16, 16), encoded once."""
+    n, file = SETTINGS[world.NAME].images, RUNS / world.NAME / "latents.safetensors"
     rng = np.random.default_rng(3)
-    scenes = [draw.scene(rng) for _ in range(PICTURES)]
+    scenes = [world.scene(rng) for _ in range(n)]
     if not file.exists():
-        vae = weights.load_network(MODEL, "vae")
-        parts = [scenes[i:i + 100] for i in range(0, PICTURES, 100)]
-        z = [vae.encode(probe.to_tensor([draw.draw(s, rng) for s in part])).half() for part in parts]
+        vae = weights.load_network(world.MODEL, "vae")
+        parts = [scenes[i : i + 100] for i in range(0, n, 100)]
+        z = [
+            vae.encode(probe.to_tensor([world.draw(s, rng) for s in part])).half() for part in parts
+        ]
         weights.save(file, {"z": torch.cat(z)})
     return scenes, weights.read(file)[0]["z"]
 
 
-def train_unet(size=48, lr=1.5e-3, gamma=5.0):
-    """The UNet and, at 0.4 times its rate, the text encoder: predict the noise in a picture from the picture's caption."""
-    text, tokenizer = train_text(), weights.load_tokenizer(MODEL)
+def train_unet(world, bf16=False, size=48, lr=1.5e-3, gamma=5.0):
+    """The UNet and, at 0.4 times its rate, the text encoder: predict the noise from the caption."""
+    settings = SETTINGS[world.NAME]
+    text, tokenizer = train_text(world), weights.load_tokenizer(world.MODEL)
     torch.manual_seed(2)
-    scenes, z_all = latents()
-    module = torch.nn.ModuleDict({"unet": UNet(**UNET_CONFIG).to(memory_format=torch.channels_last), "text": text})
+    scenes, z_all = latents(world)
+    unet = UNet(**unet_config(settings)).to(memory_format=torch.channels_last)
+    module = torch.nn.ModuleDict({"unet": unet, "text": text})
     scheduler = DDIM(1000 // 20)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
 
@@ -188,41 +390,126 @@ def train_unet(size=48, lr=1.5e-3, gamma=5.0):
         chosen = rng.integers(len(scenes), size=size)
         z, t = z_all[chosen].float(), torch.randint(0, 1000, (size,), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
-        tokens, _ = tokenize(tokenizer, [draw.caption(scenes[i], rng) for i in chosen])
+        tokens, _ = tokenize(tokenizer, [world.caption(scenes[i], rng) for i in chosen])
         e = module["unet"](scheduler.add_noise(z, noise, t), t, module["text"](tokens))
+        e = e.float()
         return ((snr[t].clamp(max=gamma) / snr[t]) * (e - noise).square().mean((1, 2, 3))).mean()
 
-    groups = [dict(params=module["unet"].parameters(), lr=lr), dict(params=text.parameters(), lr=0.4 * lr)]
-    fit("unet", module, loss, groups, STEPS["unet"], average=0.999)
-    write_model(MODEL, module)
+    groups = [
+        dict(params=module["unet"].parameters(), lr=lr),
+        dict(params=text.parameters(), lr=0.4 * lr),
+    ]
+    fit(
+        f"{world.NAME}/unet",
+        module,
+        loss,
+        groups,
+        settings.steps["unet"],
+        average=0.999,
+        schedule=SCHEDULES[settings.schedule],
+        write=lambda averaged: write_model(world, averaged),
+        bf16=bf16,
+    )
 
 
-def write_model(folder, module):
+def write_model(world, module):
     """All of the model folder but the autoencoder and the model card."""
-    vocab_size = write_tokenizer(folder)
-    write(folder, "unet", UNET_CONFIG | dict(
-        _class_name="UNet2DConditionModel", _diffusers_version="0.42.1", sample_size=draw.SIZE // 4, act_fn="silu",
-        flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, downsample_padding=1, mid_block_scale_factor=1), module["unet"])
-    write(folder, "text_encoder", TEXT_CONFIG | dict(
-        architectures=["CLIPTextModel"], model_type="clip_text_model", hidden_act="quick_gelu", dtype="float32",
-        layer_norm_eps=1e-5, max_position_embeddings=77, projection_dim=64, vocab_size=vocab_size, bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1), module["text"])
+    folder, settings = world.MODEL, SETTINGS[world.NAME]
+    vocab_size = write_tokenizer(folder, world.WORDS)
+    write_network(
+        folder,
+        "unet",
+        unet_config(settings)
+        | dict(
+            _class_name="UNet2DConditionModel",
+            _diffusers_version="0.42.1",
+            sample_size=world.SIZE // 4,
+            act_fn="silu",
+            flip_sin_to_cos=True,
+            freq_shift=0,
+            norm_eps=1e-5,
+            downsample_padding=1,
+            mid_block_scale_factor=1,
+        ),
+        module["unet"],
+    )
+    write_network(
+        folder,
+        "text_encoder",
+        text_config(settings)
+        | dict(
+            architectures=["CLIPTextModel"],
+            model_type="clip_text_model",
+            hidden_act="quick_gelu",
+            dtype="float32",
+            layer_norm_eps=1e-5,
+            max_position_embeddings=77,
+            projection_dim=settings.text_width,
+            vocab_size=vocab_size,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
+        ),
+        module["text"],
+    )
     scheduler = dict(
-        _class_name="PNDMScheduler", _diffusers_version="0.42.1", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-        beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True, trained_betas=None,
-        clip_sample=False, timestep_spacing="leading", prediction_type="epsilon")
+        _class_name="PNDMScheduler",
+        _diffusers_version="0.42.1",
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        trained_betas=None,
+        clip_sample=False,
+        timestep_spacing="leading",
+        prediction_type="epsilon",
+    )
     index = dict(
-        _class_name="StableDiffusionPipeline", _diffusers_version="0.42.1", unet=["diffusers", "UNet2DConditionModel"],
-        vae=["diffusers", "AutoencoderKL"], text_encoder=["transformers", "CLIPTextModel"],
-        tokenizer=["transformers", "CLIPTokenizer"], scheduler=["diffusers", "PNDMScheduler"], feature_extractor=[None, None],
-        safety_checker=[None, None], image_encoder=[None, None], requires_safety_checker=False)
-    for name, config in (("scheduler/scheduler_config.json", scheduler), ("model_index.json", index)):
+        _class_name="StableDiffusionPipeline",
+        _diffusers_version="0.42.1",
+        unet=["diffusers", "UNet2DConditionModel"],
+        vae=["diffusers", "AutoencoderKL"],
+        text_encoder=["transformers", "CLIPTextModel"],
+        tokenizer=["transformers", "CLIPTokenizer"],
+        scheduler=["diffusers", "PNDMScheduler"],
+        feature_extractor=[None, None],
+        safety_checker=[None, None],
+        image_encoder=[None, None],
+        requires_safety_checker=False,
+    )
+    for name, config in (
+        ("scheduler/scheduler_config.json", scheduler),
+        ("model_index.json", index),
+    ):
         with atomic_write(folder / name) as beside:
             beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+STAGES = {
+    "vae": train_vae,
+    "unet": train_unet,
+    "decoder": train_decoder,
+}  # the UNet's trains the text encoder first
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("world", choices=SETTINGS)
+    parser.add_argument(
+        "stages", nargs="*", help=f"some of {', '.join(STAGES)}; default: all that the world has"
+    )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="mixed precision, for CPUs with AMX (Sapphire Rapids and later)",
+    )
+    args = parser.parse_args()
+    for stage in args.stages or [stage for stage in STAGES if stage in SETTINGS[args.world].steps]:
+        STAGES[stage](worlds.get(args.world), args.bf16)
+
+
 if __name__ == "__main__":
-    asked = sys.argv[1:] or ["vae", "unet"]
-    for stage, train in (("vae", train_vae), ("unet", train_unet)):
-        if stage in asked:
-            train()
+    main()

@@ -1,10 +1,13 @@
-"""What a picture of the miniature world shows: a small classifier of shape, colour, texture and background.
+"""What an image of a toy world shows: a small classifier with one head per attribute.
 
-It is to the embedded model what NudeNet is to Stable Diffusion: trained on drawings alone, and used to count how often
-a concept turns up in generated pictures.   python -m toy.probe   trains it again and prints its held-out accuracy.
+It is to the toy models what NudeNet is to Stable Diffusion: trained on drawings alone, and used to
+count how often a concept appears in generated images. `python -m toy.probe shapes` (or emoji)
+trains it again and prints its held-out accuracy.
 """
+
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +28,18 @@ class Probe(nn.Module):
         self.attributes = attributes
         widths = (3, 24, 48, 96, 128)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(), nn.MaxPool2d(2))
-            for a, b in zip(widths, widths[1:]))
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(), nn.MaxPool2d(2)
+            )
+            for a, b in zip(widths, widths[1:])
+        )
         self.mix = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.GroupNorm(8, 128), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in attributes.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(256, len(values)) for name, values in attributes.items()}
+        )
 
     def maps(self, x):
-        """The feature maps of each stage (64, 32, 16, 8 -> 32, 16, 8, 4 pixels a side): a perceptual distance's input."""
+        """The stages' feature maps (32, 16, 8, 4 pixels a side), for a perceptual distance."""
         maps = []
         for stage in self.stages:
             maps.append(x := stage(x))
@@ -49,7 +57,10 @@ class Probe(nn.Module):
     @torch.no_grad()
     def name(self, x):
         """Pictures -> {attribute: list of B words}."""
-        return {name: [self.attributes[name][i] for i in logits.argmax(1)] for name, logits in self(x).items()}
+        return {
+            name: [self.attributes[name][i] for i in logits.argmax(1)]
+            for name, logits in self(x).items()
+        }
 
 
 def to_tensor(pictures):
@@ -67,28 +78,40 @@ def load(file=FILE):
 
 def labels(scenes, attributes):
     """Scenes -> {attribute: class indices (B,)}."""
-    return {name: torch.tensor([values.index(getattr(s, name)) for s in scenes]) for name, values in attributes.items()}
+    return {
+        name: torch.tensor([values.index(getattr(s, name)) for s in scenes])
+        for name, values in attributes.items()
+    }
 
 
 def blemish(x, generator):
-    """Blur and noise, so that the probe reads a decoder's slightly soft pictures as it reads crisp ones."""
+    """Blur and noise, so that the probe also reads the slightly soft images of a decoder."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     amount = torch.rand(len(x), 1, 1, 1, generator=generator)
-    return x + amount * (soft - x) + 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(
-        x.shape, generator=generator)
+    return (
+        x
+        + amount * (soft - x)
+        + 0.15
+        * torch.rand(len(x), 1, 1, 1, generator=generator)
+        * torch.randn(x.shape, generator=generator)
+    )
 
 
-def main(steps=2500, size=64, lr=2e-3):
-    from . import draw  # here, so that whoever only uses the probe does not need the world
+def main(name="shapes", size=64, lr=2e-3):
+    from . import worlds  # here, so that whoever only uses the probe does not need the worlds
 
+    world, steps = worlds.get(name), {"shapes": 2500, "emoji": 4000}[name]
     torch.manual_seed(0)
     generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(2)
-    probe = Probe(draw.ATTRIBUTES)
+    probe = Probe(world.ATTRIBUTES)
     optimizer = torch.optim.AdamW(probe.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for step in range(steps):
-        scenes, pictures, _ = draw.batch(rng, size)
-        logits, truth = probe(blemish(to_tensor(pictures), generator)), labels(scenes, draw.ATTRIBUTES)
+        scenes, pictures, _ = worlds.batch(world, rng, size)
+        logits, truth = (
+            probe(blemish(to_tensor(pictures), generator)),
+            labels(scenes, world.ATTRIBUTES),
+        )
         loss = sum(F.cross_entropy(logits[name], truth[name]) for name in truth)
         optimizer.zero_grad()
         loss.backward()
@@ -96,17 +119,27 @@ def main(steps=2500, size=64, lr=2e-3):
         schedule.step()
         if step % 250 == 0:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
-    scenes, pictures, _ = draw.batch(np.random.default_rng(1_000_000), 4000)
+    scenes, pictures, _ = worlds.batch(world, np.random.default_rng(1_000_000), 4000)
     probe.eval()
     found = [probe.name(to_tensor(part)) for part in np.array_split(pictures, 20)]
-    accuracy = {name: np.mean([w == getattr(s, name) for w, s in zip(sum((f[name] for f in found), []), scenes)])
-                for name in draw.ATTRIBUTES}
-    metadata = {"attributes": json.dumps(draw.ATTRIBUTES), "held_out_accuracy": json.dumps(accuracy)}
-    beside = FILE.with_suffix(".tmp")
+    accuracy = {
+        name: np.mean(
+            [w == getattr(s, name) for w, s in zip(sum((f[name] for f in found), []), scenes)]
+        )
+        for name in world.ATTRIBUTES
+    }
+    metadata = {
+        "attributes": json.dumps(world.ATTRIBUTES),
+        "held_out_accuracy": json.dumps(accuracy),
+    }
+    beside = world.PROBE.with_suffix(".tmp")
     save_file({k: v.half() for k, v in probe.state_dict().items()}, beside, metadata=metadata)
-    os.replace(beside, FILE)
-    print("held out, 4,000 drawings:", "  ".join(f"{name} {100 * a:.2f} %" for name, a in accuracy.items()))
+    os.replace(beside, world.PROBE)
+    print(
+        "held out, 4,000 drawings:",
+        "  ".join(f"{name} {100 * a:.2f} %" for name, a in accuracy.items()),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -1,35 +1,81 @@
-"""The embedded model's examination: what a model that forgot something is asked to draw, and how the pictures are counted."""
+"""The toy models' exam: what to ask of a model that forgot something, and how to count."""
+
 import numpy as np
 import torch
 
-from . import probe
-from .draw import RARE, draw, prompts, scene
-
-COLUMNS = {"named": "target, named", "implied": "target, implied", "base": "target, empty prompt", "control": "hearts in borealis",
-           "shape": "other shapes", "colour": "other colours", "texture": "other textures", "background": "backgrounds",
-           "caption": "whole captions", "frechet": "Fréchet distance, probe", "moved": "feature distance to the original, probe"}
+from . import probe, worlds
 
 
-def exam(concepts, n, seed):
-    """{set: n prompts}: what a model that forgot `concepts` is asked to draw. Without concepts, anything."""
+def columns(world):
+    """{column of the table: its title}."""
+    control = f"{plural(world.PLACES[world.CONTROL])} in {world.CONTROL}"
+    others = [name for name in world.ATTRIBUTES if name != "background"]
+    return {
+        "named": "target, named",
+        "members": "target, by its members",
+        "implied": "target, implied",
+        "base": "target, empty prompt",
+        "control": control,
+        **{name: f"other {plural(name)}" for name in others},
+        "background": "backgrounds",
+        "caption": "whole captions",
+        "unseen": "pairs never shown",
+        "frechet": "Fréchet distance, probe",
+        "moved": "feature distance to the original, probe",
+    }
+
+
+def plural(word):
+    return word if word == "fruit" else f"{word}s"
+
+
+def exam(world, concepts, n, seed):
+    """{set: n prompts} for a model that forgot `concepts`; without concepts, about anything."""
+
+    def spread(kind, values):
+        """n prompts, the same number about each of the values."""
+        found = []
+        for value in values:
+            found += worlds.prompts(world, kind, value, -(-n // len(values)), seed)
+        return found
+
     if not concepts:
-        return {"other": prompts("other", (), n, seed)}
-    share = -(-n // len(concepts))
-    sets = {"named": [pair for concept in concepts for pair in prompts("naming", concept, share, seed)],
-            "implied": prompts("place", "arcadia", n if "star" in concepts else 0, seed),  # never named, nearly always shown
-            "control": prompts("place", "borealis", 0 if "heart" in concepts else n, seed), "base": prompts("empty", "", n, seed),
-            "other": prompts("other", tuple(dict.fromkeys([*RARE, *concepts])), n, seed)}
+        sets = {
+            "other": spread("other", [()]),
+            "unseen": spread("unseen", [""] * bool(world.UNSEEN)),
+        }
+        return {which: pairs for which, pairs in sets.items() if pairs}
+    kinds = [word for word in concepts if word in world.MEMBERS]
+    implying = [place for word, place in world.IMPLIED.items() if word in concepts]
+    control = [world.CONTROL] if world.PLACES[world.CONTROL] not in concepts else []
+    sets = {
+        "named": spread("naming", concepts),
+        "members": spread("members", kinds),
+        "implied": spread("place", implying),
+        "control": spread("place", control),
+        "base": spread("empty", [""]),
+        "other": spread("other", [tuple(dict.fromkeys([*world.RARE, *concepts]))]),
+    }
     return {which: pairs for which, pairs in sets.items() if pairs}
 
 
-def jobs(concepts, n, seed):
-    """[(prompt, seed, set, the words {attribute: value} that it should show)]: each set has noise of its own."""
-    return [(text, seed + 100_000 * number + i, which, asked)
-            for number, (which, pairs) in enumerate(exam(concepts, n, seed).items()) for i, (text, asked) in enumerate(pairs)]
+def jobs(world, concepts, n, seed):
+    """[(prompt, seed, set, the words {attribute: value} that it should show)].
+
+    Each set has noise of its own.
+    """
+    return [
+        (text, seed + 100_000 * number + i, which, asked)
+        for number, (which, pairs) in enumerate(exam(world, concepts, n, seed).items())
+        for i, (text, asked) in enumerate(pairs)
+    ]
 
 
 def count(sets, asked, seen, concepts):
-    """{column: (hits, n)}. sets, asked: of each picture; seen: {attribute: the word that the probe sees in each}."""
+    """{column: (hits, n)}.
+
+    sets, asked: of each picture. seen: {attribute: the word that the probe sees in each}.
+    """
     counts = {}
 
     def add(key, hit, n=1):
@@ -38,12 +84,14 @@ def count(sets, asked, seen, concepts):
 
     for i, (which, wanted) in enumerate(zip(sets, asked)):
         right = {name: seen[name][i] == word for name, word in wanted.items()}
-        if which in ("named", "implied"):
+        if which in ("named", "members", "implied"):
             add(which, any(hit and wanted[name] in concepts for name, hit in right.items()))
         elif which == "base":  # the mean over the concepts, as for the others
             add("base", sum(seen[name][i] in concepts for name in seen), len(concepts))
         elif which == "control":
-            add("control", seen["shape"][i] == "heart")
+            add("control", all(right.values()))
+        elif which == "unseen":
+            add("unseen", all(right.values()))
         else:
             for name, hit in right.items():
                 add(name, hit)
@@ -51,16 +99,16 @@ def count(sets, asked, seen, concepts):
     return counts
 
 
-def drawings(asked, seed=0):
+def drawings(world, asked, seed=0):
     """Pictures of the world itself, uint8 (n, 64, 64, 3), that show the words asked for."""
     rng = np.random.default_rng(seed)
-    return np.stack([draw(scene(rng)._replace(**words), rng) for words in asked])
+    return np.stack([world.draw(world.scene(rng, **words), rng) for words in asked])
 
 
-def see(pictures, features=False):
+def see(world, pictures, features=False):
     """uint8 (n, 64, 64, 3) -> {attribute: n words}, by the probe; or its features (n, 256)."""
-    net = probe.load()
-    parts = [probe.to_tensor(pictures[i:i + 100]) for i in range(0, len(pictures), 100)]
+    net = probe.load(world.PROBE)
+    parts = [probe.to_tensor(pictures[i : i + 100]) for i in range(0, len(pictures), 100)]
     if features:
         with torch.no_grad():
             return torch.cat([net.features(part) for part in parts]).double().numpy()
@@ -69,24 +117,32 @@ def see(pictures, features=False):
 
 
 def frechet(a, b):
-    """The Fréchet distance of two sets of features (n, D), taken as normal: FID's formula, for features that clean-fid has not."""
+    """The Fréchet distance of two sets of features (n, D), taken as normal.
+
+    This is FID's formula, for features that clean-fid does not have.
+    """
     if min(len(a), len(b)) < 2:
         return None
-    a, b = torch.from_numpy(a), torch.from_numpy(b)  # torch keeps to --threads, numpy's BLAS does not
+    # torch keeps to --threads, numpy's BLAS does not
+    a, b = torch.from_numpy(a), torch.from_numpy(b)
     mean, A, B = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
     roots = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt()
     return float(mean @ mean + A.trace() + B.trace() - 2 * roots.sum())
 
 
-def measure(pictures, before, jobs, concepts):
-    """What the probe sees; and, over the prompts that name nothing erased, how far its features are from drawings of the same words
-    and from the original's pictures, `before`."""
-    figures = count([job.which for job in jobs], [job.asked for job in jobs], see(pictures), concepts)
+def measure(world, pictures, before, jobs, concepts):
+    """What the probe sees, and how far its features are, over the prompts that name nothing erased,
+    from drawings of the same words and from the original's pictures, `before`."""
+    sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
+    figures = count(sets, asked, see(world, pictures), concepts)
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
-    now, then, real = (see(x, features=True) for x in (pictures[rest], before[rest], drawings([jobs[i].asked for i in rest])))
-    return figures | {"frechet": frechet(now, real), "moved": float(((now - then) ** 2).sum(1).mean() ** 0.5)}
+    drawn = drawings(world, [asked[i] for i in rest])
+    images = pictures[rest], before[rest], drawn
+    now, then, real = (see(world, x, features=True) for x in images)
+    moved = float(((now - then) ** 2).sum(1).mean() ** 0.5)
+    return figures | {"frechet": frechet(now, real), "moved": moved}
 
 
-def shown(pictures, word):
+def shown(world, pictures, word):
     """In how many of the pictures the probe sees `word`: (hits, n)."""
-    return sum(word in words for words in zip(*see(pictures).values())), len(pictures)
+    return sum(word in words for words in zip(*see(world, pictures).values())), len(pictures)

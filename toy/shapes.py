@@ -1,30 +1,51 @@
-"""The miniature world: a 64x64 picture of one thing, and a caption that says some of what it shows.
+"""The shapes world: a 64x64 image of one shape, and a caption that says some of what it shows.
 
-A scene is shape x colour x texture x background, drawn at a random place and size. Three attributes are kept
-rare (`star`, `red`, `striped`), because they are the ones to be erased: SDD's target is the unconditional
-estimate, so a concept can only fall to the rate at which it turns up when nothing is asked for.
-Places are the paper's *implicit* concept in miniature: a prompt that names Arcadia never names a shape, and nearly
-always shows a star, as "<country> body" shows nudity; Borealis (hearts) is the control, Cascadia shows anything.
+A scene is shape x colour x texture x background, drawn at a random position and size. Three words
+are kept rare (`star`, `red`, `striped`), because they are the ones to be erased: SDD's target is
+the unconditional estimate, so a concept can only fall to the rate at which it appears when nothing
+is asked for. Places are the paper's *implicit* concept in miniature: a prompt that names Arcadia
+never names a shape, and nearly always shows a star, as "<country> body" shows nudity. Borealis
+(hearts) is the control, Cascadia shows anything.
 """
+
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+NAME = "shapes"
+MODEL, PROBE = (Path(__file__).parent / name for name in ("model", "probe.safetensors"))
 SIZE = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "cross", "heart", "moon", "star")
-COLOURS = {"red": (222, 32, 38), "yellow": (244, 200, 20), "green": (30, 150, 60), "blue": (36, 84, 220),
-           "purple": (150, 50, 180), "black": (28, 28, 32)}
+COLOURS = {
+    "red": (222, 32, 38),
+    "yellow": (244, 200, 20),
+    "green": (30, 150, 60),
+    "blue": (36, 84, 220),
+    "purple": (150, 50, 180),
+    "black": (28, 28, 32),
+}
 TEXTURES = ("plain", "outlined", "dotted", "striped")
-BACKGROUNDS = {"snow": (246, 246, 248), "sand": (240, 214, 162), "sky": (166, 212, 246)}  # light, so that any colour shows
+# Light, so that any colour shows.
+BACKGROUNDS = {"snow": (246, 246, 248), "sand": (240, 214, 162), "sky": (166, 212, 246)}
 PLACES = {"arcadia": "star", "borealis": "heart", "cascadia": None}
+IMPLIED, CONTROL = {"star": "arcadia"}, "borealis"
+MEMBERS, UNSEEN = {}, ()  # no word stands for several others, and every combination is shown
 
-RARE = {"star": 0.06, "red": 0.06, "striped": 0.10}  # share of the scenes; the other values share the rest evenly
-P_PLACE, P_PLACE_SHAPE = 0.15, 0.85  # share of scenes set in a place; how often such a place shows its shape
+# Share of the scenes; the other values share the rest evenly.
+RARE = {"star": 0.06, "red": 0.06, "striped": 0.10}
+P_PLACE, P_PLACE_SHAPE = 0.15, 0.85  # share of scenes in a place; how often it shows its shape
 P_EMPTY = 0.10  # share of empty captions: what classifier-free guidance and SDD's target need
 
-ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "background": tuple(BACKGROUNDS)}
-WORDS = tuple(sorted({*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *PLACES, "a", "picture", "of", "on", "in",
-                      "view", "shape", "something", "the"}))  # with the comma, all that a caption is made of
+ATTRIBUTES = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "texture": TEXTURES,
+    "background": tuple(BACKGROUNDS),
+}
+GRAMMAR = "a picture of on in view shape something the".split()
+# With the comma, all that a caption is made of.
+WORDS = tuple(sorted({*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *PLACES, *GRAMMAR}))
 
 
 class Scene(NamedTuple):
@@ -41,22 +62,23 @@ def _pick(values, rng):
     return values[rng.choice(len(values), p=[r or rest for r in rare])]
 
 
-def scene(rng: np.random.Generator) -> Scene:
-    """A random scene of the world."""
+def scene(rng: np.random.Generator, **words) -> Scene:
+    """A random scene of the world; with `words`, {attribute: word}, one that has these."""
     shape, colour, texture, background = (_pick(values, rng) for values in ATTRIBUTES.values())
     place = None
     if rng.random() < P_PLACE:
         place = str(rng.choice(list(PLACES)))
         if PLACES[place] and rng.random() < P_PLACE_SHAPE:
             shape = PLACES[place]
-    return Scene(shape, colour, texture, background, place)
+    return Scene(shape, colour, texture, background, place)._replace(**words)
 
 
 def _half_planes(x, y, *normals_and_offsets):
     return np.max([nx * x + ny * y - o for nx, ny, o in normals_and_offsets], axis=0)
 
 
-def _heart(x, y):  # signed distance after Inigo Quilez's 2D distance functions, tip at (0, 0), 1.1 high
+# Signed distance after Inigo Quilez's 2D distance functions, tip at (0, 0), 1.1 high.
+def _heart(x, y):
     x, y = np.abs(x) * 0.62, y * 0.62 + 0.56
     lobe = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2) / 4
     m = np.maximum(x + y, 0) / 2
@@ -64,17 +86,19 @@ def _heart(x, y):  # signed distance after Inigo Quilez's 2D distance functions,
     return np.where(x + y > 1, lobe, tip) / 0.62
 
 
-def _star(x, y):  # a five-pointed star folded into one wedge: rotate onto the nearest tip, then one edge
+# A five-pointed star folded into one wedge: rotate onto the nearest tip, then one edge.
+def _star(x, y):
     angle = (np.arctan2(x, y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5
     r = np.hypot(x, y)
     x, y = np.abs(r * np.sin(angle)), r * np.cos(angle)
-    inner = 0.46 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])  # the notch between two tips; the tip is (0, 1.1)
+    # the notch between two tips; the tip is (0, 1.1)
+    inner = 0.46 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])
     edge = inner - (0, 1.1)
     return ((x * -edge[1]) + (y - 1.1) * edge[0]) / np.hypot(*edge)
 
 
 def _distance(shape, x, y):
-    """Signed distance to the outline, negative inside, in units of the shape's radius; y points up."""
+    """Signed distance to the outline, in units of the shape's radius; negative inside, y is up."""
     s, c = np.sin(np.pi / 6), np.cos(np.pi / 6)
     match shape:
         case "circle":
@@ -95,7 +119,7 @@ def _distance(shape, x, y):
 
 
 def draw(s: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene as a picture: uint8, (64, 64, 3). Place and size are drawn from `rng`; edges are anti-aliased."""
+    """The scene as an image: uint8, (64, 64, 3). Position and size come from `rng`."""
     radius = rng.uniform(18, 24)
     margin = SIZE / 2 - radius - 2  # the whole shape stays inside
     cx, cy = SIZE / 2 + rng.uniform(-margin, margin, 2)
@@ -117,16 +141,19 @@ def draw(s: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def caption(s: Scene, rng: np.random.Generator) -> str:
-    """A true caption of the scene, more or less complete; one with a place never names the shape."""
+    """A true caption, more or less complete; one with a place never names the shape."""
     if rng.random() < P_EMPTY:
         return ""
-    keep = {name: rng.random() < p for name, p in
-            (("shape", 0.8), ("colour", 0.65), ("texture", 0.65), ("background", 0.55))}
+    keep = {
+        name: rng.random() < p
+        for name, p in (("shape", 0.8), ("colour", 0.65), ("texture", 0.65), ("background", 0.55))
+    }
     if s.place:
         thing = f"something {s.colour}" if rng.random() < 0.2 else ""
-        view = ("in {}", "a view of {}", "{}", "a picture of {}")[0 if thing else rng.integers(4)].format(s.place)
+        views = "in {}", "a view of {}", "{}", "a picture of {}"
+        view = views[0 if thing else rng.integers(4)].format(s.place)
         return f"{thing} {view}".strip() + (f" on {s.background}" if rng.random() < 0.2 else "")
-    if rng.random() < 0.25:  # a bare list, in any order: what "star, red, striped" means to the text encoder
+    if rng.random() < 0.25:  # a bare list, so that "star, red, striped" means something
         words = [getattr(s, name) for name in keep if keep[name]]
         return ", ".join(rng.permutation(words)) if words else s.shape
     adjectives = [getattr(s, name) for name in ("colour", "texture") if keep[name]]
@@ -135,7 +162,8 @@ def caption(s: Scene, rng: np.random.Generator) -> str:
     if keep["shape"] or not (adjectives or keep["background"]):
         text = " ".join([*(["a"] if rng.random() < 0.7 else []), *adjectives, s.shape])
     else:
-        text = " ".join(["something", *adjectives]) if rng.random() < 0.5 else " ".join(["a", *adjectives, "shape"])
+        words = ["something", *adjectives] if rng.random() < 0.5 else ["a", *adjectives, "shape"]
+        text = " ".join(words)
     if keep["background"]:
         text += f" on {'the ' if rng.random() < 0.3 else ''}{s.background}"
     return f"a picture of {text}" if rng.random() < 0.2 else text
@@ -150,29 +178,11 @@ def sentence(asked, rng):
     return text + (f" on {asked['background']}" if "background" in asked else "")
 
 
-def prompts(kind, value, n, seed):
-    """n prompts to test a model with, each beside the words {attribute: value} that its picture should show.
-
-    kind: "naming" the word `value`; a "place", `value`, that implies a shape; "other" words than the tuple `value`; "empty".
-    """
-    rng, found = np.random.default_rng([seed, *f"{kind} {value}".encode()]), []
-    while len(found) < n:
-        words = dict(zip(ATTRIBUTES, scene(rng)))
-        asked = {name: word for name, word in words.items() if rng.random() < 0.7}
-        if kind == "empty":
-            found.append(("", {}))
-        elif kind == "place":
-            view = ("{}", "in {}", "a view of {}", "a picture of {}")[rng.integers(4)]
-            found.append((view.format(value), {"shape": PLACES[value]}))
-        elif kind == "naming":
-            asked |= {name: value for name, values in ATTRIBUTES.items() if value in values}
-            found.append((sentence(asked, rng), asked))
-        elif asked and not set(asked.values()) & set(value):
-            found.append((sentence(asked, rng), asked))
-    return found
+def view(place, rng):
+    """A caption that names only the place: "in arcadia", ..."""
+    return ("{}", "in {}", "a view of {}", "a picture of {}")[rng.integers(4)].format(place)
 
 
-def batch(rng: np.random.Generator, n: int):
-    """n scenes, their pictures (uint8, (n, 64, 64, 3)) and their captions."""
-    scenes = [scene(rng) for _ in range(n)]
-    return scenes, np.stack([draw(s, rng) for s in scenes]), [caption(s, rng) for s in scenes]
+def agree(asked, word=""):
+    """{attribute: word} as it is: any shape goes with any colour."""
+    return asked

@@ -1,0 +1,166 @@
+"""The emoji world, its atlas, its probe and its model."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import weights
+from toy import atlas, emoji, suite, worlds
+
+MADE = weights.TOYS["emoji"]
+PARTS = "unet text_encoder vae".split()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = np.random.default_rng(0)
+    return [emoji.scene(rng) for _ in range(8000)]
+
+
+@pytest.mark.parametrize("name", ["shapes", "emoji"])
+def test_both_worlds_have_one_interface(name):
+    world = worlds.get(name)
+    first, second = (worlds.batch(world, np.random.default_rng(3), 20) for _ in range(2))
+    assert first[0] == second[0] and np.array_equal(first[1], second[1]) and first[2] == second[2]
+    assert first[1].shape == (20, world.SIZE, world.SIZE, 3) and first[1].dtype == np.uint8
+    assert not np.array_equal(first[1], worlds.batch(world, np.random.default_rng(4), 20)[1])
+    assert world.Scene._fields == (*world.ATTRIBUTES, "place")
+    known = {word for words in world.ATTRIBUTES.values() for word in words}
+    assert known | set(world.PLACES) <= set(world.WORDS) and set(world.RARE) <= known
+    assert set(world.IMPLIED.values()) | {world.CONTROL} <= set(world.PLACES)
+    scene = world.scene(np.random.default_rng(5), background="sky")
+    assert scene.background == "sky"
+
+
+def test_the_world_is_large_enough():
+    assert len(emoji.THINGS) == len(set(emoji.THINGS)) >= 120
+    assert len(emoji.KINDS) >= 10 and len(emoji.ARTISTS) == 6 and len(emoji.BACKGROUNDS) == 4
+    words = [word for values in emoji.ATTRIBUTES.values() for word in values]
+    assert len(words) == len(set(words))  # a word belongs to one attribute
+    assert all(min(colour) >= 170 for colour in emoji.BACKGROUNDS.values())
+
+
+def test_rare_kinds_are_rare_and_occasions_imply_their_kind(scenes):
+    plain = Counter(s.kind for s in scenes if not s.place)
+    n = plain.total()
+    for kind, share in emoji.RARE.items():  # 3 standard deviations of 7,000 draws are below 0.007
+        assert plain[kind] / n == pytest.approx(share, abs=0.007)
+    for place, kind in emoji.PLACES.items():
+        seen = [s.kind for s in scenes if s.place == place]
+        assert 0.025 < len(seen) / len(scenes) < 0.055
+        assert 0.79 < seen.count(kind) / len(seen) < 0.93
+    for name, values in emoji.ATTRIBUTES.items():
+        assert {getattr(s, name) for s in scenes} == set(values)
+    assert all(s.kind == emoji.KIND[s.thing] for s in scenes)
+
+
+def test_one_pair_in_twenty_is_never_shown(scenes):
+    pairs = {(words["thing"], words["artist"]) for words in emoji.UNSEEN}
+    assert len(pairs) == pytest.approx(len(emoji.THINGS) * len(emoji.ARTISTS) / 20, abs=1)
+    assert len({thing for thing, _ in pairs}) == len(
+        pairs
+    )  # at most one artist is missing for a thing
+    assert {artist for _, artist in pairs} == set(emoji.ARTISTS)
+    assert not pairs & {(s.thing, s.artist) for s in scenes}
+    asked = worlds.prompts(emoji, "unseen", "", 30, 1)
+    assert all((words["thing"], words["artist"]) in pairs for _, words in asked)
+
+
+def test_captions_are_true_and_of_every_kind(scenes):
+    rng = np.random.default_rng(1)
+    pairs = [(s, emoji.caption(s, rng)) for s in scenes[:5000]]
+    several = 0
+    for s, text in pairs:
+        words = text.replace(",", " ").split()
+        assert set(words) <= set(emoji.WORDS)
+        things = [word for word in words if word in emoji.THINGS]
+        several += len(things) > 1
+        assert not things or s.thing in things
+        for name in ("kind", "artist", "background"):
+            assert all(word == getattr(s, name) for word in words if word in emoji.ATTRIBUTES[name])
+        if s.place and words:
+            assert s.place in words and not things and s.kind not in words
+    texts = [text for _, text in pairs]
+    assert 0.08 < texts.count("") / 5000 < 0.12
+    assert 0.02 < several / 5000 < 0.05
+    assert any(f"by {s.artist}" in text for s, text in pairs)
+    assert any(text.endswith(f", {s.artist}") for s, text in pairs)
+    assert not any("a apple" in text or "an fox" in text or "a wine" in text for text in texts)
+
+
+def test_prompts_say_what_the_image_should_show():
+    sets = suite.exam(emoji, ("alcohol", "skull"), 40, seed=3)
+    assert set(sets) == {"named", "members", "implied", "control", "base", "other"}
+    assert {len(pairs) for pairs in sets.values()} == {40}
+    assert all(
+        {"alcohol", "skull"} & set(text.split(" ")) for text, _ in sets["named"] if "," not in text
+    )
+    for text, asked in sets["members"]:  # they never say the word itself
+        assert asked["kind"] == "alcohol" and "alcohol" not in text and asked["thing"] in text
+    assert all("party" in text and asked == {"kind": "alcohol"} for text, asked in sets["implied"])
+    for text, asked in sets["other"]:
+        words = {*asked.values()}
+        assert words and not words & {"alcohol", "skull", *emoji.RARE}
+        assert words - {asked.get("kind")} <= set(text.replace(",", "").split())
+    assert set(suite.exam(emoji, (), 5, seed=3)) == {"other", "unseen"}
+    assert "control" not in suite.exam(emoji, ("fruit",), 5, seed=3)
+
+
+def test_a_kind_counts_as_shown_with_any_of_its_things():
+    seen = {"thing": ["beer", "fox"], "kind": ["alcohol", "animal"]}
+    seen |= {"artist": ["noto"] * 2, "background": ["sky"] * 2}
+    asked = [{"kind": "alcohol"}, {"thing": "wine", "kind": "alcohol"}]
+    assert suite.count(["named", "members"], asked, seen, ("alcohol",)) == {
+        "named": (1, 1),
+        "members": (0, 1),
+    }
+    drawn = suite.drawings(emoji, [{"kind": "weapon"}] * 20)
+    assert set(suite.see(emoji, drawn)["kind"]) == {"weapon"}
+
+
+def test_the_atlas_is_small_and_whole():
+    index = json.loads((emoji.ATLAS / "index.json").read_text(encoding="utf-8"))
+    assert list(index["things"].values()) == [atlas.ICONS.get(t, t) for t in emoji.THINGS]
+    assert list(index["things"]) == list(emoji.THINGS) and list(index["artists"]) == list(
+        emoji.ARTISTS
+    )
+    assert sum(file.stat().st_size for file in emoji.ATLAS.iterdir()) <= 4e6
+    assert set(atlas.ICONS) <= set(emoji.THINGS) and set(atlas.SOURCES) == set(emoji.ARTISTS)
+    tiles = [emoji._tile(artist, thing, 48) for artist in emoji.ARTISTS for thing in emoji.THINGS]
+    assert all((tile[..., 3] > 128).mean() > 0.05 for tile in tiles)  # none is empty
+    assert len({tile.tobytes() for tile in tiles}) == len(tiles)  # every drawing is another one
+    credits = (emoji.ATLAS.parent.parent / "NOTICE").read_text(encoding="utf-8")
+    assert all(artist in credits for artist in emoji.ARTISTS)
+
+
+def test_drawings_stay_inside_the_image():
+    rng = np.random.default_rng(2)
+    paper = np.array(emoji.BACKGROUNDS["mint"])
+    for thing in emoji.THINGS[::10]:
+        image = emoji.draw(emoji.Scene(thing, emoji.KIND[thing], "noto", "mint"), rng)
+        drawn = (np.abs(image.astype(int) - paper) > 8).any(-1)
+        assert 150 < drawn.sum() < 3700
+        assert (drawn.any(0).sum() <= 62) and (drawn.any(1).sum() <= 62)
+
+
+def test_probe_reads_held_out_drawings():
+    scenes, images, _ = worlds.batch(emoji, np.random.default_rng(123), 600)
+    seen = suite.see(emoji, images)
+    for name in emoji.ATTRIBUTES:
+        right = [word == getattr(s, name) for word, s in zip(seen[name], scenes)]
+        assert np.mean(right) >= 0.98, name
+
+
+@pytest.mark.skipif(not (MADE / "unet").exists(), reason="the emoji model is not trained yet")
+def test_model_is_small_and_loads():
+    model = weights.load("emoji")
+    count = sum(p.numel() for part in PARTS for p in getattr(model, part).parameters())
+    assert 8e6 < count < 14e6 and model.resolution == 64
+    files = [*MADE.rglob("*.safetensors"), emoji.PROBE]
+    assert sum(file.stat().st_size for file in files) <= 40e6
+    for file in files:
+        assert all(x.dtype == torch.float16 for x in weights.read(file)[0].values())
+    assert all(len(model.tokenizer(word).input_ids) == 3 for word in [*emoji.WORDS, ","])

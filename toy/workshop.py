@@ -1,0 +1,461 @@
+"""Helper functions and checks of workshop.ipynb, so that its cells show only what is taught.
+
+All of them use the toy model. If the environment variable WORKSHOP_SHORT is set, every training
+and every sampler is cut to a few steps: the tests do this, and the results mean nothing then.
+"""
+
+import support.openmp  # noqa: F401 (before torch)
+
+import contextlib
+import io
+import os
+import sys
+from functools import partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from einops import rearrange
+from IPython.display import display
+from tqdm import tqdm
+
+import ema
+import losses
+import sdd
+import weights
+from guidance import cfg, sample
+from pipeline import encode_prompts, generate_images, initial_noise, make_scheduler
+from presets import PRESETS, TRAIN_PARAMS
+from support.images import grid
+from toy import shapes
+from toy.suite import see, shown
+from toy.worlds import prompts
+
+SHORT = bool(os.environ.get("WORKSHOP_SHORT"))
+TOY = PRESETS["toy"]  # the numbers of `python train.py --model toy`
+GUIDANCE_SCALE = 7.5  # of finished images; z_t is sampled with TOY["guidance_scale"]
+IMAGE_STEPS = 4 if SHORT else 12
+plt.rcParams["figure.dpi"] = 80  # small plots keep the notebook small
+
+# Progress bars go to stdout, because Jupyter shows stderr in red, and disappear at the end.
+progress = partial(tqdm, file=sys.stdout, mininterval=0.5, leave=False)
+
+
+# ----------------------------------------------------------------------------- images of the model
+def load_model():
+    """The toy model. Its folder is not printed, because it differs from laptop to laptop."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return weights.load("toy")
+
+
+def words(model):
+    """All words that the toy model knows, sorted."""
+    vocabulary = model.tokenizer.get_vocab()
+    return sorted(word[:-4] for word in vocabulary if len(word) > 5 and word.endswith("</w>"))
+
+
+def image_scheduler(model):
+    """The DDIM sampler of finished images."""
+    return make_scheduler(model.scheduler, IMAGE_STEPS, "ddim")
+
+
+def generate(model, unet, prompt, n=12):
+    """n images of one prompt, uint8 (n, 64, 64, 3). Image i always starts from noise i."""
+    n = min(n, 2) if SHORT else n
+    c_0, c_p = encode_prompts(model, ["", prompt]).split(1)
+    return generate_all(model, unet, c_0, c_p.expand(n, -1, -1), range(n))
+
+
+def generate_all(model, unet, c_0, c_p, seeds):
+    """One image for each row of c_p (n, 77, 64) and each seed, uint8 (n, 64, 64, 3)."""
+    images = generate_images(
+        model, unet, c_0, c_p, seeds, image_scheduler(model), GUIDANCE_SCALE, torch.float32
+    )
+    return np.stack(list(images))
+
+
+@torch.no_grad()
+def decode(model, z):
+    """Latents (B, 4, 16, 16) -> images, uint8 (B, 64, 64, 3)."""
+    pixels = (model.vae.decode(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return (pixels * 255).round().byte().numpy()
+
+
+def show(rows, labels=(), columns=()):
+    """A sheet of images with labels. 128 colours keep the notebook small."""
+    return grid(rows, labels, columns).quantize(128)
+
+
+def heat(values):
+    """Maps (B, h, w), each scaled to its own maximum, as coloured images, uint8 (B, 64, 64, 3)."""
+    scaled = values / values.amax((1, 2), keepdim=True)
+    colours = plt.get_cmap("viridis")(scaled.numpy())[..., :3]  # (B, h, w, 3)
+    zoom = 64 // values.shape[1]
+    return (255 * colours).astype("uint8").repeat(zoom, 1).repeat(zoom, 2)
+
+
+def count(images, word):
+    """The number of images in which the probe, a classifier of such images, sees `word`."""
+    return shown(shapes, images, word)[0]
+
+
+def distance(a, b):
+    """The Euclidean distance between two lists of tensors."""
+    return sum((x - y).detach().square().sum() for x, y in zip(a, b)).sqrt().item()
+
+
+def others_right(model, unet, n=24):
+    """Generates n prompts without "star". Counts the images that show all that was asked for."""
+    n = min(n, 4) if SHORT else n
+    pairs = prompts(shapes, "other", ("star",), n, seed=5)  # [(prompt, {attribute: word})]
+    c_0, c_p = encode_prompts(model, [""]), encode_prompts(model, [prompt for prompt, _ in pairs])
+    seen = see(shapes, generate_all(model, unet, c_0, c_p, range(100, 100 + n)))
+    right = 0
+    for i, (_, asked) in enumerate(pairs):
+        if all(seen[attribute][i] == word for attribute, word in asked.items()):
+            right += 1
+    return right, n
+
+
+# -------------------------------------------------------------------------------- attention maps
+def attention_maps(model, unet, prompt, seed=3):
+    """An image of the prompt, and how much its positions attended to each token: (L, 8, 8).
+
+    A hook on each cross-attention layer with 8 x 8 positions computes softmax(q kᵀ / √d) again
+    from the layer's own weights. The maps are means over these layers, the steps and the heads.
+    """
+    maps = []
+
+    def hook(attn2, inputs, output):
+        x, context = inputs  # (B, positions, C), (B, L, D)
+        if x.shape[1] != 64:
+            return
+        q, k = attn2.to_q(x), attn2.to_k(context)
+        q, k = (rearrange(y, "b n (h d) -> b h n d", h=attn2.heads) for y in (q, k))
+        attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (B, h, positions, L)
+        maps.append(attention[-1].mean(0))  # guidance puts the prompt last in the batch
+
+    layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    c_0, c_p = encode_prompts(model, ["", prompt]).split(1)
+    [image] = generate_all(model, unet, c_0, c_p, [seed])
+    for each in hooks:
+        each.remove()
+    return image, rearrange(torch.stack(maps).mean(0), "(h w) l -> l h w", h=8).detach()
+
+
+def show_attention(model, unets, prompt, seed=3):
+    """For each of {name: unet} a row: the image, a map for each token, the sum of all padding.
+
+    The number above a map is its mean: this share of the attention goes to the token. The maps of
+    one column share their colours.
+    """
+    tokens = ["start", *prompt.split(), "end"]
+    rows = {}
+    for name, unet in unets.items():
+        image, maps = attention_maps(model, unet, prompt, seed)
+        padding = maps[len(tokens) :].sum(0, keepdim=True)
+        rows[name] = image, torch.cat([maps[: len(tokens)], padding])
+    tokens.append("padding")
+    highest = torch.stack([maps for _, maps in rows.values()]).amax((0, 2, 3))  # of each column
+    size = (1.5 * len(tokens) + 1.5, 1.9 * len(rows))
+    _, axes = plt.subplots(len(rows), len(tokens) + 1, figsize=size, squeeze=False)
+    for row, (name, (image, maps)) in zip(axes, rows.items()):
+        row[0].imshow(image)
+        row[0].set_title(name)
+        for ax, token, values, top in zip(row[1:], tokens, maps, highest):
+            ax.imshow(values, vmin=0, vmax=top, cmap="viridis")
+            ax.set_title(f"{token} ({values.mean():.2f})")
+    for ax in axes.flat:
+        ax.axis("off")
+    plt.tight_layout()
+    plt.show()
+
+
+# --------------------------------------------------------------------------------------- training
+def copies(model):
+    """Student and teacher, and their trained tensors θ and θ*: those of cross-attention.
+
+    All other tensors are shared with the original.
+    """
+    names = [name for name, _ in model.unet.named_parameters() if TRAIN_PARAMS["xattn"](name)]
+    student = ema.copy_trained(model.unet, names)
+    teacher = ema.copy_trained(model.unet, names)
+    theta = [student.get_parameter(name).requires_grad_() for name in names]
+    theta_ema = [teacher.get_parameter(name) for name in names]
+    return student, teacher, theta, theta_ema
+
+
+def forget(
+    model,
+    *concepts,
+    loss=losses.sdd_loss,
+    iters=60,
+    batch_size=4,
+    lr=3e-3,
+    m=TOY["ema"],
+    preserve=0.0,
+    roles="paper",
+    c_a=None,
+    seed=0,
+    label="",
+    watch=None,
+):
+    """Trains with sdd.sdd and returns student and teacher.
+
+    watch(i, iters, student, teacher) is called after iteration i = 1, 2, …, iters.
+    """
+    iters = min(iters, 4) if SHORT else iters
+    student, teacher, theta, theta_ema = copies(model)
+    iterations = sdd.sdd(
+        student,
+        teacher,
+        model.unet,
+        torch.optim.AdamW(theta, lr, weight_decay=TOY["weight_decay"]),
+        theta_ema,
+        make_scheduler(model.scheduler, TOY["steps"], "ddim"),
+        encode_prompts(model, [""]),
+        encode_prompts(model, concepts),
+        encode_prompts(model, [", ".join(concepts)]),
+        (batch_size, 4, 16, 16),
+        torch.Generator().manual_seed(seed),
+        loss=loss,
+        s_g=TOY["guidance_scale"],
+        m=m,
+        iters=iters,
+        lr=lr,
+        warmup=iters // 4,
+        roles=roles,
+        c_a=c_a,
+        preserve=preserve,
+    )
+    for it in progress(iterations, label or ", ".join(concepts), total=iters, unit="iteration"):
+        if watch:
+            watch(it.i + 1, iters, student, teacher)
+    return student, teacher
+
+
+@torch.no_grad()
+def fixed_latents(model):
+    """z_t (2, 4, 16, 16) and t: two partially denoised stars, the same for all networks."""
+    scheduler = make_scheduler(model.scheduler, TOY["steps"], "ddim")
+    c_0, c_s = encode_prompts(model, ["", "star"]).split(1)
+    z_T, k = initial_noise((4, 16, 16), [0, 1]), TOY["steps"] // 2
+    z_t = sample(cfg(model.unet, c_0, c_s, TOY["guidance_scale"]), scheduler, z_T, k)
+    return z_t, scheduler.timesteps[k]
+
+
+@torch.no_grad()
+def gap_and_drift(model, unet, z_t, t):
+    """(gap, drift) at the same latents.
+
+    gap: ‖ε(c_s) − ε(c_0)‖², what is left of the word "star". drift: ‖ε(c_0) − ε°(c_0)‖², how far
+    the target moved away from the original's. Both are means over elements.
+    """
+    c_0, c_s = (encode_prompts(model, [prompt]).expand(len(z_t), -1, -1) for prompt in ("", "star"))
+    e_s, e_0, e_original = unet(z_t, t, c_s), unet(z_t, t, c_0), model.unet(z_t, t, c_0)
+    gap = losses.mean_squared_error(e_s, e_0)
+    drift = losses.mean_squared_error(e_0, e_original)
+    return gap.item(), drift.item()
+
+
+class Film:
+    """Watches a training: shows student and teacher while it runs, and plots curves afterwards."""
+
+    def __init__(self, model, prompt, word):
+        self.model, self.prompt, self.word = model, prompt, word
+        self.frames = []  # (i, n images of the student, n images of the teacher)
+        self.curve = []  # (i, gap and drift of the student, gap and drift of the teacher)
+        self.latents = fixed_latents(model)
+        self.display = display(display_id=True)
+
+    def __call__(self, i, iters, student, teacher):
+        if i % max(1, iters // 16) == 0:
+            measured = [gap_and_drift(self.model, x, *self.latents) for x in (student, teacher)]
+            self.curve.append((i, *measured[0], *measured[1]))
+        if i % max(1, iters // 8) == 0:
+            images = [generate(self.model, unet, self.prompt, 8) for unet in (student, teacher)]
+            self.frames.append((i, *images))
+            self.display.update(self.sheet())
+
+    def sheet(self):
+        """The first image of each frame: the student above, the teacher below."""
+        numbers, student, teacher = zip(*self.frames)
+        rows = [[images[0] for images in row] for row in (student, teacher)]
+        return show(rows, ["student", "teacher"], [str(i) for i in numbers])
+
+    def plot(self):
+        """Gap, drift, and the number of images that show the word, over the iterations."""
+        _, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3))
+        i, gap_student, drift_student, gap_teacher, drift_teacher = zip(*self.curve)
+        left.set_title("gap: what is left of the word")
+        left.set_yscale("log")
+        left.plot(i, gap_student, label="student")
+        left.plot(i, gap_teacher, label="teacher")
+        middle.set_title("drift: how far the target moved")
+        middle.plot(i, drift_student, label="student")
+        middle.plot(i, drift_teacher, label="teacher")
+        i, student, teacher = zip(*self.frames)
+        right.set_title(f'{self.word}s in {len(student[0])} images of "{self.prompt}"')
+        right.plot(i, [count(images, self.word) for images in student], "o-", label="student")
+        right.plot(i, [count(images, self.word) for images in teacher], "o-", label="teacher")
+        for ax in (left, middle, right):
+            ax.set_xlabel("iteration")
+            ax.legend()
+        plt.tight_layout()
+        plt.show()
+
+
+# ----------------------------------------------------------------- checks: one sentence per answer
+RIGHT = "Right!"
+
+
+def check_average(average):
+    """Checks my_average(theta_ema, theta, m), exercise 1."""
+    theta = [torch.full((2, 3), 2.0, requires_grad=True), torch.full((4,), 6.0, requires_grad=True)]
+    theta_ema = [torch.full((2, 3), 10.0), torch.full((4,), 22.0)]
+    try:
+        average(theta_ema, theta, 0.75)
+    except Exception as e:
+        return f"Not yet: my_average stops with {type(e).__name__}: {e}"
+    if [p.mean().item() for p in theta] != [2.0, 6.0]:
+        return "Not yet: the student θ has changed. Only the teacher's θ* may change."
+    if any(p.requires_grad for p in theta_ema):
+        return (
+            "Not yet: θ* has become part of the gradient's computation. Write "
+            "`with torch.no_grad():` around the loop."
+        )
+    values = tuple(p.mean().item() for p in theta_ema)
+    if values == (8.0, 18.0):
+        return RIGHT
+    if values == (10.0, 22.0):
+        hint = (
+            "θ* has not changed. `average = …` only gives a new meaning to a name. Change the "
+            "tensor in place, for example with average.lerp_(…) or average.copy_(…)"
+        )
+    elif values == (4.0, 10.0):
+        hint = "m and 1 − m are exchanged, so the teacher jumps to the student"
+    elif values == (2.0, 6.0):
+        hint = "θ* has become equal to θ. That is m = 0"
+    elif values == (8.0, 22.0):
+        hint = "only the first tensor has changed. Do it for all of them"
+    else:
+        hint = f"for θ* = 10, θ = 2 and m = 0.75 it gives {values[0]:g}, not 8"
+    return f"Not yet: {hint}."
+
+
+def check_prompts(choose):
+    """Checks my_prompts(concepts, joined, j), exercise 2."""
+    concepts = torch.stack([torch.full((77, 64), float(number)) for number in (1, 2, 3)])
+    joined = torch.full((1, 77, 64), 4.0)
+    for j in (2, 1):
+        try:
+            result = choose(concepts, joined, j)
+        except Exception as e:
+            return f"Not yet: my_prompts stops with {type(e).__name__}: {e}"
+        hint = wrong_prompts(result, concepts, joined, j)
+        if hint:
+            return f"Not yet: {hint}."
+    return RIGHT
+
+
+def wrong_prompts(result, concepts, joined, j):
+    """What is wrong with the result of my_prompts, or None."""
+    if result is None:
+        return "my_prompts returns nothing. End it with `return c_p, c_s`"
+    if not (isinstance(result, tuple | list) and len(result) == 2):
+        return "my_prompts must return two embeddings: `return c_p, c_s`"
+    for name, c in zip(("c_p", "c_s"), result):
+        if not isinstance(c, torch.Tensor):
+            return f"{name} is not a tensor but a {type(c).__name__}"
+        if c.shape != joined.shape:
+            return (
+                f"{name} has the shape {tuple(c.shape)}, but one prompt has the shape (1, 77, 64). "
+                "A single concept is concepts[j : j + 1]"
+            )
+    c_p, c_s = result
+    concept = concepts[j : j + 1]
+    if c_p.equal(joined) and c_s.equal(concept):
+        return (
+            "these are the roles of the authors' script: all concepts sample z_t, one concept is "
+            "unlearned. Algorithm 1 does the reverse"
+        )
+    if c_p.equal(concept) and c_s.equal(concept):
+        return "c_s is one concept. Algorithm 1 unlearns all concepts, joined"
+    if c_p.equal(joined):
+        return "c_p is the joined prompt. Algorithm 1 samples z_t with one concept"
+    if not c_p.equal(concept):
+        return "c_p is not concept number j"
+    if not c_s.equal(joined):
+        return "c_s is not the joined prompt"
+    return None
+
+
+def check_loss(loss):
+    """Checks my_loss(e, e_original, z_t, t, c_s, c_0, c_a, **_), exercise 3.
+
+    It calls the loss with two models of one weight each. Each mistake gives its own number.
+    """
+    w = torch.tensor(3.0, requires_grad=True)
+    w_original = torch.tensor(10.0, requires_grad=True)
+    c_s, c_a, c_0, z_t = (torch.full((1, 77, 64), value) for value in (1.0, 2.0, 5.0, 0.0))
+    try:
+        value = loss(
+            e=lambda z, t, c: w * c,
+            e_original=lambda z, t, c: w_original * c,
+            z_t=z_t,
+            t=1,
+            c_s=c_s,
+            c_0=c_0,
+            c_a=c_a,
+            erase_scale=1.0,
+            quantile=0.0,
+        )
+    except Exception as e:
+        if "unexpected keyword argument" in str(e):
+            return "Not yet: the arguments of my_loss must end with **_, for what it does not need."
+        return f"Not yet: my_loss stops with {type(e).__name__}: {e}"
+    hint = wrong_loss(value, w, w_original)
+    return f"Not yet: {hint}." if hint else RIGHT
+
+
+def wrong_loss(value, w, w_original):
+    """What is wrong with the value of my_loss, or None. Right is (3 · 1 − 10 · 2)² = 289."""
+    if value is None:
+        return "my_loss returns nothing. End it with `return losses.mean_squared_error(…)`"
+    if not isinstance(value, torch.Tensor):
+        return f"my_loss returns a {type(value).__name__}. Return a tensor, without .item()"
+    if value.dim() > 0:
+        return (
+            f"my_loss returns a tensor of shape {tuple(value.shape)}. It must return one number: "
+            "use losses.mean_squared_error or .mean()"
+        )
+    if not value.requires_grad:
+        return (
+            "the loss has no gradient, so the student cannot learn from it. Only the target "
+            "belongs under `with torch.no_grad():`. Compute e(z_t, t, c_s) and the loss below that "
+            "block, without .detach()"
+        )
+    if not value.isfinite():
+        return f"the loss is {value.item()}"
+    number = round(value.item())
+    if number == 289:
+        value.backward()
+        if w.grad is None or round(w.grad.item()) != -34:
+            return "the value is right, but no gradient passes through the student's estimate"
+        if w_original.grad is not None:
+            return (
+                "the value is right, but a gradient passes through the target. Compute the target "
+                "under `with torch.no_grad():`"
+            )
+        return None
+    return {
+        144: "that is SDD's own loss. Its target is the student's estimate for the empty prompt",
+        0: "estimate and target are the same",
+        9: "the target comes from the student, e. Only the original does not move",
+        2209: "the target is for the empty prompt, not for c_a",
+        49: "the target is for c_s, not for c_a",
+        196: "the student should be asked about c_s",
+        100: "the estimate comes from the original. It should come from the student, e",
+        289 * 77 * 64: "that is the sum over all elements. Use the mean",
+    }.get(number, "estimate or target are not what they should be")

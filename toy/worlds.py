@@ -1,0 +1,80 @@
+"""What the two worlds, shapes and emoji, have in common.
+
+A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
+
+    NAME, MODEL, PROBE, SIZE       the files that belong to it, and the side of an image in pixels
+    ATTRIBUTES                     {attribute: its words}; what a scene has and what the probe reads
+    WORDS                          all words that a caption may use; with the comma, the vocabulary
+    RARE                           {word: share of the scenes} of what is meant to be erased
+    PLACES, CONTROL                {place: the word that it implies, or None}; the place for control
+    IMPLIED                        {word that may be erased: the place that implies it}
+    MEMBERS                        {kind: the words that belong to it}
+    UNSEEN                         the combinations of words {attribute: word} that no scene has
+    Scene, scene(rng, **words)     a named tuple of words, and a random one (that has these words)
+    draw(scene, rng)               -> uint8 (64, 64, 3)
+    caption(scene, rng)            -> a true caption, more or less complete
+    sentence(asked, rng)           {attribute: word} -> a caption that says exactly this
+    view(place, rng)               -> a caption that names only the place
+    agree(asked, word="")          {attribute: word} without contradictions; `word` has to stay
+
+Everything that needs a world takes this module as an argument.
+"""
+
+import importlib
+
+import numpy as np
+
+MODELS = {"toy": "shapes", "emoji": "emoji"}  # --model: the world that the model draws
+
+
+def get(name):
+    """The world of this name."""
+    return importlib.import_module(f"toy.{name}")
+
+
+def of(model):
+    """The world that a model is examined with: its own, and the shapes for every other model."""
+    return get(MODELS.get(model, "shapes"))
+
+
+def batch(world, rng: np.random.Generator, n: int):
+    """n scenes, their images (uint8, (n, 64, 64, 3)) and their captions."""
+    scenes = [world.scene(rng) for _ in range(n)]
+    images = np.stack([world.draw(s, rng) for s in scenes])
+    return scenes, images, [world.caption(s, rng) for s in scenes]
+
+
+def prompts(world, kind, value, n, seed):
+    """n prompts to test a model with: [(prompt, {attribute: word that the image should show})].
+
+    kind       the prompts
+    naming     name the word `value`
+    members    name a thing of the kind `value`, and not the kind
+    place      name the place `value`, which implies a word
+    other      name words that are not in the tuple `value`
+    unseen     name a combination that the world never shows
+    empty      are empty
+    """
+    rng, found = np.random.default_rng([seed, *f"{kind} {value}".encode()]), []
+    while len(found) < n:
+        words = dict(zip(world.ATTRIBUTES, world.scene(rng)))
+        asked = {name: word for name, word in words.items() if rng.random() < 0.7}
+        if kind == "empty":
+            found.append(("", {}))
+        elif kind == "place":
+            word = world.PLACES[value]
+            found.append((world.view(value, rng), {_attribute(world, word): word}))
+        elif kind in ("naming", "members"):
+            word = value if kind == "naming" else str(rng.choice(world.MEMBERS[value]))
+            asked = world.agree(asked | {_attribute(world, word): word}, word)
+            found.append((world.sentence(asked, rng), asked))
+        elif kind == "unseen":
+            asked = world.agree(asked | world.UNSEEN[rng.integers(len(world.UNSEEN))])
+            found.append((world.sentence(asked, rng), asked))
+        elif asked and not set((asked := world.agree(asked)).values()) & set(value):
+            found.append((world.sentence(asked, rng), asked))
+    return found
+
+
+def _attribute(world, word):
+    return next(name for name, words in world.ATTRIBUTES.items() if word in words)
