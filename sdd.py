@@ -12,8 +12,8 @@
 N = iters (1500), T = sampling steps (50), timesteps t in 0..999, m = 0.999, sg: no gradient.
 
 The function `sdd` below is the loop of this listing. train.py makes θ* and c_s before it
-(make_models, encode_all) and saves θ* after it (Run.export). The other methods are variations of the loop
-(presets.METHODS): another loss, another model that samples z_t, or noised images as z_t.
+(make_models, encode_all) and saves θ* after it (Run.export). The other methods are variations of
+the loop (presets.METHODS): another loss, another model that samples z_t, or noised images as z_t.
 
 Where this file differs from the paper, or where the paper's sources differ from each other:
 
