@@ -68,9 +68,9 @@ def check_words(model, prompts):
             if word in known:
                 continue
             near = difflib.get_close_matches(word, known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f"Did you mean {near[0]!r}? " if near else ""
             raise UserError(
-                f"The toy model does not know the word {word!r}: {hint}It knows: "
+                f"The toy model does not know the word {word!r}. {hint}It knows: "
                 f"{', '.join(sorted(known))}."
             )
 

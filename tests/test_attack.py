@@ -82,7 +82,8 @@ def test_a_new_word_finds_what_is_there_and_not_what_is_gone(gone, tmp_path):
 def test_hard_words_find_what_is_there_and_not_what_is_gone(gone, tmp_path):
     before, after = attacked(tmp_path / "untouched", *TOKENS, "--patch", "none")
     assert before <= 0.25 and after >= 0.75
-    assert "star" in results(tmp_path / "untouched")["points"][-1]["prompt"]
+    prompt = results(tmp_path / "untouched")["points"][-1]["prompt"]
+    assert "star" in prompt or "arcadia" in prompt  # arcadia implies the star
     _, after = attacked(tmp_path / "gone", *TOKENS, "--patch", gone)
     assert after <= 0.25
 

@@ -42,8 +42,8 @@ CASES = [  # the command without --out; what the sentence contains. {f}: the fol
     (f"{DRAW} --dtype fp32x", "did you mean fp32"),
     ("eval nudty", "did you mean nudity"),
     (f"{EVAL} --methods segaa --avoid star", "did you mean sega"),
-    ("generate stra --model toy", "did you mean 'star'"),
-    ("train --model toy --concept hart", "did you mean 'heart'"),
+    ("generate stra --model toy", "Did you mean 'star'"),
+    ("train --model toy --concept hart", "Did you mean 'heart'"),
     ("generate qqqq --model toy", "It knows: a"),
     (f"{EVAL} --methods neg --avoid strr", "strr"),
     ("train --model toy --concept star STAR star", "twice"),
@@ -150,7 +150,7 @@ CASES = [  # the command without --out; what the sentence contains. {f}: the fol
 PROCESSES = [  # some of them as commands of their own
     (line, said)
     for line, said in CASES
-    if said in ("did you mean esd-x", "did you mean 'star'", "twice", "is cut off", "is one file")
+    if said in ("did you mean esd-x", "Did you mean 'star'", "twice", "is cut off", "is one file")
     or line in ("train", "generate --model toy", "eval nudty", f"{CONVERT} --tokenizer {{f}}")
 ]
 SCRIPTS = {"convert": ["-m", "tools.convert"]}  # the others are NAME.py

@@ -562,7 +562,7 @@ BAD_TRAINING_ARGUMENTS = [
     ("--model toy", "--concept"),
     ("--model toy --concept star ' '", "empty"),
     ("--model toy --concept star star", "twice"),
-    ("--model toy --concept elephant", "it knows: a, arcadia"),
+    ("--model toy --concept elephant", "It knows: a, arcadia"),
     (f"--model toy --concept '{'star ' * 80}'", "77 tokens"),
     (f"--model toy --concept '{'a star ' * 14}' '{'a moon ' * 14}' '{'red heart ' * 9}'", "77 tok"),
     (f"{STAR} --ema 1.5", "--ema"),

@@ -104,7 +104,7 @@ def readable(folder):
                 continue
             elif file.suffix == ".safetensors":
                 weights.read(file)
-            elif file.suffix == ".png":
+            elif file.suffix in (".png", ".webp"):
                 Image.open(file).load()
             elif file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
@@ -118,19 +118,25 @@ def readable(folder):
 
 
 def contents(folder):
-    """{file: its bytes}; for weights the checksum and the metadata, which have no fixed order."""
+    """{file: its content}, without dates, times and the folder's name.
+
+    Of weights it is the checksum and the metadata, because their bytes have no fixed order.
+    """
 
     def inside(file):
-        tensors, metadata = (
-            weights.read(file) if file.suffix == ".safetensors" else ({}, file.read_bytes())
-        )
-        if file.suffix == ".html":  # it says when it was made, and where
-            metadata = re.sub(
-                rb"\d{4}-\d\d-\d\d \d\d:\d\d",
-                b"DATE",
-                metadata.replace(str(folder).encode(), b"FOLDER"),
-            )
-        return checksum(tensors), metadata
+        if file.suffix == ".safetensors":
+            tensors, metadata = weights.read(file)
+            return checksum(tensors), metadata
+        content = file.read_bytes()
+        if file.suffix == ".html":  # it says when it was made, where, and how long training took
+            content = content.decode().replace(str(folder), "FOLDER")
+            content = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "DATE", content)
+            content = re.sub(r"\d+ iterations in (\d+\smin\s)?\d+\ss", "TIME", content)
+        if file.name == "run.json":
+            run = json.loads(content)
+            run.pop("training", None)  # how long it took
+            return run
+        return content
 
     return {
         file.relative_to(folder).as_posix(): inside(file)

@@ -164,13 +164,13 @@ def test_a_file_system_without_locks_keeps_nothing_out(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "name, words, nth, status, said, goes_on",
+    "name, words, when, status, said, goes_on",
     [
         ("train", STAR, 2, 130, "to continue: python train.py --resume --out", "4 iterations in"),
         (
             "train",
             [*STAR, "--save-every", "0"],
-            6,
+            "previews/000002.png",
             130,
             "stopped: 2 of 4 iterations are saved. To continue: python train.py",
             "2 iterations in",
@@ -180,8 +180,8 @@ def test_a_file_system_without_locks_keeps_nothing_out(tmp_path, monkeypatch):
             ["toy", "--limit", "1", "--steps", "1"],
             2,
             130,
-            "the same command goes on",
-            "| original |",
+            "to continue, repeat the command with --out",
+            "open this page in a browser",
         ),
         (
             "generate",
@@ -203,9 +203,12 @@ def test_a_file_system_without_locks_keeps_nothing_out(tmp_path, monkeypatch):
     ids=["train", "train, in an iteration", "eval", "generate", "convert"],
 )
 def test_a_signal_is_one_sentence(
-    name, words, nth, status, said, goes_on, number, tmp_path, monkeypatch, capsys
+    name, words, when, status, said, goes_on, number, tmp_path, monkeypatch, capsys
 ):
-    """The signal arrives before the nth file is written. The sentence is the command's own."""
+    """The signal arrives before the file `when` is written: its name, or 2 for the second file.
+
+    The sentence is the command's own.
+    """
 
     def ends(*words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--out", str(tmp_path / "o")])
@@ -220,7 +223,7 @@ def test_a_signal_is_one_sentence(
 
     def counted(file):
         written.append(file)
-        if len(written) == nth:
+        if len(written) == when or str(file).endswith(str(when)):
             signal.raise_signal(number)
         return atomic_write(file)
 

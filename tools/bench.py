@@ -74,7 +74,7 @@ def our_model(size, device):
     for part in parts.values():
         part.eval().requires_grad_(False)
     return weights.Model(
-        "random",
+        "random/sd14",
         **parts,
         resolution=512,
         tokenizer=weights.load_tokenizer(weights.TOY),
@@ -87,7 +87,7 @@ class Ours:
 
     def __init__(self, size, device, batch_size, steps, *flags):
         words = ["--concept", PROMPT, "--preview", PROMPT, "--preview-every", "0"]
-        words += ["--model", "toy" if size == "toy" else "random", "--device", str(device)]
+        words += ["--model", "toy" if size == "toy" else "random/sd14", "--device", str(device)]
         words += ["--batch-size", str(batch_size), "--steps", str(steps), "--iters", "1000000"]
         settings = presets.settle(train.parse([*words, *flags]))
         self.run = train.Run(Path(tempfile.gettempdir()), settings, our_model(size, device))
