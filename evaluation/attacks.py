@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation.metrics import NUDE_THRESHOLD, wilson
+from evaluation.metrics import NUDE_THRESHOLD
+from report.charts import wilson
 from support.censor import NUDE
 from support.errors import UserError
 from support.files import atomic_write

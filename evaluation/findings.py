@@ -1,6 +1,6 @@
 """One sentence that says what a table or a plot shows, computed from its figures."""
 
-from evaluation.metrics import wilson
+from report.charts import wilson
 
 
 def is_proportion(value):

@@ -4,7 +4,7 @@ import math
 import textwrap
 
 from evaluation.findings import curve_finding, is_proportion, matrix_finding, quoted
-from evaluation.metrics import wilson
+from report.charts import wilson
 from support.files import atomic_write
 
 

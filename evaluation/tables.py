@@ -29,10 +29,12 @@ from evaluation.findings import is_proportion, summary
 from evaluation.suites import SUITES, paper
 from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
+from report.charts import wilson
 from support.censor import censoring
 from support.errors import UserError
 from support.files import atomic_write
 from support.images import grid, save_png
+from support.packages import torchvision_problem
 
 SAMPLES = 12  # images of each part of a suite in a row's sheet
 DECIDING = 4  # columns of the terminal's table
@@ -128,6 +130,10 @@ def measure_row(row, files, before, jobs, args, device, problems):
             figures |= measure(name, row, files, before, jobs, args, device)
         except (ModuleNotFoundError, OSError) as e:
             problems[name] = reason(e)
+        except RuntimeError:  # torchvision of another build of torch
+            if not torchvision_problem():
+                raise
+            problems[name] = torchvision_problem()
     return figures
 
 
@@ -247,7 +253,7 @@ def cell(value):
     """A figure as text: "12.0 (7–20)" is a percentage with its 95 % Wilson interval."""
     if is_proportion(value):
         hits, n = value
-        low, high = metrics.wilson(hits, n)
+        low, high = wilson(hits, n)
         return f"{100 * hits / n:.1f} ({100 * low:.0f}–{100 * high:.0f})"
     if isinstance(value, int | float):
         return f"{value:.4g}"

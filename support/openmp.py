@@ -2,7 +2,7 @@
 
 GNU's OpenMP (libgomp, in torch's Linux builds) lets a thread that waits for others run in a loop.
 Next to another busy program this makes training several times slower: docs/benchmarks.md has the
-times. 3000 rounds cost nothing on an idle machine. Your own setting is respected.
+times. 20,000 rounds cost almost nothing on an idle machine. Your own setting is respected.
 """
 
 import os
@@ -10,4 +10,4 @@ import os
 import support.packages  # noqa: F401 (a missing package is a sentence)
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -25,6 +25,7 @@ import pipeline
 import presets
 import weights
 from evaluation import columns, findings, metrics, plots, rows, suites, tables
+from report.charts import wilson
 from support import censor
 from support.cli import run_command
 from toy import shapes
@@ -422,7 +423,7 @@ def test_a_curve_has_percent_n_intervals_the_concept_and_a_finding():
     assert "“star”" in axes.get_ylabel() and "After 80 iterations" in axes.get_title()
     assert list(axes.lines[0].get_ydata()) == [90, 10]
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    low, high = metrics.wilson(10, 100)
+    low, high = wilson(10, 100)
     assert band.min() == pytest.approx(100 * low) and band.max() > 90
 
 

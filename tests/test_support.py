@@ -23,7 +23,10 @@ from support.cli import Parser, finite, natural, run_command
 from support.errors import UserError
 from tools import bench, convert
 
-COMMANDS = ("train.py", "generate.py", "eval.py", "tools/convert.py", "tools/bench.py")
+COMMANDS = (
+    *("train.py", "generate.py", "eval.py", "attack.py"),
+    *("tools/convert.py", "tools/bench.py", "toy/pretrain.py", "toy/probe.py"),
+)
 DRAW = ["a star", "--model", "toy", "--steps", 2, "--device", "cpu"]
 
 
@@ -282,3 +285,23 @@ def test_a_guidance_warmup_leaves_evaluations_to_act(method, warmup, fine):
         return
     with pytest.raises(UserError, match="warmup|warm-up"):
         pipeline.check_warmup(method, warmup, scheduler)
+
+
+# ------------------------------------------------------------------------------------------- OpenMP
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "20000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),  # the user's own setting
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"),  # a spin count would override it
+    ],
+)
+def test_threads_spin_for_a_short_time(given, expected):
+    free = {key: x for key, x in os.environ.items() if key not in ("GOMP_SPINCOUNT",)}
+    free.pop("OMP_WAIT_POLICY", None)
+    code = "import support.openmp, os, sys; assert 'torch' not in sys.modules; "
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=free | given, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == expected, found.stderr

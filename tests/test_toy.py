@@ -1,4 +1,4 @@
-"""The miniature world, its probe, its model and its figures."""
+"""The toy world of shapes, its probe, its model and its numbers."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ import torch
 
 import pipeline
 import weights
-from evaluation.metrics import wilson
+from report.charts import wilson
 from support.errors import UserError
 from toy import pretrain, probe, shapes, suite, worlds
 

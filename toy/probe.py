@@ -5,6 +5,8 @@ count how often a concept appears in generated images. `python -m toy.probe shap
 trains it again and prints its held-out accuracy.
 """
 
+import support.openmp  # noqa: F401 (before torch)
+
 import json
 import os
 import sys

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.metrics import wilson
+from report.charts import wilson
 from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
