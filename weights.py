@@ -204,7 +204,13 @@ def find(model, revision=None):
             raise UserError(
                 f"--revision is for models from the hub; {model} is a folder on this machine."
             )
-        return TOYS.get(model) or Path(model)
+        folder = TOYS.get(model) or Path(model)
+        if model in TOYS and not (folder / "unet").is_dir():
+            raise UserError(
+                f"The weights of the model {model} are not here yet. Train it (hours): python -m "
+                f"toy.pretrain {model}. Or use --model toy."
+            )
+        return folder
     from huggingface_hub import HfApi, snapshot_download
 
     try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import weights
+from support.errors import UserError
 from toy import atlas, emoji, suite, worlds
 
 MADE = weights.TOYS["emoji"]
@@ -164,3 +165,9 @@ def test_model_is_small_and_loads():
     for file in files:
         assert all(x.dtype == torch.float16 for x in weights.read(file)[0].values())
     assert all(len(model.tokenizer(word).input_ids) == 3 for word in [*emoji.WORDS, ","])
+
+
+def test_a_toy_model_without_weights_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(weights.TOYS, "emoji", tmp_path)
+    with pytest.raises(UserError, match="python -m toy.pretrain emoji"):
+        weights.load("emoji")
