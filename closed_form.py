@@ -20,7 +20,7 @@ Where this file differs from the official codes:
 
 1. UCE's code reads one state of each prompt, that of the last word's last token (`states="last"`).
    In the empty prompt this position holds the *start token*, which all prompts share and which
-   says nothing about an image. So UCE without an anchor hardly erases anything: train.py prints a
+   says nothing about an image. So UCE without an anchor may leave the concept: train.py prints a
    warning. `states="all"` takes all 77 states of each pair. Then the empty prompt is an anchor.
 2. UCE's code has an option for five templates ("painting by …", "image of …"): --template gives
    them here. The default is the word alone; the toy model has five templates.
