@@ -1,13 +1,14 @@
-"""What attack.py learns or changes to bring an erased concept back: four kinds of attack.
+"""What brings an erased concept back: four kinds of attack, and an adversary for training.
 
     Word       one new word: its embedding is learned from images (textual inversion)
     Tokens     a few existing words in front of the prompt are searched
     Relearn    the trained tensors are fine-tuned on images
     NoisyDDIM  nothing is learned: the sampler adds noise (attack.py tries 24 ways)
+    Adversary  train.py --adversary: words that are learned, and then unlearned, in each iteration
 
-The first three have the same four methods. `states` gives the prompts' embeddings, through which
-`noise_loss` is differentiated; `step` follows its gradient; `tensors` is what a checkpoint holds;
-`report` names what was found.
+attack.py uses the first four. Word, Tokens and Relearn have the same four methods. `states` gives
+the prompts' embeddings, through which `noise_loss` is differentiated. `step` follows its gradient.
+`tensors` is what a checkpoint holds. `report` names what was found.
 
 Where this file differs from the papers:
 
@@ -20,6 +21,10 @@ Where this file differs from the papers:
    also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the
    concept, so this also succeeds by chance. It repeats the attempts with the empty prompt.
+5. Adversary: the inner loop of AdvUnlearn (arXiv 2405.15234) and Receler (arXiv 2311.17717). Both
+   take 30 or 50 steps of Adam from a random start. Here the words stay from one iteration to the
+   next, so a few steps are enough, and a step has a fixed length. Both of them search in front of
+   or behind the concept's name. Here half of the words stand alone.
 """
 
 import torch
@@ -27,6 +32,7 @@ import torch.nn.functional as F
 
 import weights
 from clip_text import tokenize
+from losses import mean_squared_error
 from pipeline import check_words
 from presets import TRAIN_PARAMS
 from scheduler import DDIM
@@ -172,6 +178,69 @@ class Relearn:
 
     def report(self, out):
         return self.prompts[0]
+
+
+class Adversary:
+    """Learned words that ask the student for what the original model shows for the concept.
+
+    words (K, B, D): the embeddings of one word per concept and latent. A word v stands alone in
+    even latents ("v"), and in front of the concept in odd ones ("v star"); its prompt is c(v).
+    Each call takes `steps` steps down
+
+        ‖ε_θ(z_t, t, c(v)) − sg ε_θ°(z_t, t, c_s)‖²
+
+    and returns c(v). A step has the length STEP times the mean length of an embedding. In each
+    iteration one of the B words starts again from a random word of the vocabulary, so that the
+    student does not only meet the words that it has just unlearned.
+
+    Different from Receler's code, the inner loop leaves no gradient in the student.
+    """
+
+    STEP = 0.1  # our choice, tuned on the toy model
+
+    def __init__(self, model, concepts, batch_size, steps, generator):
+        self.text_encoder = model.text_encoder
+        self.steps, self.generator = steps, generator
+        self.table = self.text_encoder.text_model.embeddings.token_embedding.weight.detach()
+        self.length = self.STEP * self.table.norm(dim=1).mean()
+        K, B, V = len(concepts), batch_size, len(self.table)
+        start = torch.randint(V, (K, B), generator=generator).to(self.table.device)
+        self.words = self.table[start].clone()
+        # The ids V .. V + B − 1 are the B words.
+        alone = tokenize(model.tokenizer, [""])[0]
+        self.ids = torch.stack([self.prompts(model, concept, alone, V) for concept in concepts])
+        self.ids = self.ids.to(self.table.device)
+
+    def prompts(self, model, concept, alone, V):
+        """Token ids (B, 77) of the prompts with the word of each latent."""
+        named = tokenize(model.tokenizer, [concept])[0]
+        B = self.words.shape[1]
+        rows = torch.cat([named if b % 2 else alone for b in range(B)])
+        word = torch.arange(V, V + B)[:, None]
+        ids = torch.cat([rows[:, :1], word, rows[:, 1:-1]], dim=1)
+        ids[:, -1] = rows[:, -1]  # the end of text, if the prompt fills all 77 tokens
+        return ids
+
+    def __call__(self, e, e_original, z_t, t, c_s, i, j, **_):
+        """c(v) (B, 77, D) for the concept j, after `steps` steps. i: the iteration."""
+        B = self.words.shape[1]
+        fresh = int(torch.randint(len(self.table), (), generator=self.generator))
+        v = self.words[j].clone()
+        v[i % B] = self.table[fresh]
+        with torch.no_grad():
+            target = e_original(z_t, t, c_s)
+        for _ in range(self.steps):
+            v.requires_grad_()
+            error = B * mean_squared_error(e(z_t, t, self.encode(v, j)), target)
+            (gradient,) = torch.autograd.grad(error, v)
+            direction = gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-20)
+            v = (v - self.length * direction).detach()
+        self.words[j] = v
+        with torch.no_grad():
+            return self.encode(v, j)
+
+    def encode(self, v, j):
+        return encode_with_rows(self.text_encoder, self.ids[j], v)
 
 
 def noise_loss(unet, scheduler, z_0, c, batch_size, generator):

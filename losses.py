@@ -9,6 +9,7 @@ it needs by name and ignores the rest with **_:
     c_s         embedding of what to unlearn: (1, 77, D), or (B, 77, D) with one per latent
     c_0         embedding of the empty prompt, (1, 77, D)
     c_a         embedding of --anchor, what to show instead: (1, 77, D) or (B, 77, D)
+    c_k         preservation_loss only: embeddings of the prompts to keep, (1, 77, D) or (B, 77, D)
     n           the noise in z_t, (B, 4, H, W). Only where z_t is a noised image (Ablating Concepts)
     erase_scale, quantile   the flags of these names
 
@@ -92,15 +93,17 @@ def all_but_one_loss(e, e_original, z_t, t, c_s, c_0, c_a, erase_scale, quantile
     return mean_squared_error(e(z_t, t, c_s) - e(z_t, t, c_0), target)
 
 
-def preservation_loss(e, e_original, z_t, t, c_0, **_):
-    """`--preserve λ` adds λ ‖ε_θ(z_t, t, c_0) − sg ε_θ°(z_t, t, c_0)‖² to any loss.
+def preservation_loss(e, e_original, z_t, t, c_k, **_):
+    """`--preserve λ` adds λ ‖ε_θ(z_t, t, c_k) − sg ε_θ°(z_t, t, c_k)‖² to any loss.
 
-    It holds the student's estimate for the empty prompt in place. This estimate is SDD's own
-    target, which otherwise moves. The term comes from All-but-One; it is not part of SDD.
+    c_k is the empty prompt c_0, or with --keep also other prompts. The term holds the student's
+    estimates for them in place. The estimate for c_0 is SDD's own target, which otherwise moves.
+    The term comes from All-but-One, with prompts to keep from AdvUnlearn (arXiv 2405.15234). It is
+    not part of SDD.
     """
     with torch.no_grad():
-        target = e_original(z_t, t, c_0)
-    return mean_squared_error(e(z_t, t, c_0), target)
+        target = e_original(z_t, t, c_k)
+    return mean_squared_error(e(z_t, t, c_k), target)
 
 
 def prior_loss(e, z_t, t, c_a, n, **_):

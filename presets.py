@@ -9,6 +9,7 @@
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ NUMBERS = [
     ("roles",           "paper",  "paper",   "official", "paper"), # Algorithm 1; sdd.py, 3 and 4
     ("max_grad_norm",   1.0,      1.0,       1.0,        1.0),     # script; see below
     ("preserve",        0.0,      0.0,       0.0,        0.0),     # not part of SDD
+    ("adversary",       0,       0,          0,          0),       # not part of SDD
     ("erase_scale",     1.0,      1.0,       1.0,        1.0),     # s_s; ESD. The SDD paper: 3
     ("anchor_images",   1000,     1000,      1000,       200),     # Ablating Concepts
     ("preview_every",   250,      250,       250,        20),      # our choice
@@ -186,7 +188,8 @@ def settle(args):
             settings[key] = value
     settings["train_params"] = args.train_params or method.train_params
     settings["latents"] = args.latents or method.latents
-    settings["anchor_prompts"] = read_prompts(args.anchor_prompts)
+    settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
+    settings["keep"] = read_keep(args.keep)
     loss = method.loss
     if args.loss:
         loss = load_loss(args.loss)
@@ -204,7 +207,7 @@ def settle_closed_form(args, settings, method):
     # Flags of the training loop. The first are None if they are not given, the others 0 or False.
     none = ("latents", "roles", "preserve", "erase_scale", "anchor_images", "batch_size", "lr")
     none += ("lr_schedule", "warmup", "weight_decay", "ema", "max_grad_norm", "steps")
-    none += ("guidance_scale", "anchor_prompts", "loss")
+    none += ("guidance_scale", "anchor_prompts", "loss", "adversary")
     off = ("quantile", "prior", "detach_start", "gradient_checkpointing", "export_every")
     unused = [key for key in none if getattr(args, key) is not None]
     unused += [key for key in off if getattr(args, key)]
@@ -222,7 +225,8 @@ def settle_closed_form(args, settings, method):
         )
     toy = settings["preset"] == "toy"
     values = preset_values(settings, method)
-    values |= dict.fromkeys(("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve"), 0)
+    zero = ("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve", "adversary")
+    values |= dict.fromkeys(zero, 0)
     # steps, batch_size and guidance_scale are still used to measure gap and drift for the log.
     values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
     if args.method == "uce":
@@ -236,7 +240,7 @@ def settle_closed_form(args, settings, method):
     for key, value in values.items():
         if settings[key] is None:
             settings[key] = value
-    settings |= dict(latents="", anchor_prompts=[])
+    settings |= dict(latents="", anchor_prompts=[], keep=read_keep(settings["keep"]))
     settings["train_params"] = args.train_params or method.train_params
     check_closed_form(settings)
     check_ranges(settings)
@@ -271,7 +275,7 @@ def check_closed_form(settings):
 
 
 def reject_closed_form_flags(args):
-    keys = ("keep", "template", "states", "ridge")
+    keys = ("template", "states", "ridge")
     given = [key for key in keys if getattr(args, key) is not None]
     if given:
         flags = ", ".join(f"--{key}" for key in given)
@@ -319,14 +323,21 @@ def preset_values(settings, method):
     return values
 
 
-def read_prompts(file):
-    """The lines of --anchor-prompts. They are kept in run.json, so --resume needs no file."""
+def read_keep(given):
+    """The prompts of --keep PROMPT… or --keep FILE."""
+    if given and len(given) == 1 and Path(given[0]).is_file():
+        return read_prompts("keep", Path(given[0]))
+    return [prompt for prompt in given or [] if prompt.strip()]
+
+
+def read_prompts(flag, file):
+    """The lines of a file of prompts. They are kept in run.json, so --resume needs no file."""
     if not file:
         return []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--anchor-prompts {file} cannot be read ({e}).") from None
+        raise UserError(f"--{flag} {file} cannot be read ({e}).") from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -364,6 +375,8 @@ def reject_unused_flags(args, settings, method, loss):
     else:
         unused += ["prior", "detach_start", "anchor_prompts", "anchor_images"]
     unused += [key for key in ("erase_scale", "quantile") if key not in uses]
+    if not settings["preserve"]:
+        unused.append("keep")
     if not images and "c_a" not in uses:
         unused.append("anchor")
     if settings["method"] == "all-but-one" and not args.loss:
@@ -372,6 +385,8 @@ def reject_unused_flags(args, settings, method, loss):
     flags = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key)]
     if args.train_params == "embedding" and not images:
         flags.append("--train-params embedding")
+    if flags == ["--keep"]:
+        raise UserError("--keep has no effect without --preserve: add --preserve λ, or remove it.")
     if flags:
         raise UserError(
             f"{', '.join(flags)} has no effect with --method {args.method}: remove it, or choose "

@@ -35,6 +35,10 @@ Where this file differs from the paper, or where the paper's sources differ from
 9. B.1 says "1500 or 2000" iterations. We infer that 2000 is for several concepts.
 10. `roles="each"` is our own: one random concept both samples z_t and is unlearned (c_p = c_s), a
     new one in each iteration. Neither the paper nor the script does this.
+11. An `adversary` is not part of SDD. It learns a word that brings back what was unlearned, and the
+    same loss then unlearns this word too (adversaries.py).
+12. `preserve` and `kept` are not part of SDD. They hold the estimates of the empty prompt, and of
+    other prompts, where the original model has them (losses.preservation_loss).
 """
 
 import math
@@ -84,7 +88,9 @@ def sdd(
     roles="paper",
     c_a=None,
     preserve=0.0,
+    kept=None,
     prior=0.0,
+    adversary=None,
     noised_anchors=None,
     scaler=None,
 ):
@@ -101,6 +107,8 @@ def sdd(
     iters, start: N, and the first iteration (after --resume). roles: one of ROLES.
     lr, lr_schedule, warmup: see lr_factor. max_grad_norm: 0 does not clip.
     preserve, prior: weights λ of two more terms of the loss (losses.py); 0 leaves them out.
+    kept: embeddings (n, 77, D) of prompts that preserve holds in addition to c_0 (prompts_kept).
+    adversary: an adversaries.Adversary; None leaves it out.
     scaler: a torch.amp.GradScaler for gradients in float16.
     B latents per iteration, K concepts, D = 768 for SD 1.4.
     Raises FloatingPointError before the step if the loss or its gradient has diverged.
@@ -123,8 +131,12 @@ def sdd(
         # L = ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²: both estimates are in losses.sdd_loss
         batch |= dict(e=student, e_original=original, c_0=c_0)
         value = loss(**batch)
+        if adversary is not None:
+            c_v = adversary(**batch, i=i, j=j)
+            value = value + loss(**batch | dict(c_s=c_v))
         if preserve:
-            value = value + preserve * losses.preservation_loss(**batch)
+            c_k = prompts_kept(c_0, kept, shape[0], generator)
+            value = value + preserve * losses.preservation_loss(**batch, c_k=c_k)
         if prior:
             value = value + prior * losses.prior_loss(**batch)
 
@@ -172,6 +184,19 @@ def choose_prompts(roles, concept, joined):
     if roles == "each":
         return concept, concept
     return concept, joined
+
+
+def prompts_kept(c_0, kept, B, generator):
+    """c_k, the prompts of the preservation loss: c_0; with `kept`, (B, 77, D), one per latent.
+
+    Each of the B is the empty prompt with probability 1/2, and otherwise a random one of `kept`.
+    """
+    if kept is None or len(kept) == 0:
+        return c_0
+    n = len(kept)
+    number = torch.randint(2 * n, (B,), generator=generator)
+    prompts = torch.cat([kept, c_0])
+    return prompts[number.clamp(max=n).to(c_0.device)]
 
 
 def lr_factor(i, warmup, iters, schedule):

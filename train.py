@@ -34,6 +34,7 @@ import ablation
 import closed_form
 import ema
 import weights
+from adversaries import Adversary
 from clip_text import tokenize
 from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
 from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
@@ -106,6 +107,12 @@ def parse(argv=None):
              f"paper) ({default('roles')})")
     add("--preserve", type=finite, metavar="λ",
         help=f"add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD ({default('preserve')})")
+    add("--keep", nargs="+", metavar="PROMPT",
+        help="prompts, or a file with one per line, that --preserve holds too (default: none). "
+             "Methods without training: prompts whose keys and values stay (toy model: its words)")
+    add("--adversary", type=natural, metavar="N",
+        help="N steps per iteration of an adversary, which learns words that bring the concept "
+             f"back; they are unlearned too; not part of SDD ({default('adversary')})")
     add("--erase-scale", type=finite, metavar="S",
         help="esd: s_s, how far the target moves away from the concept; all-but-one with "
              f"--quantile: g, the same for its target ({default('erase_scale')})")
@@ -126,8 +133,6 @@ def parse(argv=None):
         help="ablate: no gradient through the keys and values of the start token")
 
     add = parser.add_argument_group("methods without training: uce, mace, rece, speed").add_argument
-    add("--keep", nargs="+", metavar="PROMPT",
-        help="prompts whose keys and values should stay (default: none; toy model: its words)")
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
         "the toy model: several, see presets.py)")
@@ -200,6 +205,7 @@ class Prompts(NamedTuple):
     c_0: torch.Tensor  # the empty prompt, n = 1
     joined: torch.Tensor  # all concepts joined, n = 1
     concepts: torch.Tensor  # n = K
+    kept: torch.Tensor  # --keep
     previews: torch.Tensor
     anchors: torch.Tensor  # the anchor's prompts; without Ablating Concepts: --anchor, n = 1
     targets: torch.Tensor  # Ablating Concepts: the anchor's prompts with the concept in its place
@@ -237,6 +243,8 @@ class Run:
                 settings["keep"],
                 settings["states"],
             )
+        self.generator = torch.Generator("cpu").manual_seed(settings["seed"])
+        self.adversary = self.make_adversary()
         if self.trains_text:
             model = self.models.student
             mask_embedding_gradient(model.tokenizer, self.models.theta, settings["concept"])
@@ -245,9 +253,10 @@ class Run:
 
         self.optimizer = make_optimizer(self.models.theta, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.generator = torch.Generator("cpu").manual_seed(settings["seed"])
         self.done = 0  # iterations
-        self.generator_state = self.generator.get_state()  # after the last complete iteration
+        # after the last complete iteration:
+        self.generator_state = self.generator.get_state()
+        self.words = self.adversary.words.clone() if self.adversary else None
 
     def iterations(self, start=0):
         """Algorithm 1 with this run's settings: yields an Iteration after each iteration."""
@@ -286,12 +295,16 @@ class Run:
             roles=a["roles"],
             c_a=self.prompts.anchors,
             preserve=a["preserve"],
+            kept=self.prompts.kept,
             prior=a["prior"],
+            adversary=self.adversary,
             noised_anchors=noised_anchors,
             scaler=self.scaler,
         )
         for iteration in iterations:
             self.done, self.generator_state = iteration.i + 1, self.generator.get_state()
+            if self.adversary:
+                self.words.copy_(self.adversary.words)
             yield iteration
             if sampling_unet is not None:
                 sampling_unet.sync()  # copy the new weights before the next z_t
@@ -323,6 +336,15 @@ class Run:
                 call_loss, load_loss(a["loss"], copy if copy.exists() else None), a["loss"]
             )
         return partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"])
+
+    def make_adversary(self):
+        """--adversary: it keeps the text encoder, which the other methods free. None without it."""
+        a = self.settings
+        if not a["adversary"]:
+            return None
+        return Adversary(
+            self.models.student, a["concept"], a["batch_size"], a["adversary"], self.generator
+        )
 
     def make_noised_anchors(self):
         """Ablating Concepts: generates the anchor's images (or reads them) and noises them."""
@@ -360,11 +382,14 @@ class Run:
 
     # ------------------------------------------------------------------------------ checkpoints
     def checkpoint_groups(self):
-        return {
+        groups = {
             "student": self.models.theta,
             "teacher": self.models.theta_ema,
             "generator": {"state": self.generator_state},
         }
+        if self.adversary:
+            groups["adversary"] = {"words": self.words}
+        return groups
 
     def save(self):
         """Writes the run as it was after its last complete iteration."""
@@ -379,10 +404,12 @@ class Run:
         """Reads the checkpoint, if there is one, and removes rows of log.csv that are newer."""
         file, log = self.out / "checkpoint.safetensors", self.out / "log.csv"
         if file.exists():
-            # fills θ, θ* and self.generator_state in place
+            # fills θ, θ*, self.generator_state and self.words in place
             metadata = weights.load_checkpoint(file, self.checkpoint_groups(), self.optimizer)
             self.done = int(metadata["iterations"])
             self.generator.set_state(self.generator_state)
+            if self.adversary:
+                self.adversary.words.copy_(self.words)
             if self.scaler.is_enabled() and "scaler" in metadata:
                 self.scaler.load_state_dict(json.loads(metadata["scaler"]))
         rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
@@ -505,6 +532,7 @@ def encode_all(model, settings, pairs):
         [""],
         [", ".join(settings["concept"])],
         settings["concept"],
+        settings["keep"],
         settings["preview"],
         anchors,
         [pair.target for pair in pairs],
