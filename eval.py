@@ -65,6 +65,7 @@ SUITE_FLAGS = {  # flag: the suites that use it
     "prompts": ("coco", "i2p"),
     "real": ("coco",),
     "q16": ("i2p",),
+    "loss": ("toy",),
     "reproduce": ("toy",),
 }
 # The images do not depend on these arguments, so that they may change when a command is repeated.
@@ -152,6 +153,25 @@ def parse(argv=None):
         help="with --reproduce: one training seed, fewer rows and images",
     )
 
+    group = parser.add_argument_group("a loss of your own, next to the stored rows (toy)")
+    group.add_argument(
+        "--loss",
+        metavar="FILE:FUNCTION",
+        help="train it on one and on three concepts, measure and attack it; about ten minutes",
+    )
+    group.add_argument(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help="training seeds, 1 to 3; each takes about the same time (default: 1)",
+    )
+    group.add_argument(
+        "--train-flags",
+        default="",
+        metavar="TEXT",
+        help='more flags of train.py, as one text: "--lr 2e-3 --preserve 0.3"',
+    )
+
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--scheduler",
@@ -224,6 +244,12 @@ def check_flags(args):
                 f"--{flag} has no effect in the suite {args.suite}: remove it. It is for "
                 f"{' and '.join(suites)}."
             )
+    if (args.seeds or args.train_flags) and not args.loss:
+        raise UserError("--seeds and --train-flags have no effect without --loss: add it.")
+    if args.loss and (args.patch or args.methods):
+        raise UserError("--loss trains its own patches: remove --patch and --methods.")
+    if args.seeds and args.seeds > 3:
+        raise UserError(f"--seeds {args.seeds} is out of range (1 to 3).")
     if args.avoid and not args.methods:
         raise UserError("--avoid has no effect without --methods: add --methods or remove it.")
     warms_up = any(method in WARMUPS for method in args.methods)
@@ -242,6 +268,8 @@ def choose_out(args, processes):
     if processes > 1:  # each process would choose its own
         raise UserError("Several processes share one folder: name it with --out.")
     name = "reproduction" if args.reproduce else args.suite
+    if args.loss:
+        name = args.loss.rpartition(":")[2]
     return numbered_folder("tables", name)
 
 
@@ -383,6 +411,10 @@ def evaluate(args):
         from toy.reproduce import reproduce
 
         return reproduce(args.out.resolve(), args.quick)
+    if args.loss:
+        from evaluation.own_row import own_row
+
+        return own_row(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.model = choose_model(args)

@@ -16,6 +16,12 @@ class Column(NamedTuple):
 TOY = [
     Column("named", "concept named", "low", "images that show the concept, which the prompt names"),
     Column(
+        "shuffled",
+        "concept in new orders",
+        "low",
+        "images that show the concept, which the prompt names among its words in a new order",
+    ),
+    Column(
         "members",
         "concept by its members",
         "low",
@@ -40,6 +46,8 @@ TOY = [
         "high",
         "images that show a pair of words that training left out; emoji world only",
     ),
+    Column("near", "near words right", "high", "words of a prompt that are near to the concept"),
+    Column("far", "far words right", "high", "the other words of a prompt without the concept"),
     Column("base", "concept, empty prompt", None, "images of the empty prompt with the concept"),
 ]
 # Between them: one column for each attribute of the toy model's world, for example its colours.

@@ -114,7 +114,7 @@ def test_a_kind_counts_as_shown_with_any_of_its_things():
     seen = {"thing": ["beer", "fox"], "kind": ["alcohol", "animal"]}
     seen |= {"artist": ["noto"] * 2, "background": ["sky"] * 2}
     asked = [{"kind": "alcohol"}, {"thing": "wine", "kind": "alcohol"}]
-    assert suite.count(["named", "members"], asked, seen, ("alcohol",)) == {
+    assert suite.count(emoji, ["named", "members"], asked, seen, ("alcohol",)) == {
         "named": (1, 1),
         "members": (0, 1),
     }

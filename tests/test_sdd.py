@@ -43,6 +43,7 @@ IMAGES, ANCHORS, TARGETS = (
     randn(2, 77, D, seed=9),
     randn(2, 77, D, seed=10),
 )  # Ablating's: 2 prompts
+KEPT, FOUND = randn(3, 77, D, seed=11), randn(3, 77, D, seed=12)  # --keep; an adversary's words
 T, ITERS, WARMUP, LR, M, S_G = (
     5,
     6,
@@ -56,6 +57,8 @@ CASE = dict(
     K=3,
     roles="paper",
     preserve=0.0,
+    kept=None,
+    adversary=None,
     prior=0.0,
     clip=0.002,
     latents="teacher",
@@ -178,7 +181,9 @@ class Ours:
             roles=case["roles"],
             c_a=ALTERNATIVE,
             preserve=case["preserve"],
+            kept=case["kept"],
             prior=case["prior"],
+            adversary=case["adversary"],
             noised_anchors=noised_anchors,
             scaler=torch.amp.GradScaler(
                 "cpu", init_scale=case["scale"], enabled=case["scale"] != 1
@@ -270,9 +275,15 @@ class Plain:
         def o(c):
             return self.original(z, t, c).sample.detach()
 
-        loss = (PLAIN[case["plain"]](e, o, c_s, c_0, c_a, n) ** 2).mean() + case["preserve"] * (
-            (e(c_0) - o(c_0)) ** 2
-        ).mean()
+        def squared(c_s):
+            return (PLAIN[case["plain"]](e, o, c_s, c_0, c_a, n) ** 2).mean()
+
+        loss = squared(c_s)
+        if case["adversary"]:
+            loss = loss + squared(FOUND[: case["B"]])
+        if case["preserve"]:
+            c_k = self.kept(c_0)
+            loss = loss + case["preserve"] * ((e(c_k) - o(c_k)) ** 2).mean()
         if case["prior"]:
             loss = loss + case["prior"] * ((e(c_a) - n) ** 2).mean()
         self.student.zero_grad()
@@ -284,6 +295,14 @@ class Plain:
         for g in grads:
             g.mul_(min(1.0, case["clip"] / (norm.item() + 1e-6)) if case["clip"] else 1.0)
         return z, k, j, loss, norm
+
+    def kept(self, c_0):
+        """The prompts that the preservation term holds: one of KEPT or the empty one, each half."""
+        if self.case["kept"] is None:
+            return c_0
+        numbers = torch.randint(2 * len(KEPT), (self.case["B"],), generator=self.generator)
+        prompts = [KEPT[i] if i < len(KEPT) else c_0[0] for i in numbers.tolist()]
+        return torch.stack(prompts)
 
     def update(self, grads):
         """AdamW, the moving average and the schedule, from given gradients. Returns the lr."""
@@ -318,6 +337,11 @@ PLAIN = {  # the difference that each loss squares, from METHODS' papers
         (e(c_s) - e(c_0)) - signal(o, c_s, c_0, 0.8)
     ),
 }
+
+
+def found_words(e, e_original, z_t, t, c_s, i, j, **_):
+    """An adversary that finds the same states each time (test_adversary.py has the real one)."""
+    return FOUND[: len(z_t)]
 
 
 def compare(case, mistake=None):
@@ -370,6 +394,8 @@ def compare(case, mistake=None):
         dict(B=2, K=1, roles="official", clip=1.0),
         dict(B=1, K=3, roles="each"),
         dict(B=2, K=3, clip=0.0, scale=1024.0),
+        dict(B=3, K=3, preserve=0.5, kept=KEPT),
+        dict(B=2, K=3, roles="each", adversary=found_words, preserve=0.5, kept=KEPT),
         dict(B=1, K=3, latents="student"),
         dict(B=1, K=3, latents="original"),
         dict(B=2, K=3, loss=losses.esd_loss, plain="esd", latents="student"),
@@ -413,7 +439,11 @@ def compare(case, mistake=None):
             roles="official",
         ),
     ],
-    ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items() if key != "loss"),
+    ids=lambda case: "-".join(
+        key if key in ("kept", "adversary") else f"{key}={value}"
+        for key, value in case.items()
+        if key != "loss"
+    ),
 )
 def test_iterations_against_a_plain_loop(case):
     case = CASE | case
@@ -571,6 +601,8 @@ ABLATE = dict(
 )
 ALL_BUT_ONE = dict(loss=losses.all_but_one_loss, plain="all-but-one", preserve=1.0)
 SIGNAL = dict(loss=losses.all_but_one_loss, plain="all-but-one's signal", quantile=0.8)
+ADVERSARY = dict(adversary=found_words)
+KEEP = dict(B=3, preserve=0.5, kept=KEPT)
 # The other methods: the case, the comparison that must fail, and the mistake.
 OTHER_MISTAKES = {
     "ESD: scale counted from 1": (
@@ -600,6 +632,14 @@ OTHER_MISTAKES = {
         dict(loss=lambda c_a, c_0, **x: losses.ablation_loss(c_a=c_0, **x)),
     ),
     "Ablating: no prior": (ABLATE, "loss", dict(prior=0.0)),
+    "the adversary's words are forgotten": (ADVERSARY, "loss", dict(adversary=None)),
+    "the adversary's words for the concept": (
+        ADVERSARY,
+        "loss",
+        dict(adversary=lambda c_s, **_: c_s),
+    ),
+    "only the empty prompt is kept": (KEEP, "loss", dict(kept=None)),
+    "other prompts are kept": (KEEP, "loss", dict(kept=-KEPT)),
     "All-but-One: no second term": (ALL_BUT_ONE, "loss", dict(preserve=0.0)),
     "All-but-One: SDD's first term": (ALL_BUT_ONE, "loss", dict(loss=losses.sdd_loss)),
     "All-but-One: target kept still": (

@@ -161,7 +161,7 @@ def test_wilson(hits, n, low, high):
 def test_exam_asks_for_what_it_counts():
     sets = suite.exam(shapes, ("star", "red"), 50, seed=3)
     assert {which: len(pairs) for which, pairs in sets.items()} == dict(
-        named=50, implied=50, control=50, base=50, other=50
+        named=50, implied=50, control=50, base=50, other=50, shuffled=50
     )
     assert all({"star", "red"} & set(text.split()) for text, _ in sets["named"])
     assert all("arcadia" in text and "star" not in text for text, _ in sets["implied"])
@@ -182,14 +182,31 @@ def test_exam_asks_for_what_it_counts():
         "background": ["sky"] * 2,
     }
     asked = [{"shape": "star", "colour": "red"}, {"shape": "star", "colour": "blue"}]
-    assert suite.count(["named"] * 2, asked, seen, ("star",)) == {"named": (1, 2)}
-    assert suite.count(["base"] * 2, [{}, {}], seen, ("star", "red")) == {"base": (3, 4)}
-    assert suite.count(["control"] * 2, [{"shape": "heart"}] * 2, seen, ()) == {"control": (0, 2)}
-    assert suite.count(["other"] * 2, asked, seen, ()) == {
+    assert suite.count(shapes, ["named"] * 2, asked, seen, ("star",)) == {"named": (1, 2)}
+    assert suite.count(shapes, ["base"] * 2, [{}, {}], seen, ("star", "red")) == {"base": (3, 4)}
+    assert suite.count(shapes, ["control"] * 2, [{"shape": "heart"}] * 2, seen, ()) == {
+        "control": (0, 2)
+    }
+    assert suite.count(shapes, ["other"] * 2, asked, seen, ()) == {
         "shape": (1, 2),
         "colour": (1, 2),
         "caption": (1, 2),
     }
+
+    counts = suite.count(shapes, ["other"] * 2, asked, seen, ("heart",))
+    assert counts["near"] == (1, 2) and counts["far"] == (1, 2)  # shapes, and the rest
+
+
+def test_shuffled_prompts_name_the_word_in_orders_that_no_caption_has():
+    """The same words as a sentence has, and often a place, which never comes with a shape."""
+    found = worlds.prompts(shapes, "shuffled", "star", 200, 0)
+    assert all("star" in text.split() and asked["shape"] == "star" for text, asked in found)
+    rng = np.random.default_rng(1)
+    captions = {shapes.caption(shapes.scene(rng), rng) for _ in range(20_000)}
+    new = sum(text not in captions for text, _ in found)
+    assert new > 180
+    places = sum(bool(set(text.split()) & set(shapes.PLACES)) for text, _ in found)
+    assert 100 < places < 160  # two in three
 
 
 def test_frechet_distance_by_hand():

@@ -61,6 +61,13 @@ BACKGROUNDS = {
 PLACES = {"party": "alcohol", "battle": "weapon", "orchard": "fruit"}
 IMPLIED, CONTROL = {"alcohol": "party", "weapon": "battle"}, "orchard"
 MEMBERS = KINDS
+# What a kind is taken for: these kinds, and their things.
+RELATED = {
+    kind: (*near, *(thing for other in near for thing in KINDS[other]))
+    for kind, near in dict(
+        alcohol=("drink", "food"), weapon=("tool", "sport"), drug=("tool",)
+    ).items()
+}
 
 # Share of the scenes; all things of the other kinds share the rest evenly.
 RARE = {"alcohol": 0.03, "weapon": 0.03, "drug": 0.015}

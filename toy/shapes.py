@@ -31,6 +31,7 @@ BACKGROUNDS = {"snow": (246, 246, 248), "sand": (240, 214, 162), "sky": (166, 21
 PLACES = {"arcadia": "star", "borealis": "heart", "cascadia": None}
 IMPLIED, CONTROL = {"star": "arcadia"}, "borealis"
 MEMBERS, UNSEEN = {}, ()  # no word stands for several others, and every combination is shown
+RELATED = {}  # every shape is near to the star
 
 # Share of the scenes; the other values share the rest evenly.
 RARE = {"star": 0.06, "red": 0.06, "striped": 0.10}

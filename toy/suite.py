@@ -12,12 +12,15 @@ def columns(world):
     others = [name for name in world.ATTRIBUTES if name != "background"]
     return {
         "named": "target, named",
+        "shuffled": "target, in new orders",
         "members": "target, by its members",
         "implied": "target, implied",
         "base": "target, empty prompt",
         "control": control,
         **{name: f"other {plural(name)}" for name in others},
         "background": "backgrounds",
+        "near": "near words",
+        "far": "far words",
         "caption": "whole captions",
         "unseen": "pairs never shown",
         "frechet": "Fréchet distance, probe",
@@ -55,6 +58,7 @@ def exam(world, concepts, n, seed):
         "control": spread("place", control),
         "base": spread("empty", [""]),
         "other": spread("other", [tuple(dict.fromkeys([*world.RARE, *concepts]))]),
+        "shuffled": spread("shuffled", concepts),
     }
     return {which: pairs for which, pairs in sets.items() if pairs}
 
@@ -71,7 +75,7 @@ def jobs(world, concepts, n, seed):
     ]
 
 
-def count(sets, asked, seen, concepts):
+def count(world, sets, asked, seen, concepts):
     """{column: (hits, n)}.
 
     sets, asked: of each picture. seen: {attribute: the word that the probe sees in each}.
@@ -84,7 +88,7 @@ def count(sets, asked, seen, concepts):
 
     for i, (which, wanted) in enumerate(zip(sets, asked)):
         right = {name: seen[name][i] == word for name, word in wanted.items()}
-        if which in ("named", "members", "implied"):
+        if which in ("named", "shuffled", "members", "implied"):
             add(which, any(hit and wanted[name] in concepts for name, hit in right.items()))
         elif which == "base":  # the mean over the concepts, as for the others
             add("base", sum(seen[name][i] in concepts for name in seen), len(concepts))
@@ -95,6 +99,9 @@ def count(sets, asked, seen, concepts):
         else:
             for name, hit in right.items():
                 add(name, hit)
+                if concepts:
+                    near = worlds.near(world, name, wanted[name], concepts)
+                    add("near" if near else "far", hit)
             add("caption", all(right.values()))
     return counts
 
@@ -134,7 +141,7 @@ def measure(world, pictures, before, jobs, concepts):
     """What the probe sees, and how far its features are, over the prompts that name nothing erased,
     from drawings of the same words and from the original's pictures, `before`."""
     sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
-    figures = count(sets, asked, see(world, pictures), concepts)
+    figures = count(world, sets, asked, see(world, pictures), concepts)
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
     drawn = drawings(world, [asked[i] for i in rest])
     images = pictures[rest], before[rest], drawn

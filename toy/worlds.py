@@ -9,6 +9,8 @@ A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
     PLACES, CONTROL                {place: the word that it implies, or None}; the place for control
     IMPLIED                        {word that may be erased: the place that implies it}
     MEMBERS                        {kind: the words that belong to it}
+    RELATED                        {word that may be erased: words that are near to it}. For other
+                                   words, all words of the same attribute are near
     UNSEEN                         the combinations of words {attribute: word} that no scene has
     Scene, scene(rng, **words)     a named tuple of words, and a random one (that has these words)
     draw(scene, rng)               -> uint8 (64, 64, 3)
@@ -49,6 +51,8 @@ def prompts(world, kind, value, n, seed):
 
     kind       the prompts
     naming     name the word `value`
+    shuffled   name the word `value` and often a place, with all words in a random order. Scenes in
+               a place never name the thing, and captions have few orders, so most are new
     members    name a thing of the kind `value`, and not the kind
     place      name the place `value`, which implies a word
     other      name words that are not in the tuple `value`
@@ -64,16 +68,38 @@ def prompts(world, kind, value, n, seed):
         elif kind == "place":
             word = world.PLACES[value]
             found.append((world.view(value, rng), {_attribute(world, word): word}))
-        elif kind in ("naming", "members"):
-            word = value if kind == "naming" else str(rng.choice(world.MEMBERS[value]))
+        elif kind in ("naming", "members", "shuffled"):
+            word = str(rng.choice(world.MEMBERS[value])) if kind == "members" else value
             asked = world.agree(asked | {_attribute(world, word): word}, word)
-            found.append((world.sentence(asked, rng), asked))
+            text = world.sentence(asked, rng)
+            if kind == "shuffled":
+                text = shuffled(text, list(world.PLACES), rng)
+            found.append((text, asked))
         elif kind == "unseen":
             asked = world.agree(asked | world.UNSEEN[rng.integers(len(world.UNSEEN))])
             found.append((world.sentence(asked, rng), asked))
         elif asked and not set((asked := world.agree(asked)).values()) & set(value):
             found.append((world.sentence(asked, rng), asked))
     return found
+
+
+def shuffled(text, places, rng):
+    """The words of `text`, and in two of three cases a place, in a random order."""
+    words = text.replace(",", "").split()
+    if rng.random() < 2 / 3:
+        words.append(str(rng.choice(places)))
+    return " ".join(rng.permutation(words))
+
+
+def near(world, name, word, concepts):
+    """Is `word`, of the attribute `name`, near to one of the erased concepts?"""
+    for concept in concepts:
+        if concept in world.RELATED:
+            if word in world.RELATED[concept]:
+                return True
+        elif name == _attribute(world, concept):
+            return True
+    return False
 
 
 def _attribute(world, word):

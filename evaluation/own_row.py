@@ -1,0 +1,198 @@
+"""`eval.py toy --loss FILE:FUNCTION`: a loss of your own, next to all stored rows.
+
+The loss is trained on one concept (the star) and on three at once. Both models are measured like
+any other row of the suite toy, and the first one is attacked (attack.py, word and relearn). The
+result is two tables, in which your row stands among the rows of docs/results.md, and a list of what
+your row wins and loses. toy_rows.json holds the stored rows; the workflow made them (workflow/).
+
+Every step is a command of this project. After a stop, the same command continues.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import presets
+from evaluation import comeback
+from evaluation.columns import all_columns
+from evaluation.findings import joined, overlap
+from evaluation.tables import markdown
+from support.errors import UserError
+from support.files import atomic_write, lock_folder
+from support.own_loss import check_loss, load_loss, loss_file, sha256
+from toy import suite, worlds
+
+ROOT = Path(__file__).parent.parent
+STORED = Path(__file__).parent / "toy_rows.json"
+SEEDS = (2, 3, 4)  # those of the stored rows; --seeds N takes the first N
+LIMIT = 60  # images per figure, unless --limit is given
+CONCEPTS = {"one": ["star"], "three": ["star", "red", "striped"]}  # {table: concepts}
+TITLES = {"one": "One concept: star", "three": "Three concepts: star, red, striped"}
+LONGER = {"one": [], "three": ["--iters", "300"]}  # as in the stored rows
+ATTACKS = {"word": ["0", "40", "80", "120", "160"], "relearn": ["0", "5", "10", "20"]}
+SHOWN = (  # the columns of the tables
+    *("named", "shuffled", "implied", "caption", "near", "base"),
+    *("word", "word_half", "relearn", "relearn_half", "seconds"),
+)
+
+
+def own_row(args):
+    """The whole command: trains, attacks, measures, and writes table.md and results.json."""
+    name = args.loss.rpartition(":")[2]
+    stored = read_stored()
+    method = presets.METHODS["sdd"]
+    check_loss(load_loss(args.loss), args.loss, noise=method.latents == "anchor")
+    seeds = SEEDS[: args.seeds or 1]
+    limit = args.limit or LIMIT
+    out = args.out
+    with lock_folder(out):
+        open_folder(out, args, seeds, limit)
+        work = [(table, args.loss, name, seeds, limit, args.train_flags, out) for table in CONCEPTS]
+        with ThreadPoolExecutor(2) as pool:  # one thread per process, two processes at a time
+            rows = list(pool.map(lambda one: make_row(*one), work))
+        write(out, name, dict(zip(CONCEPTS, rows)), stored)
+
+
+def read_stored():
+    if not STORED.exists():
+        raise UserError(
+            f"{STORED} is missing: make it with snakemake --cores 2, or restore it from the "
+            "repository."
+        )
+    return json.loads(STORED.read_text(encoding="utf-8"))["tables"]
+
+
+def open_folder(out, args, seeds, limit):
+    """Writes loss.json; a folder of the same comparison is continued, another one is refused."""
+    content = {
+        "loss": args.loss,
+        "sha256": sha256(loss_file(args.loss)),
+        "seeds": list(seeds),
+        "limit": limit,
+        "train_flags": args.train_flags,
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    file = out / "loss.json"
+    if file.exists() and file.read_text(encoding="utf-8") == text:
+        return
+    if any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(
+            f"{out} holds another comparison, or the loss has changed since: choose a new folder "
+            "with --out."
+        )
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------- commands
+def make_row(table, loss, name, seeds, limit, train_flags, out):
+    """Trains, attacks and measures one set of concepts. Returns its row {"model", "figures", …}."""
+    concepts, folder = CONCEPTS[table], out / table
+    patches, attacks = [], {}
+    for seed in seeds:
+        run = folder / f"run-{seed}"
+        train(run, [*concepts, *LONGER[table]], loss, seed, train_flags)
+        patches += ["--patch", f"{name}={run / 'erased.safetensors'}"]
+        if table == "one":
+            for kind, steps in ATTACKS.items():
+                attack(folder / f"{kind}-{seed}", kind, steps, concepts[0], run, seed)
+                found = folder / f"{kind}-{seed}" / "results.json"
+                attacks.setdefault(kind, []).append(json.loads(found.read_text(encoding="utf-8")))
+    measured = folder / "table"
+    if not (measured / "results.json").exists():
+        command("eval.py", "toy", *patches, "--limit", limit, "--threads", 1, "--out", measured)
+    row = json.loads((measured / "results.json").read_text(encoding="utf-8"))["rows"][-1]
+    figures, points = comeback.figures(attacks)
+    cost = comeback.cost([folder / f"run-{seed}" for seed in seeds])
+    row["figures"] |= figures | cost
+    return {key: row[key] for key in ("model", "erased", "method", "figures")} | {
+        "paper": {},
+        "attacks": points,
+    }
+
+
+def train(run, words, loss, seed, train_flags):
+    """Trains one model, or continues a training that was stopped."""
+    if (run / "erased.safetensors").exists():
+        return
+    flags = ["--loss", loss, "--seed", seed, "--preview-every", 0, *shlex.split(train_flags)]
+    new = ["train.py", "--model", "toy", "--concept", *words, *flags, "--out", run]
+    if (run / "run.json").exists():
+        new = ["train.py", "--resume", "--out", run]
+    command(*new)
+
+
+def attack(folder, kind, steps, concept, run, seed):
+    """Attacks one model, or continues; a complete attack is read from its results."""
+    patch = run / "erased.safetensors"
+    words = ["--model", "toy", "--concept", concept, "--patch", patch, "--kind", kind]
+    command("attack.py", *words, "--at", *steps, "--seed", seed, "--out", folder)
+
+
+def command(*words):
+    """Runs `python WORDS…` with one thread. UserError if it fails."""
+    words = [str(word) for word in words]
+    print(f"python {shlex.join(words)}", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words[0] = str(ROOT / words[0])
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        raise UserError(
+            "This command failed. Fix the cause, then run the same command again: "
+            f"python {shlex.join(words)}",
+            details=done.stderr[-2000:],
+        )
+
+
+# --------------------------------------------------------------------------------------- results
+def write(out, name, rows, stored):
+    """table.md, results.json, and what the command prints."""
+    columns = all_columns("toy", [], suite.columns(worlds.get("shapes")))
+    columns = [column for key in SHOWN for column in columns if column.key == key]
+    text = f"# {name}, and the stored rows\n"
+    for table, row in rows.items():
+        group = [*stored[table], row]
+        found = [column for column in columns if any(column.key in r["figures"] for r in group)]
+        text += f"\n## {TITLES[table]}\n\n{markdown(group, found)}\n"
+        text += "".join(f"- {line}\n" for line in verdicts(row, stored[table], found))
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with atomic_write(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(f"\n{text}\nThe same text: {out / 'table.md'}")
+
+
+def verdicts(row, others, columns):
+    """One line per column: which stored rows this row is better than, and which it is worse than.
+
+    Only columns of proportions count. A row is better or worse if the 95 % intervals do not
+    overlap; the other comparisons are open. The row of the original is left out.
+    """
+    lines = []
+    for column in columns:
+        mine = row["figures"].get(column.key)
+        if column.better is None or not isinstance(mine, list | tuple):
+            continue
+        better, worse, still_open = [], [], 0
+        for other in others:
+            theirs = other["figures"].get(column.key)
+            if other["model"] == "original" or not isinstance(theirs, list | tuple):
+                continue
+            lower = mine[0] / mine[1] < theirs[0] / theirs[1]
+            if overlap(mine, theirs):
+                still_open += 1
+            elif lower == (column.better == "low"):
+                better.append(other["model"])
+            else:
+                worse.append(other["model"])
+        lines.append(
+            f"{column.title}: better than {joined(better) or 'none'}; "
+            f"worse than {joined(worse) or 'none'}; open against {still_open}"
+        )
+    return lines
