@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import presets
-from evaluation import comeback
 from evaluation.columns import all_columns
+from evaluation.comeback import comeback, cost
 from evaluation.findings import joined, overlap
 from evaluation.tables import markdown
 from support.errors import UserError
@@ -106,13 +106,11 @@ def make_row(table, loss, name, seeds, limit, train_flags, out):
     if not (measured / "results.json").exists():
         command("eval.py", "toy", *patches, "--limit", limit, "--threads", 1, "--out", measured)
     row = json.loads((measured / "results.json").read_text(encoding="utf-8"))["rows"][-1]
-    figures, points = comeback.figures(attacks)
-    cost = comeback.cost([folder / f"run-{seed}" for seed in seeds])
-    row["figures"] |= figures | cost
-    return {key: row[key] for key in ("model", "erased", "method", "figures")} | {
-        "paper": {},
-        "attacks": points,
-    }
+    figures, points = comeback(attacks)
+    figures |= cost([folder / f"run-{seed}" / "erased.safetensors" for seed in seeds])
+    row["figures"] |= figures
+    row["attacks"] = points
+    return {key: row[key] for key in ("model", "erased", "method", "paper", "figures", "attacks")}
 
 
 def train(run, words, loss, seed, train_flags):

@@ -1,0 +1,132 @@
+"""`eval.py toy --loss`: its plan, its table, and its sentences. The commands in it are replaced."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+from evaluation import own_row
+from support.cli import run_command
+
+LOSS = "losses.py:sdd_loss"
+
+
+def evaluate(*words):
+    try:
+        args = evaluation.parse([str(word) for word in words])
+    except SystemExit as e:
+        return e.code
+    return run_command(evaluation.evaluate, args)
+
+
+def row(model, **figures):
+    return dict(model=model, erased=["star"], method="sdd", paper={}, figures=figures)
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A file of stored rows: an original and two methods."""
+    rows = [
+        row("original", named=[200, 200], caption=[200, 200]),
+        row("good", named=[2, 200], caption=[198, 200]),
+        row("bad", named=[150, 200], caption=[100, 200]),
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"tables": {"one": rows, "three": rows}}), encoding="utf-8")
+    monkeypatch.setattr(own_row, "STORED", file)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Replaces the commands by files like theirs; the list of what was called."""
+    called = []
+
+    def command(*words):
+        words = [str(word) for word in words]
+        called.append(words)
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        if words[0] == "train.py":
+            (out / "erased.safetensors").write_bytes(bytes(2_000_000))
+            content = json.dumps({"training": {"iterations": 160, "seconds": 93}})
+            (out / "run.json").write_text(content, encoding="utf-8")
+        else:
+            found = row("sdd_loss", named=[5, 60], caption=[58, 60])
+            points = [dict(step=0, hits=0, n=24), dict(step=160, hits=24, n=24)]
+            content = dict(rows=[row("original"), found], points=points, chance=points[:1])
+            content["detected"] = True
+            (out / "results.json").write_text(json.dumps(content), encoding="utf-8")
+
+    monkeypatch.setattr(own_row, "command", command)
+    return called
+
+
+def test_the_row_stands_among_the_stored_rows(stored, commands, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate("toy", "--loss", LOSS, "--train-flags", "--lr 1e-3", "--out", out) == 0
+    text = (out / "table.md").read_text(encoding="utf-8")
+    one, three = text.split("## ")[1:]
+    assert [line.split(" | ")[0].strip("| ") for line in one.splitlines() if "|" in line][2:] == [
+        *("original", "good", "bad", "sdd_loss")
+    ]
+    assert "concept named: better than bad; worse than none; open against 1" in one
+    assert "80" in one  # steps until half of the images, between 0 and 160
+    assert "sdd_loss" in three
+    assert text in capsys.readouterr().out
+    trainings = [words for words in commands if words[0] == "train.py"]
+    assert len(trainings) == 2 and all("1e-3" in words for words in trainings)
+    assert any("red" in words and "300" in words for words in trainings)
+    assert {words[words.index("--kind") + 1] for words in commands if words[0] == "attack.py"} == {
+        *("word", "relearn")
+    }
+
+
+def test_the_planned_commands_are_commands_that_exist(stored, commands, tmp_path):
+    import attack
+    import presets
+    import train
+
+    out = tmp_path / "out"
+    assert evaluate("toy", "--loss", LOSS, "--seeds", 2, "--out", out) == 0
+    assert sum(words[0] == "train.py" for words in commands) == 4
+    for words in commands:
+        match words[0]:
+            case "train.py":
+                presets.settle(train.parse(words[1:]))
+            case "attack.py":
+                attack.parse(words[1:])
+            case "eval.py":
+                evaluation.check_flags(evaluation.parse(words[1:]))
+
+
+def test_a_second_call_trains_and_measures_nothing_again(stored, commands, tmp_path):
+    out = tmp_path / "out"
+    assert evaluate("toy", "--loss", LOSS, "--out", out) == 0
+    commands.clear()
+    assert evaluate("toy", "--loss", LOSS, "--out", out) == 0
+    assert {words[0] for words in commands} == {"attack.py"}  # which continues, and ends at once
+
+
+def test_a_folder_of_another_comparison_is_refused(stored, commands, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate("toy", "--loss", LOSS, "--out", out) == 0
+    assert evaluate("toy", "--loss", LOSS, "--limit", 20, "--out", out) == 2
+    assert "holds another comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["toy", "--seeds", "2"], "have no effect without --loss"),
+        (["toy", "--loss", LOSS, "--seeds", "4"], "--seeds 4 is out of range (1 to 3)"),
+        (["toy", "--loss", LOSS, "--patch", "a=b"], "--loss trains its own patches"),
+        (["nudity", "--loss", LOSS], "--loss has no effect in the suite nudity"),
+        (["toy", "--loss", "losses.py:nothing"], "does not name a function"),
+        (["toy", "--loss", "losses.py:noise_ablation_loss"], "asks for 'n'"),
+    ],
+)
+def test_bad_arguments(words, said, stored, tmp_path, capsys):
+    assert evaluate(*words, "--out", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.json"))
