@@ -11,9 +11,10 @@ erased model (--patch) generate it too, and counts how many of its images show t
     relearn   the trained tensors are fine-tuned on the images
     noise     nothing is learned: the sampler adds noise, the best of 24 ways counts
 
-The output folder receives results.json, curve.png, sheet.png and images/; and word.safetensors, for
-generate.py --word and diffusers' load_textual_inversion. The same command continues after a kill.
-adversaries.py has the attacks themselves, and says where they differ from the papers.
+The output folder receives a page (index.html), results.json, sheet.png and images/; and
+word.safetensors, for generate.py --word and diffusers' load_textual_inversion. The same command
+continues after a kill. adversaries.py has the attacks themselves, and says where they differ from
+the papers.
 """
 
 import support.openmp  # noqa: F401 (before torch)
@@ -42,6 +43,7 @@ from pipeline import (
     make_scheduler,
     patched,
 )
+from report.attack_page import name_of_patch
 from support.censor import censoring
 from support.cli import (
     Parser,
@@ -303,8 +305,7 @@ def reject_unused_flags(args):
 
 def default_folder(args):
     """attacks/KIND-CONCEPT-PATCH, where a patch erased.safetensors is named after its folder."""
-    patch = Path(args.patch)
-    name = patch.absolute().parent.name if patch.name == "erased.safetensors" else patch.stem
+    name = name_of_patch(args.patch)
     return Path("attacks") / re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]
 
 
@@ -334,10 +335,9 @@ def attack(args):
         run = Attack(args.out, settings, model, detect, args.show_uncensored)
         if args.kind == "noise":
             run.try_noise()
-            run.results.finish("attempts")
         else:
             run.learn()
-            run.results.finish("steps")
+        run.results.finish()
 
 
 def parse(argv=None):

@@ -1,14 +1,16 @@
-"""What an attack (attack.py) found: the detector, the counts, the curve and the image sheets."""
+"""What an attack (attack.py) found: the detector, the counts, the image sheets and the page."""
 
 import json
+import shlex
 import sys
-from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from evaluation.metrics import NUDE_THRESHOLD
-from report.charts import wilson
+from report import page
+from report.attack_page import finding, unit_of
 from support.censor import NUDE
 from support.errors import UserError
 from support.files import atomic_write
@@ -78,34 +80,8 @@ def steps_until(points, share=HALF):
     return None
 
 
-def plot_curves(curves, file, unit="attack steps"):
-    """Writes a plot of the share of images over the steps, with 95 % Wilson intervals.
-
-    curves: {name: points}. Returns False where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    for name, points in curves.items():
-        steps = [point["step"] for point in points]
-        shares = [100 * point["hits"] / point["n"] for point in points]
-        intervals = [wilson(point["hits"], point["n"]) for point in points]
-        (line,) = axes.plot(steps, shares, marker="o", label=name)
-        low, high = zip(*[(100 * low, 100 * high) for low, high in intervals])
-        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-    axes.axhline(100 * HALF, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel=unit, ylabel="images that show the concept (%)", ylim=(-2, 102))
-    axes.legend()
-    with atomic_write(Path(file)) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    return True
-
-
 class Results:
-    """results.json, images/, sheet.png and curve.png of an attack.
+    """results.json, images/, sheet.png and the page (index.html) of an attack.
 
     points: a measurement per row, {"step", "hits", "n", "found", …}, where `found` tells which of
     the n images show the concept. chance: the same for the empty prompt.
@@ -114,7 +90,7 @@ class Results:
 
     def __init__(self, out, settings, detected, censor):
         self.out, self.settings, self.detected, self.censor = out, settings, detected, censor
-        self.points, self.chance = [], []
+        self.points, self.chance, self.finished = [], [], False
         file = out / "results.json"
         if file.exists():
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -123,44 +99,44 @@ class Results:
     def add(self, step, images, found, **more):
         """One measurement: its counts, and a row of images/."""
         shown = [self.censor(image) for image in images[:SHEET]]
-        save_png(grid([shown]), self.out / "images" / f"{step:06d}.png", step=step)
+        save_png(grid([shown]), self.image_file(step), step=step)
         self.points.append(dict(step=step, hits=sum(found), n=len(found), found=found, **more))
         self.write()
 
-    def write(self):
-        content = {
+    def image_file(self, step):
+        return self.out / "images" / f"{step:06d}.png"
+
+    def content(self):
+        """What results.json holds."""
+        return {
             "settings": self.settings,
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": {"torch": torch.__version__},
+            "finished": self.finished,
             "detected": self.detected,
             "half": steps_until(self.points) if self.detected else None,
             "chance": self.chance,
             "points": self.points,
         }
-        with atomic_write(self.out / "results.json") as temporary:
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            temporary.write_text(text, encoding="utf-8")
 
-    def finish(self, unit):
-        """sheet.png, curve.png, and what the command prints. unit: "steps" or "attempts"."""
+    def write(self):
+        """results.json and the page."""
+        with atomic_write(self.out / "results.json") as temporary:
+            text = json.dumps(self.content(), indent=1, ensure_ascii=False)
+            temporary.write_text(text, encoding="utf-8")
+        page.page(self.out)
+
+    def finish(self):
+        """The last page, sheet.png, and what the command prints."""
+        self.finished = True
         self.write()
         steps = [point["step"] for point in self.points]
-        files = [self.out / "images" / f"{step:06d}.png" for step in steps]
-        rows = [[np.asarray(Image.open(file))] for file in files]
-        sheet = self.out / "sheet.png"
-        save_png(grid(rows, [str(step) for step in steps]), sheet)
-        if not self.detected:
-            print(f"No detector knows {self.settings['concept']!r}: look at {sheet}.")
-            return
-        curves = {self.settings["kind"]: self.points}
-        if len(self.chance) > 1:
-            curves["by chance (empty prompt)"] = self.chance
-        if not plot_curves(curves, self.out / "curve.png", unit):
-            print("warning: curve.png needs matplotlib: pip install matplotlib.", file=sys.stderr)
-        for point in self.points:
-            print(f"{point['step']:>5} {unit}: {point['hits']} of {point['n']} images")
-        half = steps_until(self.points)
-        text = "never" if half is None else f"after {half:.0f} {unit}"
-        chance = self.chance[-1]
-        print(
-            f"The concept is back in half of the images: {text}. By chance (empty prompt): "
-            f"{chance['hits']} of {chance['n']}. Images: {sheet}"
-        )
+        rows = [[np.asarray(Image.open(self.image_file(step)))] for step in steps]
+        save_png(grid(rows, [str(step) for step in steps]), self.out / "sheet.png")
+        unit = unit_of(self.settings)
+        for point in self.points if self.detected else ():
+            print(f"{unit} {point['step']:>5}: {point['hits']} of {point['n']} images")
+        print(finding(self.content()))
+        print(f"images: {self.out / 'sheet.png'}")
+        if (self.out / "index.html").exists():
+            print(f"open this page in a browser: {self.out / 'index.html'}")

@@ -179,3 +179,23 @@ def matrix_label(values):
             f"% of images that show the name\n{count_text([n for _, n in values])}, 95 % intervals"
         )
     return "LPIPS to the original"
+
+
+# ------------------------------------------------------------------------------ curves of attacks
+def comeback(curves, file):
+    """Saves a plot: the share of images that show the concept, over the steps of an attack.
+
+    curves: {name: [{"step", "hits", "n"}]}. The bands are 95 % Wilson intervals.
+    """
+    figure, axes = new_figure(7, 4.5)
+    for name, points in curves.items():
+        steps = [point["step"] for point in points]
+        shares = [100 * point["hits"] / point["n"] for point in points]
+        intervals = [wilson(point["hits"], point["n"]) for point in points]
+        (line,) = axes.plot(steps, shares, marker="o", label=name)
+        low, high = zip(*[(100 * low, 100 * high) for low, high in intervals])
+        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+    axes.axhline(50, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="attack steps", ylabel="images that show the concept (%)", ylim=(-2, 102))
+    axes.legend()
+    save(figure, file)

@@ -1,4 +1,4 @@
-"""Charts as the numbers that the template draws in SVG: lines, and dots with intervals."""
+"""Charts as the numbers that the templates draw in SVG: lines, and dots with intervals."""
 
 import math
 
@@ -20,6 +20,12 @@ def wilson(hits, n, z=1.96):
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def interval_in_words(hits, n):
+    """A proportion with its 95 % interval."""
+    low, high = wilson(hits, n)
+    return f"{100 * hits / n:.1f} % ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def ticks(low, high):
@@ -52,28 +58,69 @@ def line_chart(title, series, faint=None):
     points = [point for line in means.values() for point in line]
     x_max = float(max(x for x, _ in points)) or 1.0
     y_max = float(max(y for _, y in points)) or 1.0
-
-    def place_x(x):
-        return LEFT + (RIGHT - LEFT) * x / x_max
-
-    def place_y(y):
-        return BOTTOM - (BOTTOM - TOP) * max(y, 0) / y_max
-
     strong = [name for name in series if name != faint]
     lines = []
     for name, line in means.items():
         style = "faint" if name == faint else f"line{strong.index(name)}"
-        placed = [f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in line]
-        single = placed[0].split(",") if len(placed) == 1 else None
-        lines.append({"name": name, "style": style, "points": " ".join(placed), "single": single})
+        placed = place(line, x_max, y_max)
+        dots = [(*placed[0].split(","), "")] if len(placed) == 1 else []
+        line = {"name": name, "style": style, "points": " ".join(placed), "dots": dots}
+        lines.append(line | {"band": None})
+    grouped = f"; each point is the mean of {group} iterations" if group > 1 else ""
     return {
         "title": title,
         "lines": lines,
         "in_words": "; ".join(describe(name, line) for name, line in series.items()) + ".",
-        "group": group,
-        "x": [(place_x(x), f"{x:g}") for x in ticks(0, x_max)],
-        "y": [(place_y(y), f"{y:.3g}") for y in ticks(0, y_max)],
+        "caption": f"By iteration, counted from 0{grouped}.",
+        "x": [(place_x(x, x_max), f"{x:g}") for x in ticks(0, x_max)],
+        "y": [(place_y(y, y_max), f"{y:.3g}") for y in ticks(0, y_max)],
     }
+
+
+def share_chart(title, series, unit):
+    """{name: [(x, hits, n)]} -> the same for shares from 0 to 100 %: lines with Wilson intervals.
+
+    unit: what x counts, "step" or "attempt".
+    """
+    x_max = float(max(x for line in series.values() for x, _, _ in line)) or 1.0
+    lines, in_words = [], []
+    for i, (name, counts) in enumerate(series.items()):
+        shares = [(x, hits / n) for x, hits, n in counts]
+        lows = [(x, wilson(hits, n)[0]) for x, hits, n in counts]
+        highs = [(x, wilson(hits, n)[1]) for x, hits, n in counts]
+        texts = [f"{unit} {x}: {interval_in_words(hits, n)}" for x, hits, n in counts]
+        placed = place(shares, x_max)
+        lines.append(
+            {
+                "name": name,
+                "style": f"line{i}",
+                "points": " ".join(placed),
+                "band": " ".join(place([*lows, *reversed(highs)], x_max)),
+                "dots": [(*point.split(","), text) for point, text in zip(placed, texts)],
+            }
+        )
+        in_words.append(f"{name}: {texts[0]}, {texts[-1]}" if len(texts) > 1 else texts[0])
+    return {
+        "title": title,
+        "lines": lines,
+        "in_words": "; ".join(in_words) + ".",
+        "caption": f"By {unit}. The band is the 95\N{NO-BREAK SPACE}% Wilson interval.",
+        "x": [(place_x(x, x_max), f"{x:g}") for x in ticks(0, x_max) if x == round(x)],
+        "y": [(place_y(percent / 100, 1), f"{percent} %") for percent in (0, 25, 50, 75, 100)],
+    }
+
+
+def place_x(x, x_max):
+    return LEFT + (RIGHT - LEFT) * x / x_max
+
+
+def place_y(y, y_max):
+    return BOTTOM - (BOTTOM - TOP) * max(y, 0) / y_max
+
+
+def place(line, x_max, y_max=1.0):
+    """[(x, y)] -> their places in a line chart, as SVG writes them: ["x,y"]."""
+    return [f"{place_x(x, x_max):.1f},{place_y(y, y_max):.1f}" for x, y in line]
 
 
 def group_means(line, size):
@@ -95,22 +142,22 @@ def dot_chart(title, rows):
     """[(name, (hits, n), is_original)] -> what the template draws: a dot with its Wilson interval
     per row, on an axis from 0 to 100 %."""
 
-    def place_x(share):
+    def place_share(share):
         return f"{DOT_LEFT + (DOT_RIGHT - DOT_LEFT) * share:.1f}"
 
     dots, in_words = [], []
     for i, (name, (hits, n), is_original) in enumerate(rows):
         share, (low, high) = hits / n, wilson(hits, n)
-        text = f"{name}: {100 * share:.1f} % ({100 * low:.0f} to {100 * high:.0f} %), n = {n}"
+        text = f"{name}: {interval_in_words(hits, n)}, n = {n}"
         short = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
         dots.append(
             {
                 "name": short,
                 "text": text,
                 "y": DOT_TOP + DOT_ROW * (i + 0.5),
-                "x": place_x(share),
-                "low": place_x(low),
-                "high": place_x(high),
+                "x": place_share(share),
+                "low": place_share(low),
+                "high": place_share(high),
                 "original": is_original,
             }
         )
@@ -123,5 +170,5 @@ def dot_chart(title, rows):
         "top": DOT_TOP,
         "bottom": bottom,
         "height": bottom + 24,
-        "x": [(place_x(percent / 100), f"{percent} %") for percent in (0, 25, 50, 75, 100)],
+        "x": [(place_share(percent / 100), f"{percent} %") for percent in (0, 25, 50, 75, 100)],
     }

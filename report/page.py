@@ -1,10 +1,10 @@
-"""Writes index.html into the folder of a training run or an evaluation.
+"""Writes index.html into the folder of a training run, an evaluation or an attack.
 
     python -m report.page runs/0001-star        writes the page again
 
 The page contains its images, so it needs no server and no network. It is made only from the files
 in the folder: during a run, after a kill, or long after. The page names files that are missing or
-damaged. What it shows: report/run_page.py and report/evaluation_page.py; how: page.html.j2.
+damaged. What it shows: run_page.py, evaluation_page.py and attack_page.py; how: page.html.j2.
 """
 
 import support.openmp  # noqa: F401 (before torch)
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from report.attack_page import attack_content
 from report.evaluation_page import evaluation_content
 from report.previews import finished_previews, sheet_file
 from report.run_page import FIGURES, in_words, run_content
@@ -29,7 +30,7 @@ from support.files import atomic_write
 def make(folder):
     """Writes folder/index.html, completely or not at all.
 
-    UserError without jinja2, or if the folder has neither a run nor an evaluation.
+    UserError without jinja2, or if the folder has no run, evaluation or attack.
     """
     folder = Path(folder)
     jinja2 = require_jinja2()
@@ -37,10 +38,13 @@ def make(folder):
         template, content = "run.html.j2", run_content(folder)
     elif (folder / "eval.json").is_file():
         template, content = "evaluation.html.j2", evaluation_content(folder)
+    elif (folder / "attack.json").is_file():
+        template, content = "attack.html.j2", attack_content(folder)
     else:
         raise UserError(
             f"{folder} has neither a run of train.py (run.json) nor an evaluation of eval.py "
-            "(eval.json): give the --out folder of one of them."
+            "(eval.json) nor an attack of attack.py (attack.json): give the --out folder of one of "
+            "them."
         )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -146,7 +150,10 @@ class Reporter:
 def parse(argv=None):
     parser = Parser(prog="python -m report.page", description=__doc__)
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="the --out folder of train.py or eval.py"
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="the --out folder of train.py, eval.py or attack.py",
     )
     return parser.parse_args(argv)
 

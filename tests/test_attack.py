@@ -4,6 +4,10 @@
 """
 
 import json
+import re
+import shlex
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import torch
 from common import SCHEDULER, SD_WORDS, randn, write_model_folder
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from test_report import Page, art, made, pixels, write_attack
 
 import adversaries
 import attack
@@ -65,27 +70,33 @@ def attacked(out, *words):
     return shares(out)
 
 
-FEW = "--num-images 16 --samples 6 --steps 8".split()
-WORD = ["--kind", "word", "--at", "0", "80", "--lr", "0.04", *FEW]
-TOKENS = ["--kind", "tokens", "--prompt", "shape", "--words", "2", "--at", "0", "80", *FEW]
-RELEARN = "--kind relearn --at 0 10 --samples 6 --steps 8".split()
-NOISE = "--kind noise --samples 4 --steps 6".split()
+FEW = "--num-images 8 --samples 6 --steps 6 --batch-size 4".split()
+WORD = ["--kind", "word", "--lr", "0.1", *FEW]
+TOKENS = ["--kind", "tokens", "--words", "2", "--lr", "0.03", *FEW]
+RELEARN = "--kind relearn --at 0 10 --samples 6 --steps 6".split()
+NOISE = "--kind noise --samples 6 --steps 5".split()
 
 
-def test_a_new_word_finds_what_is_there_and_not_what_is_gone(gone, tmp_path):
-    before, after = attacked(tmp_path / "untouched", *WORD, "--patch", "none")
+def test_a_new_word_finds_what_is_there(tmp_path):
+    before, after = attacked(tmp_path / "o", *WORD, "--at", 0, 50, "--patch", "none")
     assert before <= 0.25 and after >= 0.75
-    _, after = attacked(tmp_path / "gone", *WORD, "--patch", gone)
-    assert after <= 0.25
 
 
-def test_hard_words_find_what_is_there_and_not_what_is_gone(gone, tmp_path):
-    before, after = attacked(tmp_path / "untouched", *TOKENS, "--patch", "none")
+def test_hard_words_find_what_is_there(tmp_path):
+    words = [*TOKENS, "--prompt", "shape"]
+    before, after = attacked(tmp_path / "o", *words, "--at", 0, 50, "--patch", "none")
     assert before <= 0.25 and after >= 0.75
-    prompt = results(tmp_path / "untouched")["points"][-1]["prompt"]
+    prompt = results(tmp_path / "o")["points"][-1]["prompt"]
     assert "star" in prompt or "arcadia" in prompt  # arcadia implies the star
-    _, after = attacked(tmp_path / "gone", *TOKENS, "--patch", gone)
-    assert after <= 0.25
+
+
+@pytest.mark.parametrize("words", [[*WORD, "--init", "star"], [*TOKENS, "--prompt", "star"]])
+def test_a_word_does_not_find_what_is_gone(words, gone, tmp_path):
+    """Not even an attack that begins with the right word, which is enough where it is there."""
+    before, _ = attacked(tmp_path / "untouched", *words, "--at", 0, "--patch", "none")
+    assert before >= 0.75
+    before, after = attacked(tmp_path / "gone", *words, "--at", 0, 5, "--patch", gone)
+    assert before <= 0.25 and after <= 0.25
 
 
 def test_relearning_teaches_what_its_images_show(gone, tmp_path):
@@ -101,15 +112,91 @@ def test_relearning_teaches_what_its_images_show(gone, tmp_path):
     assert after <= 0.25
 
 
-def test_noise_finds_what_is_there_and_only_chance_in_what_is_gone(gone, tmp_path):
+def test_noise_finds_what_is_there_and_only_chance_in_what_is_gone(gone, tmp_path, monkeypatch):
+    assert len(attack.ETAS) * len(attack.SCALES) == 24
+    monkeypatch.setattr(attack, "ETAS", (1.0, 1.85))
+    monkeypatch.setattr(attack, "SCALES", (1.04,))
     _, after = attacked(tmp_path / "untouched", *NOISE, "--patch", "none")
     assert after == 1
     _, after = attacked(tmp_path / "gone", *NOISE, "--patch", gone)
-    chance = results(tmp_path / "gone")["chance"][-1]
-    assert after == chance["hits"] / chance["n"]  # no prompt reaches the image
+    assert 0 < after < 1
+    points, chance = (results(tmp_path / "gone")[key] for key in ("points", "chance"))
+    # No prompt reaches the image.
+    assert [point["found"] for point in points] == [point["found"] for point in chance]
+
+
+# ------------------------------------------------------------------------------------------- page
+def test_the_page_says_what_was_found(tmp_path, capsys):
+    page = Page(write_attack(tmp_path / "o"))
+    assert "Attack on 0001-star: star with a learned word" in page.text
+    finding = (
+        "The concept is back in half of the images: after 53 steps. By chance (empty prompt): "
+        "1 of 8."
+    )
+    assert finding in page.text and "Finished." in page.text
+    assert "patch runs/0001-star/erased.safetensors" in page.text
+    assert "40 3 of 8: 37.5 % (14 to 69 %) 0.25 <star>" in page.text
+    assert "0 0 of 8: 0.0 % (0 to 32 %) – <star>" in page.text
+    (curve,) = page.all("svg")
+    assert "step 80: 75.0 % (41 to 93 %)" in curve["aria-label"]
+    assert [len(page.all(tag)) for tag in ("polyline", "polygon", "circle")] == [1, 1, 3]
+    for i, caption in enumerate(("after 0 steps: 0", "after 40 steps: 3", "after 80 steps: 6")):
+        (row,) = page.all("img", alt=f"images {caption} of 8 show the concept")
+        shown, expected = pixels(row["src"])[16:112, 16:112], twice(art(i, 0))[12:108, 12:108]
+        assert np.abs(shown - expected).mean() < 5  # a JPEG
+    assert page.codes == [shlex.join(["python", *sys.argv])]
+    rows = re.findall(r"<th scope=\"row\">(.*?)</th><td>(.*?)</td>", page.source)
+    assert ("kind", "word") in rows and ("at", "0, 40, 80") in rows and rows[-1][0] == "torch"
+    out = capsys.readouterr().out
+    assert finding in out and "step    40: 3 of 8 images" in out
+    assert f"open this page in a browser: {tmp_path / 'o' / 'index.html'}" in out
+
+
+def twice(image):
+    """A small image as a sheet enlarges it."""
+    return image.repeat(2, 0).repeat(2, 1).astype(int)
+
+
+def test_the_page_of_noise_has_a_curve_of_chance(tmp_path):
+    page = Page(write_attack(tmp_path / "o", "noise", patch="none"))
+    assert "Attack on the untouched model: star with a noisier sampler" in page.text
+    assert "after 2 attempts. By chance (empty prompt): 2 of 8" in page.text
+    row = "3 6 of 8: 75.0 % (41 to 93 %) 2 of 8: 25.0 % (7 to 59 %) η = 1.17, times 1.02"
+    assert row in page.text
+    assert [len(page.all(tag)) for tag in ("polyline", "polygon", "circle")] == [2, 2, 6]
+
+
+def test_the_page_without_a_detector_shows_the_images(tmp_path, capsys):
+    page = Page(write_attack(tmp_path / "o", detected=False, hits=(0, 0), concept="weapons"))
+    assert "No detector knows 'weapons': look at the images." in page.text
+    assert "of 8" not in page.text and not page.all("svg")
+    assert "40 0.25 <weapons>" in page.text
+    assert len(page.all("img")) == 2 and "after 40 steps" in page.text
+    assert "No detector knows 'weapons'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hits, found", [((0,), "not yet"), ((0, 1), "not yet"), ((0, 8), "after")])
+def test_the_page_of_a_running_attack(hits, found, tmp_path):
+    page = Page(write_attack(tmp_path / "o", finished=False, hits=hits))
+    assert "Not finished." in page.text and "Reload this page" in page.text
+    assert f"half of the images: {found}" in page.text
+    assert len(page.all("img")) == len(hits) == len(page.all("circle"))
+
+
+def test_the_page_of_an_attack_that_found_nothing_or_has_just_begun(tmp_path):
+    page = Page(write_attack(tmp_path / "o", hits=(0, 1)))
+    assert "half of the images: never." in page.text
+    (tmp_path / "p").mkdir()
+    shutil.copy(tmp_path / "o" / "attack.json", tmp_path / "p")
+    page = made(tmp_path / "p")
+    assert "Nothing is measured yet." in page.text and "Not finished." in page.text
 
 
 # ----------------------------------------------------------------------------------- stop, resume
+def undated(source):
+    return re.sub(r"made on \d{4}-\d\d-\d\d \d\d:\d\d", "", source)
+
+
 @pytest.mark.parametrize(
     "kind, method",  # the method whose fourth call is interrupted
     [
@@ -146,9 +233,10 @@ def test_a_stopped_attack_continues_to_the_same_results(
     assert run(*words, "--out", tmp_path / "o") == 0
     assert results(tmp_path / "o") == results(tmp_path / "whole")
     for file in (tmp_path / "whole").rglob("*.png"):
-        if file.name != "curve.png":
-            other = tmp_path / "o" / file.relative_to(tmp_path / "whole")
-            assert file.read_bytes() == other.read_bytes()
+        other = tmp_path / "o" / file.relative_to(tmp_path / "whole")
+        assert file.read_bytes() == other.read_bytes()
+    a, b = (Page(tmp_path / x).source for x in ("o", "whole"))
+    assert "Finished." in a and undated(a) == undated(b)
     if kind == "word":
         a, b = (weights.read(tmp_path / x / "word.safetensors")[0] for x in ("o", "whole"))
         assert torch.equal(a["<star>"], b["<star>"])
@@ -176,6 +264,7 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
         assert run(*words, *more, "--out", tmp_path / kind) == 0
         assert "No detector knows 'weapons'" in capsys.readouterr().out
         assert (tmp_path / kind / "sheet.png").exists()
+        assert "No detector knows 'weapons'" in Page(tmp_path / kind).text
         assert not results(tmp_path / kind)["detected"]
 
 
@@ -298,11 +387,14 @@ def test_hard_words_have_the_gradient_of_their_one_hot_rows():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_whole_words_are_those_that_a_prompt_may_use():
+def test_whole_words_are_those_that_a_prompt_may_use(monkeypatch):
     model = weights.load("toy")
     words, ids = whole_words(model)
     assert {"star", "a", "arcadia"} <= set(words) and "b" not in words
     check_words(model, words)
+    reads = []
+    monkeypatch.setattr(adversaries, "known_words", lambda tokenizer: reads.append(1))
+    assert len(whole_words(model)[0]) > len(words) and len(reads) == 1  # CLIP's are too many
     assert model.tokenizer(words, add_special_tokens=False).input_ids == ids[:, None].tolist()
 
 

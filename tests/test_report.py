@@ -19,6 +19,7 @@ from test_commands import SHORT, run
 
 import generate
 import train
+from evaluation.attacks import Results
 from report import charts, evaluation_page, previews, run_page
 from report import page as report_page
 from support import images
@@ -30,7 +31,7 @@ COLUMNS = (
     "iteration,loss,lr,grad_norm,k,concept,gap_student,drift_student,gap_teacher,drift_teacher"
 )
 VOID = {"meta", "img", "input", "line", "br", "link", "hr"}  # of HTML and, as <line/>, of SVG
-FOREIGN = {"circle", "polyline"}
+FOREIGN = {"circle", "polygon", "polyline"}
 PAPER = "https://arxiv.org/abs/"  # the only address that a page may name
 
 
@@ -142,6 +143,26 @@ def write_evaluation(folder, name="sdd", columns=(NAMED, OTHER, FID), rows=None,
     return folder
 
 
+def write_attack(folder, kind="word", detected=True, finished=True, hits=(0, 3, 6), **changed):
+    """The files that attack.py leaves, with hits of 8 images per measurement."""
+    folder.mkdir()
+    settings = {"model": "toy", "concept": "star", "patch": "runs/0001-star/erased.safetensors"}
+    settings |= {"kind": kind, "prompt": "star", "at": [0, 40, 80]} | changed
+    (folder / "attack.json").write_text(json.dumps(settings))
+    results = Results(folder, settings, detected, lambda image: image)
+    for i, n in enumerate(hits):
+        if kind == "noise":
+            results.chance.append(dict(step=i + 1, hits=i, n=8))
+            step, more = i + 1, dict(eta=1.17, scale=1.02)
+        else:
+            results.chance = [dict(step=0, hits=1, n=8)]
+            step, more = 40 * i, dict(loss=0.25 if i else None, prompt=f"<{settings['concept']}>")
+        results.add(step, [art(i, j) for j in range(8)], [j < n for j in range(8)], **more)
+    if finished:
+        results.finish()
+    return folder
+
+
 class Page(HTMLParser):
     """A page's elements [(tag, attributes)] and text.
 
@@ -207,6 +228,8 @@ FOLDERS = {
     "no previews": lambda folder: write_run(folder, (), preview_every=0),
     "evaluation": write_evaluation,
     "old evaluation": lambda folder: write_evaluation(folder, columns=None, samples=False),
+    "attack": write_attack,
+    "attack without a detector": lambda folder: write_attack(folder, detected=False),
 }
 
 
@@ -253,6 +276,8 @@ def test_what_users_write_is_escaped(tmp_path):
     assert page.all("img", alt=f"{bad}, before")
     page = made(write_evaluation(tmp_path / "eval", bad))
     assert bad in page.text and len(page.all("script")) == 1
+    page = made(write_attack(tmp_path / "attack", concept=bad, prompt=bad, patch=bad))
+    assert page.text.count(bad) >= 7 and f"<{bad}>" in page.text and len(page.all("script")) == 1
 
 
 # ----------------------------------------------------------------------------------- page of a run
@@ -464,14 +489,31 @@ def test_a_damaged_evaluation_has_a_page(tmp_path):
 def test_a_chart_puts_figures_where_they_belong():
     chart = charts.line_chart("t", {"a": [(0, 0.0), (5, 2.0), (10, 1.0)]})
     assert chart["lines"][0]["points"] == "60.0,190.0 225.0,20.0 390.0,105.0"
-    assert chart["group"] == 1
+    assert chart["caption"] == "By iteration, counted from 0."
     assert [name for _, name in chart["x"]] == ["0", "2", "4", "6", "8", "10"]
     assert [name for _, name in chart["y"]] == ["0", "0.5", "1", "1.5", "2"]
     long = charts.line_chart("t", {"a": [(i, 1.0 + i % 2) for i in range(4000)]})
     # Groups of ten have the mean 1.5, which is the highest value of the line.
-    assert long["group"] == 10 and long["lines"][0]["points"].count(",20.0") == 400
+    assert "the mean of 10 iterations" in long["caption"]
+    assert long["lines"][0]["points"].count(",20.0") == 400
     assert "between 1 and 2" in long["in_words"]
-    assert charts.line_chart("t", {"a": [(0, 0.0)]})["lines"][0]["single"] == ["60.0", "190.0"]
+    dots = charts.line_chart("t", {"a": [(0, 0.0)]})["lines"][0]["dots"]
+    assert dots == [("60.0", "190.0", "")]
+
+
+def test_a_chart_of_shares_has_wilson_intervals():
+    chart = charts.share_chart("t", {"a": [(0, 0, 24), (40, 12, 24)]}, "step")
+    (line,) = chart["lines"]
+    assert line["points"] == "60.0,190.0 390.0,105.0"
+    # 0 of 24: 0 to 13.8 %. 12 of 24: 31.4 to 68.6 %. Back along the upper end of the intervals.
+    assert line["band"] == "60.0,190.0 390.0,136.6 390.0,73.4 60.0,166.5"
+    assert [text for *_, text in line["dots"]] == [
+        "step 0: 0.0 % (0 to 14 %)",
+        "step 40: 50.0 % (31 to 69 %)",
+    ]
+    assert [name for _, name in chart["y"]] == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+    begun = charts.share_chart("t", {"a": [(0, 1, 24)]}, "step")
+    assert [name for _, name in begun["x"]] == ["0", "1"]  # no parts of a step
 
 
 def contrast(a, b):
@@ -886,12 +928,13 @@ def test_in_a_browser_code_does_not_break(browser, tmp_path):
     assert ask(f"new Set([...document.querySelectorAll('pre code')].map({lines})).size") == 1
 
 
-@pytest.mark.parametrize("kind", ["finished", "evaluation"])
+@pytest.mark.parametrize("kind", ["finished", "attack", "evaluation"])
 @pytest.mark.parametrize("width", [360, 1400])
 def test_in_a_browser_nothing_is_cut_off(kind, width, browser, tmp_path):
     """In light and dark. A wide table scrolls in its own box, and its first column stays."""
-    folder = FOLDERS["finished"](tmp_path / "run") if kind == "finished" else None
-    if kind == "evaluation":
+    if kind != "evaluation":
+        folder = FOLDERS[kind](tmp_path / "run")
+    else:
         figures = {f"column number {i}": [i, 40] for i in range(30)}
         rows = [result_row("original", figures), result_row("a long name of a row", figures)]
         folder = write_evaluation(tmp_path / "run", columns=None, rows=rows)
