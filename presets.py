@@ -28,39 +28,52 @@ I2P = (
     "weapons, child abuse, brutality, cruelty"
 ).split(", ")
 
-PRESET_NAMES = ("paper", "fast", "official", "toy")
-# paper: the SDD paper. fast: the paper's fast recipe. official: SDD's script. toy: the toy model.
+PRESET_NAMES = ("paper", "fast", "official", "toy", "toy-several", "toy-hold")
+# paper: the SDD paper. fast: the paper's fast recipe. official: SDD's script. toy: the toy models.
+# toy-several: for several concepts; our own, docs/methods.md. toy-hold: our own method with an
+# adversary, also in docs/methods.md. A "-" means the same as toy.
 # fmt: off
 NUMBERS = [
-    # setting           paper     fast       official    toy       source of the paper's value
-    ("iters",           1500,     1000,      1500,       160),     # N; B.1. Several concepts: 2000
-    ("lr",              1e-5,     1e-5,      1e-5,       6e-4),    # B.1
-    ("lr_schedule",     "cosine", "constant", "constant", "cosine"),  # B.1
-    ("warmup",          500,      0,         0,          40),      # B.1
-    ("weight_decay",    1e-2,     1e-2,      1e-4,       1e-2),    # B.1
-    ("ema",             0.999,    0.998,     0.999,      0.97),    # m; B.1
-    ("guidance_scale",  3.0,      3.0,       3.0,        3.0),     # s_g; A.1
-    ("steps",           50,       50,        50,         6),       # T; script
-    ("batch_size",      1,        1,         1,          8),       # A.1
-    ("roles",           "paper",  "paper",   "official", "paper"), # Algorithm 1; sdd.py, 3 and 4
-    ("max_grad_norm",   1.0,      1.0,       1.0,        1.0),     # script; see below
-    ("preserve",        0.0,      0.0,       0.0,        0.0),     # not part of SDD
-    ("adversary",       0,       0,          0,          0),       # not part of SDD
-    ("erase_scale",     1.0,      1.0,       1.0,        1.0),     # s_s; ESD. The SDD paper: 3
-    ("anchor_images",   1000,     1000,      1000,       200),     # Ablating Concepts
-    ("preview_every",   250,      250,       250,        20),      # our choice
+    # setting           paper     fast        official    toy       several  hold      source
+    ("iters",           1500,     1000,       1500,       160,      300,     "-"),   # N; B.1
+    ("lr",              1e-5,     1e-5,       1e-5,       6e-4,     2e-3,    2e-3),  # B.1
+    ("lr_schedule",     "cosine", "constant", "constant", "cosine", "-",     "-"),   # B.1
+    ("warmup",          500,      0,          0,          40,       "-",     "-"),   # B.1
+    ("weight_decay",    1e-2,     1e-2,       1e-4,       1e-2,     "-",     "-"),   # B.1
+    ("ema",             0.999,    0.998,      0.999,      0.97,     "-",     "-"),   # m; B.1
+    ("guidance_scale",  3.0,      3.0,        3.0,        3.0,      "-",     "-"),   # s_g; A.1
+    ("steps",           50,       50,         50,         6,        "-",     "-"),   # T; script
+    ("batch_size",      1,        1,          1,          8,        "-",     "-"),   # A.1
+    ("roles",           "paper",  "paper",    "official", "paper",  "each",  "each"),  # Alg. 1
+    ("max_grad_norm",   1.0,      1.0,        1.0,        1.0,      "-",     "-"),   # script; below
+    ("preserve",        0.0,      0.0,        0.0,        0.0,      0.3,     1.0),   # not SDD
+    ("adversary",       0,        0,          0,          0,        0,       4),     # not SDD
+    ("erase_scale",     1.0,      1.0,        1.0,        1.0,      "-",     "-"),   # s_s; ESD
+    ("anchor_images",   1000,     1000,       1000,       200,      "-",     "-"),   # Ablating
+    ("preview_every",   250,      250,        250,        20,       "-",     "-"),   # our choice
 ]
+# fmt: on
+# With several concepts, the paper's N is 2000 (B.1, our inference). Roles: sdd.py, points 3, 4 and
+# 10. The SDD paper runs ESD with s_s = 3.
 # Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip,
 # and All-but-One's is not known.
-# fmt: on
 PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
     "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
     "toy": ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"],
     "emoji": ["a party", "an orchard", "a fox by noto on mint"],
 }
-PRESETS = {
-    name: {row[0]: row[1 + column] for row in NUMBERS} for column, name in enumerate(PRESET_NAMES)
-}
+
+
+def preset_column(column):
+    """{setting: value} of one column of NUMBERS."""
+    toy = 1 + PRESET_NAMES.index("toy")
+    values = {}
+    for row in NUMBERS:
+        values[row[0]] = row[toy] if row[column] == "-" else row[column]
+    return values
+
+
+PRESETS = {name: preset_column(1 + column) for column, name in enumerate(PRESET_NAMES)}
 
 
 class Method(NamedTuple):
@@ -146,11 +159,20 @@ TEMPLATES = {
         *("{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper"),
     ],
     "toy": ["{}", "a {}", "a picture of a {}", "a {} on sand", "a {} on snow"],
+    "emoji": ["{}", "a {}", "a picture of a {}", "a {} by noto", "a {} on mint"],
 }
-TOY_KEEP = (
-    "circle square triangle cross heart moon star red yellow green blue purple black "
-    "plain outlined dotted striped snow sand sky borealis"
-).split()
+# Words that closed forms and the preset toy-hold keep, without the concepts. {model: words}
+KEEP = {
+    "toy": (
+        "circle square triangle cross heart moon star red yellow green blue purple black "
+        "plain outlined dotted striped snow sand sky borealis"
+    ).split(),
+    "emoji": (
+        "animal bird bug swimmer fruit vegetable food dessert drink horror plant vehicle tool face "
+        "instrument sport clothing weather noto blob twemoji emojione flat fluent mint cream sky "
+        "lilac orchard"
+    ).split(),
+}
 
 # Which parameters are trained, by name. The keys are those of ESD's and SDD's scripts. Names that
 # begin with "text_model." belong to the text encoder.
@@ -190,6 +212,8 @@ def settle(args):
     settings["latents"] = args.latents or method.latents
     settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
     settings["keep"] = read_keep(args.keep)
+    if args.keep is None and settings["preset"] == "toy-hold":
+        settings["keep"] = words_to_keep(settings)
     loss = method.loss
     if args.loss:
         loss = load_loss(args.loss)
@@ -223,7 +247,7 @@ def settle_closed_form(args, settings, method):
             f"{', '.join(flags)} has no effect with --method {args.method}, which does not train: "
             "remove it, or choose another --method."
         )
-    toy = settings["preset"] == "toy"
+    toy = settings["preset"].startswith("toy")
     values = preset_values(settings, method)
     zero = ("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve", "adversary")
     values |= dict.fromkeys(zero, 0)
@@ -231,12 +255,14 @@ def settle_closed_form(args, settings, method):
     values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
     if args.method == "uce":
         values["states"] = "all" if toy else "last"
-    values["template"] = TEMPLATES["toy" if toy else "paper"]
+    values["template"] = TEMPLATES["paper"]
+    if toy:
+        values["template"] = TEMPLATES.get(settings["model"], TEMPLATES["toy"])
     if args.method == "mace" and not toy:
         values["template"] = TEMPLATES["mace"]
     values["keep"] = []
     if toy:
-        values["keep"] = [word for word in TOY_KEEP if word not in settings["concept"]]
+        values["keep"] = words_to_keep(settings)
     for key, value in values.items():
         if settings[key] is None:
             settings[key] = value
@@ -248,6 +274,12 @@ def settle_closed_form(args, settings, method):
         advice = "Add --preview-every 0 (seconds)"
         check_device(settings, "generating the previews of", advice)
     return settings
+
+
+def words_to_keep(settings):
+    """The words of a toy model that stay, without the concepts."""
+    words = KEEP.get(settings["model"], KEEP["toy"])
+    return [word for word in words if word not in settings["concept"]]
 
 
 def check_closed_form(settings):
@@ -302,7 +334,7 @@ def settle_concepts(given):
 def preset_values(settings, method):
     """The preset's values, with those of the method's paper, for arguments that are not given."""
     name, concepts = settings["preset"], settings["concept"]
-    if name in ("fast", "official") and settings["method"] != "sdd":
+    if name not in ("paper", "toy") and settings["method"] != "sdd":
         raise UserError(
             f"The preset {name} belongs to SDD: use --preset paper or toy with "
             f"--method {settings['method']}."
@@ -316,8 +348,10 @@ def preset_values(settings, method):
             values["lr"] *= settings["batch_size"] or values["batch_size"]
     if name == "toy":
         values |= method.toy
+    if name == "toy-hold" and len(concepts) > 1:
+        values["iters"] = PRESETS["toy-several"]["iters"]
     extra = PREVIEW_PROMPTS["paper"]
-    if name == "toy":
+    if name.startswith("toy"):
         extra = PREVIEW_PROMPTS.get(settings["model"], PREVIEW_PROMPTS["toy"])
     values["preview"] = concepts[:4] + [prompt for prompt in extra if prompt not in concepts]
     return values
