@@ -66,7 +66,6 @@ SUITE_FLAGS = {  # flag: the suites that use it
     "real": ("coco",),
     "q16": ("i2p",),
     "loss": ("toy",),
-    "reproduce": ("toy",),
 }
 # The images do not depend on these arguments, so that they may change when a command is repeated.
 # all_concepts follows from the others.
@@ -76,8 +75,6 @@ MEASURING = (
     "q16",
     "real",
     "clip",
-    "reproduce",
-    "quick",
     "prompts",
     "device",
     "show_uncensored",
@@ -140,17 +137,6 @@ def parse(argv=None):
         nargs="+",
         metavar="TEXT",
         help='artists: prompts with {} for the name (default: "a painting in the style of {}")',
-    )
-    group.add_argument(
-        "--reproduce",
-        action="store_true",
-        help="toy: train and measure every erasure method and write a page about the papers' "
-        "claims; takes hours",
-    )
-    group.add_argument(
-        "--quick",
-        action="store_true",
-        help="with --reproduce: one training seed, fewer rows and images",
     )
 
     group = parser.add_argument_group("a loss of your own, next to the stored rows (toy)")
@@ -255,10 +241,6 @@ def check_flags(args):
     warms_up = any(method in WARMUPS for method in args.methods)
     if args.guidance_warmup is not None and not warms_up:
         raise UserError("--guidance-warmup has no effect without --methods sld-… or sega.")
-    if args.quick and not args.reproduce:
-        raise UserError("--quick has no effect without --reproduce: add it or remove --quick.")
-    if args.reproduce and (args.patch or args.methods):
-        raise UserError("--reproduce trains its own patches: remove --patch and --methods.")
 
 
 def choose_out(args, processes):
@@ -267,9 +249,7 @@ def choose_out(args, processes):
         return args.out
     if processes > 1:  # each process would choose its own
         raise UserError("Several processes share one folder: name it with --out.")
-    name = "reproduction" if args.reproduce else args.suite
-    if args.loss:
-        name = args.loss.rpartition(":")[2]
+    name = args.loss.rpartition(":")[2] if args.loss else args.suite
     return numbered_folder("tables", name)
 
 
@@ -407,10 +387,6 @@ def evaluate(args):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_flags(args)
     args.out = choose_out(args, processes)
-    if args.reproduce:
-        from toy.reproduce import reproduce
-
-        return reproduce(args.out.resolve(), args.quick)
     if args.loss:
         from evaluation.own_row import own_row
 

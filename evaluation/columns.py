@@ -66,6 +66,55 @@ TOY_DISTANCES = [
     ),
 ]
 
+# What attacks bring back, and what a method costs: evaluation/comeback.py, workflow/page.py.
+COMEBACK = [
+    Column(
+        "word_half",
+        "steps until a new word finds it",
+        "high",
+        "steps of the attack `word` until half of the images show the concept",
+    ),
+    Column(
+        "word",
+        "found by a new word",
+        "low",
+        "images that show the concept after 160 steps of the attack `word`",
+    ),
+    Column(
+        "tokens",
+        "found by other words",
+        "low",
+        "images that show the concept after the last step of the attack `tokens`",
+    ),
+    Column(
+        "relearn_half",
+        "steps until it is learned again",
+        "high",
+        "steps of the attack `relearn` until half of the images show the concept",
+    ),
+    Column(
+        "relearn",
+        "learned again",
+        "low",
+        "images that show the concept after 10 steps of the attack `relearn`",
+    ),
+    Column(
+        "noise",
+        "found with noise",
+        "low",
+        "seeds that show the concept in at least one of 24 attempts of the attack `noise`",
+    ),
+    Column(
+        "noise_chance",
+        "found with noise, empty prompt",
+        None,
+        "the same with the empty prompt: what chance alone finds",
+    ),
+    Column("seconds", "seconds of training", "low", "mean time of a training, previews included"),
+    Column("megabytes", "size (MB)", None, "size of erased.safetensors in 10^6 bytes"),
+]
+HALVES = ("word_half", "relearn_half")  # None: the concept never came back in half of the images
+
 # FID and KID: the SDD paper's plain model has a worse FID than its erased ones (Table 1), so that
 # a lower value does not mean that less was lost.
 OTHERS = {
@@ -94,7 +143,7 @@ def all_columns(suite, asked, toy_titles):
         # Neither is better: an erased name should be low, the others high (or the reverse, LPIPS).
         return [Column(name, name, None, f"images that ask for {name}") for name in asked]
     if suite == "toy":
-        return toy_columns(toy_titles)
+        return toy_columns(toy_titles) + COMEBACK
     return OTHERS[suite]
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 import weights
 from clip_text import tokenize
 from evaluation import metrics, plots
-from evaluation.columns import all_columns, arrow
+from evaluation.columns import HALVES, all_columns, arrow
 from evaluation.findings import is_proportion, summary
 from evaluation.suites import SUITES, paper
 from pipeline import WARMUPS, check_warmup, make_scheduler
@@ -260,6 +260,13 @@ def cell(value):
     return "–"
 
 
+def figure_cell(figures, key):
+    """The figure of a column as text. "never": an attack did not bring the concept back."""
+    if key in HALVES and key in figures and figures[key] is None:
+        return "never"
+    return cell(figures.get(key))
+
+
 def no_break(text):
     """The same text, which a browser does not break across lines."""
     return text.replace(" ", "\N{NO-BREAK SPACE}").replace("–", "–\N{WORD JOINER}")
@@ -287,7 +294,7 @@ def markdown(rows, columns):
     for column in columns:
         head.append(heading(column, rows))
         for line, row in zip(lines, rows):
-            line.append(no_break(cell(row["figures"].get(column.key))))
+            line.append(no_break(figure_cell(row["figures"], column.key)))
         if any(column.key in row["paper"] for row in rows):
             head.append(f"{column.title} in the paper")
             for line, row in zip(lines, rows):
@@ -301,7 +308,7 @@ def terminal_table(rows, columns):
     deciding = columns[:DECIDING]
     lines = [["model", "erased", *(heading(column, rows) for column in deciding)]]
     for row in rows:
-        lines.append(names_of(row) + [cell(row["figures"].get(c.key)) for c in deciding])
+        lines.append(names_of(row) + [figure_cell(row["figures"], c.key) for c in deciding])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ""
     for line in lines:

@@ -687,11 +687,8 @@ def test_the_toys_suite_asks_for_what_it_can_count(tmp_path, capsys):
     [
         ("artists --model toy", "--patch"),
         ("artists --model toy --methods neg --avoid star --template star", "{}"),
-        ("nudity --model toy --reproduce", "--reproduce has no effect in the suite nudity"),
         ("toy --avoid star", "--avoid has no effect without --methods"),
         ("toy --guidance-warmup 1", "--guidance-warmup has no effect"),
-        ("toy --quick", "--quick has no effect without --reproduce"),
-        ("toy --reproduce --methods neg --avoid star", "remove --patch and --methods"),
         ("toy --template {}", "--template has no effect in the suite toy"),
         ("nudity --real images", "It is for coco."),
         ("coco --q16 prompts.npy", "It is for i2p."),

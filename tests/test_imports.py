@@ -16,7 +16,7 @@ LAYERS = [
     ["report"],
     ["toy", "evaluation"],
     ["train", "generate", "eval", "attack"],
-    ["tools"],
+    ["tools", "workflow"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 DIFFUSERS_ALLOWED = (
@@ -25,7 +25,7 @@ DIFFUSERS_ALLOWED = (
 )  # they measure it, and need it only then
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "support", "report", "evaluation", "tools", "toy")
+    for folder in (".", "support", "report", "evaluation", "tools", "toy", "workflow")
     for path in (ROOT / folder).glob("*.py")
 )
 

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from common import SD_WORDS, write_model_folder
 
-import eval as evaluation
 import weights
 from evaluation.suites import COUNTRIES
 from tools import bench
@@ -116,7 +115,7 @@ def results(folder, tmp_path_factory):
     try:
         for line in commands():
             script, given = split(line)
-            if script in SHORT and "--reproduce" not in given:
+            if script in SHORT:
                 found[line] = call(script, shortened(script, given, model))
     finally:
         os.chdir(before)
@@ -136,22 +135,20 @@ def test_every_command_runs(results, folder):
 
 
 def test_commands_that_are_only_parsed():
-    """The benchmarks and the reproduction take long; test_bench and test_reproduce run them."""
+    """The benchmarks take long, and test_bench runs them."""
     seen = set()
     for line in commands():
         script, words = split(line)
-        if script in SHORT and "--reproduce" not in words:
+        if script in SHORT:
             continue
         seen.add(script)
         if script == "-m tools.bench":
             bench.parse(words)
-        elif script == "eval.py":
-            evaluation.parse(words)
         elif script == "-m pytest":
             assert all((ROOT / word).is_file() for word in words), line
         elif not script.startswith("-m "):
             assert (ROOT / script).is_file(), line
-    assert {"-m tools.bench", "eval.py", "-m pytest"} <= seen
+    assert {"-m tools.bench", "-m pytest"} <= seen
 
 
 def test_the_diffusers_snippet(results, folder, monkeypatch):

@@ -1,0 +1,372 @@
+"""What the study trains, attacks and measures: rows, seeds, limits and commands.
+
+workflow/Snakefile runs the commands of this file, workflow/page.py shows their results. Every
+method has the settings of presets.METHODS; page.TUNING says how those were found.
+
+    results/runs/TABLE/ROW/SEED/                     a training; both studies use it
+    results/STUDY/attacks/TABLE/ROW/KIND-SEED/       an attack, and its results in KIND-SEED.json
+    results/STUDY/tables/TABLE/                      a table
+    results/STUDY/results.md                         the page
+"""
+
+import json
+import shlex
+from typing import NamedTuple
+
+import closed_form
+import presets
+import train
+
+RESULTS = "results"
+ORIGINAL = "original"  # the model without a patch
+OURS = "sdd + adversary"  # our own method: the preset toy-hold
+SEEDS = (2, 3, 4)  # of trainings and attacks
+GUIDED = ["neg", "sld-medium", "sld-max", "sega"]
+GUIDANCE_WARMUP = 0
+THREE = ("star", "red", "striped")
+TEXTURES = ("striped", "dotted", "outlined")
+CURVE_POINTS = (40, 80, 120, 160)  # iterations; the rows of the curve are exported after them
+CURVE_LINES = ("sdd teacher", "sdd student", "esd-x teacher", "esd-x student")
+TEMPLATES = ("a {} circle", "a blue {} square on sand", "a {} triangle on snow", "something {}")
+MATRIX_LIMIT = 240  # the seeds of a row share the images of four templates
+STEPS = 12  # of the sampler, for the images of tables and previews
+EVERY = 40  # iterations between two previews, and between two exports
+
+# The steps after which an attack's images are counted. The columns of the table need 160 (word) and
+# 10 (relearn), see evaluation/comeback.py. noise has no steps.
+WORD_STEPS = (0, 40, 80, 120, 160, 240, 320, 480)
+TOKENS_STEPS = (0, 80, 160)
+RELEARN_STEPS = (0, 5, 10, 15, 20, 30)
+AT = {"word": WORD_STEPS, "tokens": TOKENS_STEPS, "relearn": RELEARN_STEPS, "noise": ()}
+QUICK_AT = {"word": (0, 80, 160)}
+ATTACKED_CONCEPT = "star"
+ATTACKED_MOST = (ORIGINAL, "sdd", OURS, "esd-x", "uce")  # with all kinds of attack
+
+TOY_WEIGHTS = [
+    "toy/model/unet/diffusion_pytorch_model.safetensors",
+    "toy/model/text_encoder/model.safetensors",
+    "toy/model/vae/diffusion_pytorch_model.safetensors",
+]
+# The code that decides what a training learns. The numbers of presets.py are not here: each
+# training has its own in `settings`, so a new number repeats only the trainings that use it.
+TRAINING_CODE = [
+    "sdd.py",
+    "losses.py",
+    "ema.py",
+    "ablation.py",
+    "adversaries.py",
+    "closed_form.py",
+    "scheduler.py",
+    "guidance.py",
+]
+ATTACK_CODE = ["adversaries.py"]
+PAGE_CODE = ["workflow/page.py", "evaluation/comeback.py", "evaluation/columns.py"]
+PROBE = ["toy/probe.safetensors", "toy/probe.py"]  # what an image shows
+
+
+# ---------------------------------------------------------------------------------------- tables
+class Row(NamedTuple):
+    """A row of a table that has a patch."""
+
+    name: str
+    concepts: tuple  # what it forgets
+    words: list  # further arguments of train.py
+
+    @property
+    def closed(self):
+        """Is it a closed form? Those have no training loop and are made once, with one seed."""
+        return any(method in self.words for method in closed_form.METHODS)
+
+
+class Table(NamedTuple):
+    """A table of the page."""
+
+    title: str
+    rows: list
+    guided: list = []  # methods without training; they avoid the concepts of the rows
+    attacks: dict = {}  # {row: kinds of attack}
+
+
+class Study(NamedTuple):
+    """What `snakemake STUDY` makes: tables on one page."""
+
+    seeds: tuple  # of trainings and attacks
+    limit: int  # images per figure
+    curve_limit: int  # the same for the curve; 0: no curve
+    samples: int  # images of an attack after each of its steps
+    at: dict  # {kind of attack: the steps after which images are counted}
+    tables: dict  # {name of its folder: Table}
+
+
+def closed_rows(concepts, anchors):
+    """The rows of the closed forms."""
+    rows = []
+    for method in ("uce", "mace", "rece", "speed"):
+        rows.append(Row(method, concepts, ["--method", method, "--anchor", *anchors]))
+    return rows
+
+
+def one_concept():
+    """The rows of the table `one`."""
+    words = {
+        "sdd": [],
+        "sdd + preserve": ["--preserve", "0.3", "--lr", "2e-3"],
+        OURS: ["--preset", "toy-hold"],
+        "esd-x": ["--method", "esd-x"],
+        "esd-u": ["--method", "esd-u"],
+        "ablate": ["--method", "ablate", "--anchor", "circle"],
+        "ablate-noise": ["--method", "ablate-noise", "--anchor", "circle"],
+        "all-but-one": ["--method", "all-but-one"],
+    }
+    rows = [Row(name, ("star",), more) for name, more in words.items()]
+    return rows + closed_rows(("star",), ["circle"])
+
+
+def three_concepts():
+    """The rows of the table `three`."""
+    anchors = ["circle", "blue", "plain"]
+    words = {
+        "sdd": [],
+        "sdd, official roles": ["--roles", "official"],
+        "sdd, each + preserve": ["--roles", "each", "--preserve", "0.3", "--lr", "2e-3"],
+        OURS: ["--preset", "toy-hold"],
+        "esd-x": ["--method", "esd-x"],
+        "ablate": ["--method", "ablate", "--anchor", *anchors],
+        "all-but-one": ["--method", "all-but-one"],
+    }
+    rows = [Row(name, THREE, [*more, "--iters", "300"]) for name, more in words.items()]
+    return rows + closed_rows(THREE, anchors)
+
+
+def textures():
+    """The rows of Figure 2, where textures take the place of artists."""
+    words = {
+        "sdd": ["--steps", "12", "--lr", "4.4e-4"],  # tuned for textures
+        "esd-x": ["--method", "esd-x"],
+        "uce": ["--method", "uce", "--anchor", "plain"],
+    }
+    rows = []
+    for name, more in words.items():
+        for texture in TEXTURES:
+            rows.append(Row(f"{name} {texture}", (texture,), more))
+    return rows
+
+
+def one_table():
+    """The table of one concept. All attacks on the models that differ most, one on the others."""
+    rows = one_concept()
+    attacks = {}
+    for name in [ORIGINAL, *(row.name for row in rows)]:
+        attacks[name] = ["word"]
+        if name in ATTACKED_MOST:
+            attacks[name] = list(AT)
+    return Table("One concept (the paper's Table 1)", rows, GUIDED, attacks)
+
+
+def three_table():
+    """The table of three concepts at once."""
+    attacked = ("sdd, each + preserve", "esd-x", "uce", OURS)
+    attacks = {name: ["word"] for name in attacked}
+    return Table("Three concepts at once (Table 2)", three_concepts(), GUIDED, attacks)
+
+
+def textures_table():
+    """The table of Figure 2."""
+    return Table("Artists (Figure 2): textures in their place", textures())
+
+
+def quick_table():
+    """The table of the quick study: a part of the table of one concept."""
+    chosen = ("sdd", "sdd + preserve", "esd-x", "uce")
+    rows = [row for row in one_concept() if row.name in chosen]
+    attacked = (ORIGINAL, "sdd", "esd-x", "uce")
+    attacks = {name: ["word"] for name in attacked}
+    return Table("One concept (the paper's Table 1)", rows, ["neg", "sld-max", "sega"], attacks)
+
+
+# {study: Study}; `snakemake STUDY` makes one of them, `snakemake` all but the quick one.
+STUDIES = {
+    "one": Study(SEEDS, 200, 100, 24, AT, {"one": one_table()}),
+    "three": Study(SEEDS, 200, 0, 24, AT, {"three": three_table()}),
+    "textures": Study(SEEDS, MATRIX_LIMIT, 0, 24, AT, {"matrix": textures_table()}),
+    "quick": Study(SEEDS[:1], 40, 0, 12, QUICK_AT, {"one": quick_table()}),
+}
+MAIN = ("one", "three", "textures")
+
+
+# ---------------------------------------------------------------------------------------- files
+def slug(name):
+    """The name of a row in file names."""
+    return name.replace(" ", "").replace(",", "-")
+
+
+def find_row(table, short):
+    """The Row of a table, found by its slug. The rows of the quick study are in the table `one`."""
+    for study in MAIN:
+        for row in STUDIES[study].tables.get(table, Table("", [])).rows:
+            if slug(row.name) == short:
+                return row
+    raise KeyError(f"no row {short} in the table {table}")
+
+
+def seeds_of(row, seeds):
+    """The training seeds of a row: those of the study; the first one for a closed form."""
+    return seeds[:1] if row.closed else seeds
+
+
+def run_folder(table, row, seed):
+    return f"{RESULTS}/runs/{table}/{slug(row)}/{seed}"
+
+
+def patch_file(table, row, seed):
+    return f"{run_folder(table, row, seed)}/erased.safetensors"
+
+
+def table_folder(study, table):
+    return f"{RESULTS}/{study}/tables/{table}"
+
+
+def attack_folder(study, table, row, kind, seed):
+    return f"{RESULTS}/{study}/attacks/{table}/{slug(row)}/{kind}-{seed}"
+
+
+def patches(study, table):
+    """{row: its patches, one per training seed} of a table."""
+    found = {}
+    for row in STUDIES[study].tables[table].rows:
+        seeds = seeds_of(row, STUDIES[study].seeds)
+        found[row.name] = [patch_file(table, row.name, seed) for seed in seeds]
+    return found
+
+
+def attacks(study, table):
+    """{row: {kind: the results of its attacks, one per seed}} of a table."""
+    found = {}
+    for row, kinds in STUDIES[study].tables[table].attacks.items():
+        found[row] = {}
+        for kind in kinds:
+            folders = [
+                attack_folder(study, table, row, kind, seed) for seed in STUDIES[study].seeds
+            ]
+            found[row][kind] = [f"{folder}.json" for folder in folders]
+    return found
+
+
+def table_names(study):
+    """The tables of a study, with the curve."""
+    return [*STUDIES[study].tables, *(["curve"] if STUDIES[study].curve_limit else [])]
+
+
+def curve_patches(study):
+    """[(line, iteration, training, patch)] of the curve: `training` is the patch at its end."""
+    found = []
+    for line in CURVE_LINES:
+        row, which = line.split(" ")
+        for iteration in CURVE_POINTS:
+            for seed in STUDIES[study].seeds:
+                exports = f"{run_folder('one', row, seed)}/exports"
+                file = f"{exports}/{which}-{iteration:06d}.safetensors"
+                found.append((line, iteration, patch_file("one", row, seed), file))
+    return found
+
+
+def table_inputs(study, table):
+    """The patches that a table measures. The exports of the curve's trainings lie next to them."""
+    if table == "curve":
+        return list(dict.fromkeys(training for _, _, training, _ in curve_patches(study)))
+    return [file for files in patches(study, table).values() for file in files]
+
+
+def page_inputs(study):
+    """The results that the page shows: tables and attacks."""
+    found = [f"{table_folder(study, table)}/results.json" for table in table_names(study)]
+    for table in STUDIES[study].tables:
+        for kinds in attacks(study, table).values():
+            found += [file for files in kinds.values() for file in files]
+    return list(dict.fromkeys(found))
+
+
+def trainings(study):
+    """The patches that a study trains."""
+    found = []
+    for table in STUDIES[study].tables:
+        found += table_inputs(study, table)
+    return found
+
+
+def benchmark_file(path):
+    """Where Snakemake writes the seconds that the command for `path` took."""
+    return f"{RESULTS}/seconds/{path.removeprefix(f'{RESULTS}/')}.tsv"
+
+
+# ---------------------------------------------------------------------------------------- commands
+def training(table, short, seed):
+    """The words of train.py for the row with the slug `short`."""
+    row = find_row(table, short)
+    words = ["--model", "toy", "--concept", *row.concepts, *row.words, "--seed", seed]
+    words += ["--preview", row.concepts[0], "--preview-steps", STEPS, "--device", "cpu"]
+    if not row.closed:
+        words += ["--preview-every", EVERY, "--export-every", EVERY]
+    words += ["--out", run_folder(table, row.name, seed)]
+    return [str(word) for word in words]
+
+
+def settings(words):
+    """All settings of a training as JSON: its words, and the presets' numbers for the rest."""
+    settled = presets.settle(train.parse(words))
+    return json.dumps(settled, sort_keys=True, default=str)
+
+
+def attacked_patch(table, short, seed):
+    """The patch that an attack with this seed is made on; None for the original model."""
+    if short == ORIGINAL:
+        return None
+    row = find_row(table, short)
+    if row.closed:  # one patch for all seeds
+        seed = SEEDS[0]
+    return patch_file(table, row.name, seed)
+
+
+def attack(study, table, short, kind, seed):
+    """The words of attack.py for the row with the slug `short`."""
+    words = ["--model", "toy", "--concept", ATTACKED_CONCEPT, "--kind", kind]
+    words += ["--patch", attacked_patch(table, short, seed) or "none", "--seed", seed]
+    if STUDIES[study].at[kind]:
+        words += ["--at", *STUDIES[study].at[kind]]
+    words += ["--samples", STUDIES[study].samples, "--steps", STEPS, "--device", "cpu"]
+    words += ["--out", attack_folder(study, table, short, kind, seed)]
+    return [str(word) for word in words]
+
+
+def measurement(study, table):
+    """The words of eval.py for a table."""
+    if table == "curve":
+        words = ["toy", "--limit", STUDIES[study].curve_limit]
+        for line, iteration, _, file in curve_patches(study):
+            words += ["--patch", f"{line}@{iteration}={file}"]
+    else:
+        if table == "matrix":
+            words = ["artists", "--model", "toy", "--limit", MATRIX_LIMIT, "--scheduler", "ddim"]
+            words += ["--template", *TEMPLATES]
+        else:
+            words = ["toy", "--limit", STUDIES[study].limit]
+        for row, files in patches(study, table).items():
+            for file in files:
+                words += ["--patch", f"{row}={file}"]
+        words += guided_words(STUDIES[study].tables[table])
+    words += ["--steps", STEPS, "--device", "cpu", "--threads", 1]
+    words += ["--out", table_folder(study, table)]
+    return [str(word) for word in words]
+
+
+def guided_words(table):
+    """The words of eval.py for the methods that only guide; none where a table has none."""
+    if not table.guided:
+        return []
+    words = ["--methods", *table.guided, "--avoid", *table.rows[0].concepts]
+    return [*words, "--guidance-warmup", GUIDANCE_WARMUP]
+
+
+def quoted(words):
+    """The words as a part of a shell command."""
+    return shlex.join(words)
