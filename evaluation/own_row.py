@@ -3,7 +3,8 @@
 The loss is trained on one concept (the star) and on three at once. Both models are measured like
 any other row of the suite toy, and the first one is attacked (attack.py, word and relearn). The
 result is two tables, in which your row stands among the rows of docs/results.md, and a list of what
-your row wins and loses. toy_rows.json holds the stored rows; the workflow made them (workflow/).
+your row wins and loses. The folder toy_rows has the stored rows, which the workflow made: each file
+is the rows.json of a study.
 
 Every step is a command of this project. After a stop, the same command continues.
 """
@@ -27,13 +28,16 @@ from support.own_loss import check_loss, load_loss, loss_file, sha256
 from toy import suite, worlds
 
 ROOT = Path(__file__).parent.parent
-STORED = Path(__file__).parent / "toy_rows.json"
+STORED = Path(__file__).parent / "toy_rows"
 SEEDS = (2, 3, 4)  # those of the stored rows; --seeds N takes the first N
 LIMIT = 60  # images per figure, unless --limit is given
 CONCEPTS = {"one": ["star"], "three": ["star", "red", "striped"]}  # {table: concepts}
 TITLES = {"one": "One concept: star", "three": "Three concepts: star, red, striped"}
 LONGER = {"one": [], "three": ["--iters", "300"]}  # as in the stored rows
-ATTACKS = {"word": ["0", "40", "80", "120", "160"], "relearn": ["0", "5", "10", "20"]}
+ATTACKS = {  # {kind: flags of attack.py}
+    "word": ["--at", "0", "40", "80", "120", "160"],
+    "relearn": ["--at", "0", "5", "10", "20"],
+}
 SHOWN = (  # the columns of the tables
     *("named", "shuffled", "implied", "caption", "near", "base"),
     *("word", "word_half", "relearn", "relearn_half", "seconds"),
@@ -58,12 +62,17 @@ def own_row(args):
 
 
 def read_stored():
-    if not STORED.exists():
-        raise UserError(
-            f"{STORED} is missing: make it with snakemake --cores 2, or restore it from the "
-            "repository."
-        )
-    return json.loads(STORED.read_text(encoding="utf-8"))["tables"]
+    """{table: the stored rows}."""
+    stored = {}
+    for table in CONCEPTS:
+        file = STORED / f"{table}.json"
+        if not file.exists():
+            raise UserError(
+                f"{file} is missing: restore it from the repository, or copy results/{table}/"
+                f"rows.json there, which snakemake --cores 2 {table} makes."
+            )
+        stored[table] = json.loads(file.read_text(encoding="utf-8"))["tables"][table]
+    return stored
 
 
 def open_folder(out, args, seeds, limit):
@@ -98,8 +107,8 @@ def make_row(table, loss, name, seeds, limit, train_flags, out):
         train(run, [*concepts, *LONGER[table]], loss, seed, train_flags)
         patches += ["--patch", f"{name}={run / 'erased.safetensors'}"]
         if table == "one":
-            for kind, steps in ATTACKS.items():
-                attack(folder / f"{kind}-{seed}", kind, steps, concepts[0], run, seed)
+            for kind, flags in ATTACKS.items():
+                attack(folder / f"{kind}-{seed}", kind, flags, concepts[0], run, seed)
                 found = folder / f"{kind}-{seed}" / "results.json"
                 attacks.setdefault(kind, []).append(json.loads(found.read_text(encoding="utf-8")))
     measured = folder / "table"
@@ -124,11 +133,11 @@ def train(run, words, loss, seed, train_flags):
     command(*new)
 
 
-def attack(folder, kind, steps, concept, run, seed):
+def attack(folder, kind, flags, concept, run, seed):
     """Attacks one model, or continues; a complete attack is read from its results."""
     patch = run / "erased.safetensors"
     words = ["--model", "toy", "--concept", concept, "--patch", patch, "--kind", kind]
-    command("attack.py", *words, "--at", *steps, "--seed", seed, "--out", folder)
+    command("attack.py", *words, *flags, "--seed", seed, "--out", folder)
 
 
 def command(*words):

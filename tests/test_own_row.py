@@ -26,15 +26,16 @@ def row(model, **figures):
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """A file of stored rows: an original and two methods."""
+    """Files of stored rows: an original and two methods."""
     rows = [
         row("original", named=[200, 200], caption=[200, 200]),
         row("good", named=[2, 200], caption=[198, 200]),
         row("bad", named=[150, 200], caption=[100, 200]),
     ]
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps({"tables": {"one": rows, "three": rows}}), encoding="utf-8")
-    monkeypatch.setattr(own_row, "STORED", file)
+    for table in ("one", "three"):
+        file = tmp_path / f"{table}.json"
+        file.write_text(json.dumps({"tables": {table: rows}}), encoding="utf-8")
+    monkeypatch.setattr(own_row, "STORED", tmp_path)
 
 
 @pytest.fixture
@@ -70,7 +71,8 @@ def test_the_row_stands_among_the_stored_rows(stored, commands, tmp_path, capsys
     assert [line.split(" | ")[0].strip("| ") for line in one.splitlines() if "|" in line][2:] == [
         *("original", "good", "bad", "sdd_loss")
     ]
-    assert "concept named: better than bad; worse than none; open against 1" in one
+    assert "concept named: better than bad; worse than good; open against 0" in one
+    assert "other captions right: better than bad; worse than none; open against 1" in one
     assert "80" in one  # steps until half of the images, between 0 and 160
     assert "sdd_loss" in three
     assert text in capsys.readouterr().out
