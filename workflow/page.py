@@ -450,7 +450,7 @@ def write_images(results):
     for row in results.tables["one"]:
         if row["model"] in CURVES and "word" in row.get("attacks", {}):
             curves[row["model"]] = row["attacks"]["word"]["points"]
-    plot_curves(curves, results.folder / "comeback.png", "steps of the attack `word`")
+    plot_curves(curves, results.folder / "comeback.png")
     for table in ("curve", "matrix"):
         if table in results.tables:
             plot = Path(plan.table_folder(results.name, table)) / f"{table}.png"
