@@ -196,6 +196,8 @@ def comeback(curves, file):
         low, high = zip(*[(100 * low, 100 * high) for low, high in intervals])
         axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
     axes.axhline(50, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="attack steps", ylabel="images that show the concept (%)", ylim=(-2, 102))
+    axes.set(
+        xlabel="steps of the attack", ylabel="images that show the concept (%)", ylim=(-2, 102)
+    )
     axes.legend()
     save(figure, file)

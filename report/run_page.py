@@ -4,6 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
+import weights
 from presets import METHODS, PRESETS, preset_values
 from report.charts import line_chart, running_mean
 from report.inputs import read_data_uri, read_dict, read_json, read_list, read_log
@@ -228,8 +229,8 @@ def diffusers_snippet(folder, settings, prompts):
     if settings.get("train_params") == "embedding":
         return None
     model = str(settings.get("model"))
-    if model == "toy":
-        model = "toy/model"
+    if model in weights.TOYS:
+        model = f"toy/{weights.TOYS[model].name}"
     elif Path(model).is_dir():
         model = path_from_project(model)
     arguments = repr(model)

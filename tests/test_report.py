@@ -707,6 +707,10 @@ def test_paths_are_those_of_the_projects_folder(tmp_path, monkeypatch):
     assert "from_pretrained('some/model', revision='fp16')" in snippet
     assert 'pipeline("a cat\'s hat")' in snippet
     assert run_page.diffusers_snippet(tmp_path, {"train_params": "embedding"}, []) is None
+    for model, folder in (("toy", "toy/model"), ("emoji", "toy/emoji_model")):
+        assert f"from_pretrained('{folder}')" in run_page.diffusers_snippet(
+            tmp_path, {"model": model}, []
+        )
 
 
 # ------------------------------------------------------------------------------------- TensorBoard
