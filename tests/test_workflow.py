@@ -106,7 +106,7 @@ def test_the_plan_fits_together():
             names = [row.name for row in table.rows]
             assert len({plan.slug(name) for name in names}) == len(names)
             assert table.attacks.keys() <= {plan.ORIGINAL, *names}
-        assert comeback.WORD_STEP in study.at["word"]
+        assert comeback.WORD_STEP in study.at["word"] and comeback.WORD_STEP <= plan.LAST
     assert comeback.RELEARN_STEP in plan.AT["relearn"]
     one = {row.name for row in plan.STUDIES["one"].tables["one"].rows}
     assert {row.name for row in plan.STUDIES["quick"].tables["one"].rows} < one
@@ -191,7 +191,7 @@ def test_snakemake_plans_the_studies(tmp_path):
     trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 3 * 3 + 3)  # one, three, matrix
     attacks = 13 * 3 + 5 * 3 * 3 + 4 * 3  # one: word; the other three kinds; three
     everything = counts(snakemake(folder, "-n"))
-    assert everything == {"train": trainings, "attack": attacks, "measure": 4, "page": 3, "all": 1}
+    assert everything == {"train": trainings, "attack": attacks, "measure": 4, "page": 4, "all": 1}
     assert not (folder / plan.RESULTS).exists()
 
 

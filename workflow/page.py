@@ -355,16 +355,13 @@ def matrix_text(results):
 
 
 def iterations_text(results):
-    """Films of two trainings, and the curve if there is one."""
+    """The curve, and films of two trainings."""
     text = "\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n"
-    if "curve" in results.tables:
-        text += image("curve", "how much of the star is left after 40, 80, 120 and 160 iterations")
+    text += image("curve", "how much of the star is left after 40, 80, 120 and 160 iterations")
     text += f"The star, seed {results.study.seeds[0]}:\n\n"
-    for row in films(results):
+    for row in FILMS:
         text += image(f"film_{row}", f"images of {row}'s student and teacher over the iterations")
-    if "curve" in results.tables:
-        text += table_text(results, "curve")
-    return text.rstrip("\n") + "\n"
+    return text + table_text(results, "curve")
 
 
 def image(name, text):
@@ -411,12 +408,12 @@ def page_text(results, cores):
     text = introduction(results, cores)
     if "matrix" in results.tables:
         return text + matrix_text(results)
+    if not results.study.tables:
+        return text + claims_text(results.tables) + iterations_text(results)
     text += choice_text(results)
     for table in results.study.tables:
         text += f"\n## {results.study.tables[table].title}\n\n{table_text(results, table)}"
     text += comeback_text(results) + claims_text(results.tables)
-    if films(results):
-        text += iterations_text(results)
     return text + drifts_text(results)
 
 
@@ -433,11 +430,6 @@ def rows_json(results, cores):
     }
 
 
-def films(results):
-    """The rows of FILMS that the study has."""
-    return [row for row in FILMS if row in figures_of(results.tables, "one")]
-
-
 def write_images(results):
     """comeback.png, and copies of the plots and films that the page shows."""
     curves = {}
@@ -451,7 +443,7 @@ def write_images(results):
         if table in results.tables:
             plot = Path(plan.table_folder(results.name, table)) / f"{table}.png"
             shutil.copyfile(plot, results.folder / f"{table}.png")
-    for row in films(results):
+    for row in FILMS if "curve" in results.tables else ():
         film = Path(plan.run_folder("one", row, results.study.seeds[0])) / "film.png"
         shutil.copyfile(film, results.folder / f"film_{row}.png")
 

@@ -39,6 +39,8 @@ TOKENS_STEPS = (0, 80, 160)
 RELEARN_STEPS = (0, 5, 10, 15, 20, 30)
 AT = {"word": WORD_STEPS, "tokens": TOKENS_STEPS, "relearn": RELEARN_STEPS, "noise": ()}
 QUICK_AT = {"word": (0, 80, 160)}
+LAST = 320
+NOISE_SAMPLES = 12  # each of them is generated 48 times
 ATTACKED_CONCEPT = "star"
 ATTACKED_MOST = (ORIGINAL, "sdd", OURS, "esd-x", "uce")  # with all kinds of attack
 
@@ -186,12 +188,13 @@ def quick_table():
 
 # {study: Study}; `snakemake STUDY` makes one of them, `snakemake` all but the quick one.
 STUDIES = {
-    "one": Study(SEEDS, 200, 100, 24, AT, {"one": one_table()}),
+    "one": Study(SEEDS, 200, 0, 24, AT, {"one": one_table()}),
+    "curve": Study(SEEDS, 100, 100, 24, AT, {}),
     "three": Study(SEEDS, 200, 0, 24, AT, {"three": three_table()}),
     "textures": Study(SEEDS, MATRIX_LIMIT, 0, 24, AT, {"matrix": textures_table()}),
     "quick": Study(SEEDS[:1], 40, 0, 12, QUICK_AT, {"one": quick_table()}),
 }
-MAIN = ("one", "three", "textures")
+MAIN = ("one", "curve", "three", "textures")
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -332,10 +335,19 @@ def attack(study, table, short, kind, seed):
     words = ["--model", "toy", "--concept", ATTACKED_CONCEPT, "--kind", kind]
     words += ["--patch", attacked_patch(table, short, seed) or "none", "--seed", seed]
     if STUDIES[study].at[kind]:
-        words += ["--at", *STUDIES[study].at[kind]]
-    words += ["--samples", STUDIES[study].samples, "--steps", STEPS, "--device", "cpu"]
+        words += ["--at", *attack_steps(study, short, kind)]
+    samples = NOISE_SAMPLES if kind == "noise" else STUDIES[study].samples
+    words += ["--samples", samples, "--steps", STEPS, "--device", "cpu"]
     words += ["--out", attack_folder(study, table, short, kind, seed)]
     return [str(word) for word in words]
+
+
+def attack_steps(study, short, kind):
+    """--at of an attack: all steps for the models of ATTACKED_MOST, up to LAST for the others."""
+    steps = STUDIES[study].at[kind]
+    if short in map(slug, ATTACKED_MOST):
+        return steps
+    return [step for step in steps if step <= LAST]
 
 
 def measurement(study, table):
