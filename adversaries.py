@@ -6,9 +6,9 @@
     NoisyDDIM  nothing is learned: the sampler adds noise (attack.py tries 24 ways)
     Adversary  train.py --adversary: words that are learned, and then unlearned, in each iteration
 
-attack.py uses the first four. Word, Tokens and Relearn have the same four methods. `states` gives
+attack.py uses the first four. Word, Tokens and Relearn have the same three methods. `states` gives
 the prompts' embeddings, through which `noise_loss` is differentiated. `step` follows its gradient.
-`tensors` is what a checkpoint holds. `report` names what was found.
+`report` names what was found. Their attribute `tensors` is what a checkpoint holds.
 
 Where this file differs from the papers:
 
@@ -21,10 +21,10 @@ Where this file differs from the papers:
    also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the
    concept, so this also succeeds by chance. It repeats the attempts with the empty prompt.
-5. Adversary: the inner loop of AdvUnlearn (arXiv 2405.15234) and Receler (arXiv 2311.17717). Both
-   take 30 or 50 steps of Adam from a random start. Here the words stay from one iteration to the
-   next, so a few steps are enough, and a step has a fixed length. Both of them search in front of
-   or behind the concept's name. Here half of the words stand alone.
+5. Adversary: the inner loop of AdvUnlearn (arXiv 2405.15234) and Receler (arXiv 2311.17717).
+   AdvUnlearn takes 30 steps of Adam from a random word in front of the concept. Receler takes 50
+   steps on 16 words behind it. Here the words stay from one iteration to the next, so a few steps
+   are enough. A step has a fixed length. Half of the words stand alone.
 """
 
 import torch
@@ -182,20 +182,20 @@ class Relearn:
 class Adversary:
     """Learned words that ask the student for what the original model shows for the concept.
 
-    words (K, B, D): the embeddings of one word per concept and latent. A word v stands alone in
-    even latents ("v"), and in front of the concept in odd ones ("v star"); its prompt is c(v).
-    Each call takes `steps` steps down
+    words (K, B, D): the vectors of one word per concept and latent. In even latents a word v stands
+    alone ("v"), in odd ones in front of the concept ("v star"). c(v) is the embedding of this
+    prompt. Each call takes `steps` steps down
 
         ‖ε_θ(z_t, t, c(v)) − sg ε_θ°(z_t, t, c_s)‖²
 
-    and returns c(v). A step has the length STEP times the mean length of an embedding. In each
-    iteration one of the B words starts again from a random word of the vocabulary, so that the
-    student does not only meet the words that it has just unlearned.
+    and returns c(v). A step has the length STEP times the mean length of a word's vector. One word
+    at a time starts again from a random token, each of them once in RESTART iterations (or in B, if
+    B is larger). So the student does not only meet words that it has just unlearned.
 
     Different from Receler's code, the inner loop leaves no gradient in the student.
     """
 
-    STEP = 0.1  # our choice, tuned on the toy model
+    STEP, RESTART = 0.1, 8  # our choice, tuned on the toy model
 
     def __init__(self, model, concepts, batch_size, steps, generator):
         self.text_encoder = model.text_encoder
@@ -207,10 +207,10 @@ class Adversary:
         self.words = self.table[start].clone()
         # The ids V .. V + B − 1 are the B words.
         alone = tokenize(model.tokenizer, [""])[0]
-        self.ids = torch.stack([self.prompts(model, concept, alone, V) for concept in concepts])
+        self.ids = torch.stack([self.token_ids(model, concept, alone, V) for concept in concepts])
         self.ids = self.ids.to(self.table.device)
 
-    def prompts(self, model, concept, alone, V):
+    def token_ids(self, model, concept, alone, V):
         """Token ids (B, 77) of the prompts with the word of each latent."""
         named = tokenize(model.tokenizer, [concept])[0]
         B = self.words.shape[1]
@@ -225,12 +225,14 @@ class Adversary:
         B = self.words.shape[1]
         fresh = int(torch.randint(len(self.table), (), generator=self.generator))
         v = self.words[j].clone()
-        v[i % B] = self.table[fresh]
+        b = i % max(B, self.RESTART)
+        if b < B:
+            v[b] = self.table[fresh]
         with torch.no_grad():
             target = e_original(z_t, t, c_s)
         for _ in range(self.steps):
             v.requires_grad_()
-            error = B * mean_squared_error(e(z_t, t, self.encode(v, j)), target)
+            error = mean_squared_error(e(z_t, t, self.encode(v, j)), target)
             (gradient,) = torch.autograd.grad(error, v)
             direction = gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-20)
             v = (v - self.length * direction).detach()
@@ -250,13 +252,14 @@ def noise_loss(unet, scheduler, z_0, c, batch_size, generator):
     n = torch.randn((batch_size, *z_0.shape[1:]), generator=generator).to(z_0.device)
     t = t.to(z_0.device)
     z_t = scheduler.add_noise(z_0[which], n, t)
-    return F.mse_loss(unet(z_t, t, c[prompt]).float(), n)
+    return mean_squared_error(unet(z_t, t, c[prompt]), n)
 
 
 class NoisyDDIM(DDIM):
     """DDIM with σ = η σ_DDPM and noise times `scale` (Song et al. 2021, eq. 16).
 
-    With η > 1 the term 1 − ᾱ' − σ² can be negative: its absolute value is used, as in the probe.
+    With η > 1 the term 1 − ᾱ' − σ² can be negative: its absolute value is used, as in the
+    paper's code.
     """
 
     def __init__(self, steps, eta, scale, seed, **schedule):

@@ -1,9 +1,10 @@
 """Erasure without training: UCE, MACE's closed-form stage, RECE and SPEED.
 
 Cross-attention reads the prompt through two matrices per layer, to_k and to_v. Each matrix W
-(d × D) maps a text state c (a vector of D numbers, one for each of the 77 tokens) to a key or a
-value. These methods change every W in one step, so that the states of the concept give the keys and
-values of another prompt (the anchor). They need no image and no gradient. The result is always
+(d × D) maps a text state c to a key or a value. A prompt has 77 text states, one per token, and
+each of them is a vector of D numbers. These methods change every W in one step, so that the states
+of the concept give the keys and values of another prompt (the anchor). They need no image and no
+gradient. The result is always
 
     W ← W° R        with a matrix R (D × D)
 
@@ -194,10 +195,11 @@ def rece_round(weights, original, states, rho=0.1, ridge=0.1, keep=0.1):
 def speed(weights, states, ridge=1.0, gamma=0.0, copies=10, limit=0.1, seed=0):
     """SPEED: min over Δ of  mean ‖(W° + Δ) c − W° a‖² + ridge ‖Δ‖²,  with Δ = Δ P and Δ K = 0.
 
-    P projects onto the null space of the kept states (`null_space`), so Δ cannot change what W
-    gives for them. K (D, 4): the empty prompt's start token and three centres of its other states.
-    With gamma > 0, Δ K = 0 is replaced by a penalty ‖Δ K‖² / gamma. With C = mean c cᵀ,
-    A = mean a cᵀ and M = (C P + ridge I)⁻¹ the solution is
+    P projects onto the null space of the states to keep (`null_space`), so Δ hardly changes what W
+    gives for them. Only those that an edit would change most are kept (`influenced`). K (D, 4): the
+    empty prompt's start token and three centres of its other states. With gamma > 0, Δ K = 0 is
+    replaced by a penalty ‖Δ K‖² / gamma. With C = mean c cᵀ, A = mean a cᵀ and
+    M = (C P + ridge I)⁻¹ the solution is
     Δ = W° (A − C) P [I − M K (Kᵀ P M K + gamma I)⁻¹ Kᵀ P] M.
 
     The states to keep are chosen for each W, so P and Δ are computed for each W.
@@ -210,7 +212,9 @@ def speed(weights, states, ridge=1.0, gamma=0.0, copies=10, limit=0.1, seed=0):
     edited = {}
     for name, W in weights.items():
         W_0 = float64(W)
-        first = W_0 @ (A - C) @ torch.linalg.inv(identity + C)  # an edit without constraints
+        first = (
+            W_0 @ (A - C) @ torch.linalg.inv(identity + C)
+        )  # without constraints; λ is 1, as in the code
         kept = influenced(p, first)
         kept = torch.cat([kept, influenced(vary(kept, W_0, copies, generator), first)])
         P = null_space(kept, limit)

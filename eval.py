@@ -155,7 +155,7 @@ def parse(argv=None):
         "--train-flags",
         default="",
         metavar="TEXT",
-        help='more flags of train.py, as one text: "--lr 2e-3 --preserve 0.3"',
+        help='more flags of train.py, as one text: --train-flags="--lr 2e-3 --preserve 0.3"',
     )
 
     group = parser.add_argument_group("sampling")

@@ -212,7 +212,7 @@ def settle(args):
     settings["latents"] = args.latents or method.latents
     settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
     settings["keep"] = read_keep(args.keep)
-    if args.keep is None and settings["preset"] == "toy-hold":
+    if args.keep is None and settings["preset"] == "toy-hold" and settings["preserve"]:
         settings["keep"] = words_to_keep(settings)
     loss = method.loss
     if args.loss:
@@ -277,9 +277,10 @@ def settle_closed_form(args, settings, method):
 
 
 def words_to_keep(settings):
-    """The words of a toy model that stay, without the concepts."""
+    """The words of a toy model that stay: those of KEEP that are in no concept."""
+    erased = " ".join(settings["concept"]).lower().replace(",", " ").split()
     words = KEEP.get(settings["model"], KEEP["toy"])
-    return [word for word in words if word not in settings["concept"]]
+    return [word for word in words if word not in erased]
 
 
 def check_closed_form(settings):
@@ -296,7 +297,8 @@ def check_closed_form(settings):
         raise UserError(f"--ridge {settings['ridge']} is out of range (above 0, up to 1e+09).")
     last = settings["method"] == "speed"
     last = last or (settings["method"] == "uce" and settings["states"] == "last")
-    if last and not "".join(anchors).strip():
+    alone = any(not template.replace("{}", "").strip() for template in settings["template"])
+    if last and alone and not "".join(anchors).strip():
         advice = "use --anchor WORD" + (" or --states all" if settings["method"] == "uce" else "")
         print(
             f"warning: without --anchor, --method {settings['method']} maps the concept to the "
@@ -334,6 +336,11 @@ def settle_concepts(given):
 def preset_values(settings, method):
     """The preset's values, with those of the method's paper, for arguments that are not given."""
     name, concepts = settings["preset"], settings["concept"]
+    if name == "toy-hold" and settings["model"] not in weights.TOYS:
+        raise UserError(
+            "--preset toy-hold keeps words of the toy models: use --model toy or emoji, or give "
+            "--preserve, --keep and --adversary instead."
+        )
     if name not in ("paper", "toy") and settings["method"] != "sdd":
         raise UserError(
             f"The preset {name} belongs to SDD: use --preset paper or toy with "
@@ -359,7 +366,7 @@ def preset_values(settings, method):
 
 def read_keep(given):
     """The prompts of --keep PROMPT… or --keep FILE."""
-    if given and len(given) == 1 and Path(given[0]).is_file():
+    if given and len(given) == 1 and (given[0].endswith(".txt") or Path(given[0]).is_file()):
         return read_prompts("keep", Path(given[0]))
     return [prompt for prompt in given or [] if prompt.strip()]
 
@@ -409,8 +416,6 @@ def reject_unused_flags(args, settings, method, loss):
     else:
         unused += ["prior", "detach_start", "anchor_prompts", "anchor_images"]
     unused += [key for key in ("erase_scale", "quantile") if key not in uses]
-    if not settings["preserve"]:
-        unused.append("keep")
     if not images and "c_a" not in uses:
         unused.append("anchor")
     if settings["method"] == "all-but-one" and not args.loss:
@@ -419,12 +424,27 @@ def reject_unused_flags(args, settings, method, loss):
     flags = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key)]
     if args.train_params == "embedding" and not images:
         flags.append("--train-params embedding")
-    if flags == ["--keep"]:
-        raise UserError("--keep has no effect without --preserve: add --preserve λ, or remove it.")
+    check_additions(args, settings, images)
     if flags:
         raise UserError(
             f"{', '.join(flags)} has no effect with --method {args.method}: remove it, or choose "
             "another --method."
+        )
+
+
+def check_additions(args, settings, images):
+    """Rejects --adversary and --keep where they cannot work."""
+    if args.keep and not settings["preserve"]:
+        raise UserError("--keep has no effect without --preserve: add --preserve λ, or remove it.")
+    if settings["adversary"] and images and len(settings["concept"]) > 1:
+        raise UserError(
+            f"--adversary with --method {args.method} takes one concept, because each latent of a "
+            "batch has a concept of its own: name one concept, or choose another --method."
+        )
+    if settings["train_params"] == "embedding" and (args.adversary or args.keep):
+        raise UserError(
+            "--train-params embedding trains only the concept's words. They are not in the prompts "
+            "of --adversary and --keep: remove these flags, or choose other --train-params."
         )
 
 

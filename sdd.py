@@ -3,7 +3,7 @@
     θ* ← θ                                                     the EMA teacher starts as the student
     c_s ← all concepts, joined with ", "
     repeat N times:
-        z_T ~ N(0, I),  k ~ U{1..T},  c_p ~ U{concepts}                 the paper: t = T − k
+        z_T ~ N(0, I),  k ~ U{1..T},  c_p ~ U{concepts}
         z_t ← k denoising steps from z_T with θ*, guided towards c_p    t: the timestep of z_t
         θ   ← AdamW step on ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²      c_0: the empty prompt
         θ*  ← m θ* + (1 − m) θ
@@ -24,9 +24,9 @@ Where this file differs from the paper, or where the paper's sources differ from
 3. c_p: Algorithm 1 and section 3.3 sample with one random concept. Pseudo-code A.1 takes the
    concepts in turn. B.1 says that z_t is sampled "with all 20 concepts". We follow Algorithm 1.
 4. c_s: Algorithm 1, section 3.3 and A.1 unlearn all concepts, joined. Only the authors' script
-   unlearns one concept in turn, and samples z_t with all of them joined. `roles="official"` does
-   the same as the script, with its timestep: a random integer near the timestep of z_t. The
-   script's k = 0 runs all T steps by mistake. Here k = 0 means no step.
+   unlearns one concept in turn, and samples z_t with all of them joined. `roles="official"`
+   follows the script. Its loss then uses a random timestep near that of z_t. The script's k = 0
+   runs all T steps by mistake. Here k = 0 means no step.
 5. In A.1 the moving average is assigned to a local variable and has no effect. We average the
    trained tensors. All other tensors never change.
 6. Gradients are clipped at norm 1, as in the authors' script. The paper does not mention clipping.
@@ -103,7 +103,8 @@ def sdd(
     prompt, of each concept, of all concepts joined, and of --anchor.
     shape: of z_t, (B, 4, h, w). generator: a CPU generator, the only source of random numbers.
     noised_anchors: Ablating Concepts' source of z_t (ablation.py), used instead of sampling.
-    loss: a function of losses.py. s_g: the guidance scale while z_t is sampled. m: of the average.
+    loss: a function of losses.py, with erase_scale and quantile set if it takes them.
+    s_g: the guidance scale while z_t is sampled. m: of the average.
     iters, start: N, and the first iteration (after --resume). roles: one of ROLES.
     lr, lr_schedule, warmup: see lr_factor. max_grad_norm: 0 does not clip.
     preserve, prior: weights λ of two more terms of the loss (losses.py); 0 leaves them out.
@@ -128,7 +129,8 @@ def sdd(
         else:
             batch, k, j = noised_anchors()
 
-        # L = ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²: both estimates are in losses.sdd_loss
+        # L = ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²: both estimates are in losses.sdd_loss.
+        # The other terms are 0 in SDD: L + L(c_v) + λ_1 ‖preservation‖² + λ_2 ‖prior‖²
         batch |= dict(e=student, e_original=original, c_0=c_0)
         value = loss(**batch)
         if adversary is not None:
@@ -195,7 +197,7 @@ def prompts_kept(c_0, kept, B, generator):
         return c_0
     n = len(kept)
     number = torch.randint(2 * n, (B,), generator=generator)
-    prompts = torch.cat([kept, c_0])
+    prompts = torch.cat([kept, c_0])  # the numbers n .. 2n − 1 all mean c_0
     return prompts[number.clamp(max=n).to(c_0.device)]
 
 

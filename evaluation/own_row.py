@@ -3,10 +3,11 @@
 The loss is trained on one concept (the star) and on three at once. Both models are measured like
 any other row of the suite toy, and the first one is attacked (attack.py, word and relearn). The
 result is two tables, in which your row stands among the rows of docs/results.md, and a list of what
-your row wins and loses. The folder toy_rows has the stored rows, which the workflow made: each file
-is the rows.json of a study.
+your row wins and loses. The folder toy_rows has the stored rows: each file is the rows.json of a
+study (workflow/). Your row is measured like these.
 
-Every step is a command of this project. After a stop, the same command continues.
+Every step is a command of this project. After a stop, the same command with the same --out
+continues.
 """
 
 import json
@@ -17,7 +18,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import presets
 from evaluation.columns import all_columns
 from evaluation.comeback import comeback, cost
 from evaluation.findings import joined, overlap
@@ -35,9 +35,10 @@ CONCEPTS = {"one": ["star"], "three": ["star", "red", "striped"]}  # {table: con
 TITLES = {"one": "One concept: star", "three": "Three concepts: star, red, striped"}
 LONGER = {"one": [], "three": ["--iters", "300"]}  # as in the stored rows
 ATTACKS = {  # {kind: flags of attack.py}
-    "word": ["--at", "0", "40", "80", "120", "160"],
+    "word": ["--at", "0", "80", "160", "320"],
     "relearn": ["--at", "0", "5", "10", "20"],
 }
+SAMPLING = ["--steps", 12, "--device", "cpu"]  # as for the stored rows
 SHOWN = (  # the columns of the tables
     *("named", "shuffled", "implied", "caption", "near", "base"),
     *("word", "word_half", "relearn", "relearn_half", "seconds"),
@@ -48,8 +49,7 @@ def own_row(args):
     """The whole command: trains, attacks, measures, and writes table.md and results.json."""
     name = args.loss.rpartition(":")[2]
     stored = read_stored()
-    method = presets.METHODS["sdd"]
-    check_loss(load_loss(args.loss), args.loss, noise=method.latents == "anchor")
+    check_loss(load_loss(args.loss), args.loss, noise="ablate" in args.train_flags)
     seeds = SEEDS[: args.seeds or 1]
     limit = args.limit or LIMIT
     out = args.out
@@ -113,7 +113,8 @@ def make_row(table, loss, name, seeds, limit, train_flags, out):
                 attacks.setdefault(kind, []).append(json.loads(found.read_text(encoding="utf-8")))
     measured = folder / "table"
     if not (measured / "results.json").exists():
-        command("eval.py", "toy", *patches, "--limit", limit, "--threads", 1, "--out", measured)
+        more = ["--limit", limit, *SAMPLING, "--threads", 1, "--out", measured]
+        command("eval.py", "toy", *patches, *more)
     row = json.loads((measured / "results.json").read_text(encoding="utf-8"))["rows"][-1]
     figures, points = comeback(attacks)
     figures |= cost([folder / f"run-{seed}" / "erased.safetensors" for seed in seeds])
@@ -126,7 +127,8 @@ def train(run, words, loss, seed, train_flags):
     """Trains one model, or continues a training that was stopped."""
     if (run / "erased.safetensors").exists():
         return
-    flags = ["--loss", loss, "--seed", seed, "--preview-every", 0, *shlex.split(train_flags)]
+    flags = ["--loss", loss, "--seed", seed, "--preview-every", 0, "--device", "cpu"]
+    flags += shlex.split(train_flags)
     new = ["train.py", "--model", "toy", "--concept", *words, *flags, "--out", run]
     if (run / "run.json").exists():
         new = ["train.py", "--resume", "--out", run]
@@ -137,7 +139,7 @@ def attack(folder, kind, flags, concept, run, seed):
     """Attacks one model, or continues; a complete attack is read from its results."""
     patch = run / "erased.safetensors"
     words = ["--model", "toy", "--concept", concept, "--patch", patch, "--kind", kind]
-    command("attack.py", *words, *flags, "--seed", seed, "--out", folder)
+    command("attack.py", *words, *flags, *SAMPLING, "--seed", seed, "--out", folder)
 
 
 def command(*words):
@@ -151,8 +153,8 @@ def command(*words):
     )
     if done.returncode:
         raise UserError(
-            "This command failed. Fix the cause, then run the same command again: "
-            f"python {shlex.join(words)}",
+            "This command failed. Fix the cause, then repeat your command (with a new --out "
+            f"if you changed the loss): python {shlex.join(words)}",
             details=done.stderr[-2000:],
         )
 

@@ -248,7 +248,7 @@ def test_rece_continues_after_its_first_round(tmp_path, monkeypatch):
         (["--method", "mace", "--states", "all"], "--states has no effect"),
         (["--method", "speed", "--loss", "x.py:f"], "--loss has no effect"),
         (["--method", "rece", "--train-params", "xattn"], "--train-params xattn has no effect"),
-        (["--method", "sdd", "--keep", "red"], "--keep has no effect with --method sdd"),
+        (["--method", "sdd", "--keep", "red"], "--keep has no effect without --preserve"),
         (["--method", "sdd", "--ridge", "0"], "--ridge has no effect with --method sdd"),
         (["--method", "uce", "--template", "a"], "has no {} for the concept"),
         (["--method", "uce", "--ridge", "0"], "--ridge 0.0 is out of range"),

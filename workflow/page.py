@@ -163,8 +163,8 @@ def figures_of(tables, name):
     return {row["model"]: row["figures"] for row in tables.get(name, [])}
 
 
-def is_of_a_paper(row):
-    """Is a row another paper's method? The others are SDD, its variants and the original."""
+def is_other_paper(row):
+    """Is a row another paper's method? The rest are SDD, its variants and the original."""
     return row != plan.ORIGINAL and not row.startswith("sdd")
 
 
@@ -173,7 +173,7 @@ def claims_by_method(tables):
     one, three = figures_of(tables, "one"), figures_of(tables, "three")
     found = []
     for figures, what in ((one, "one concept (Table 1)"), (three, "three concepts (Table 2)")):
-        for other in filter(is_of_a_paper, figures):
+        for other in filter(is_other_paper, figures):
             claim = f"SDD leaves less of {what}"
             found += compare(claim, other, figures["sdd"], figures[other], TARGET)
     for other in one:
@@ -246,7 +246,8 @@ def introduction(results, cores):
     if seconds is not None:
         text += f"The times of all commands add up to {duration(seconds)}. "
     text += f"Training seeds: {seeds}, pooled. "
-    if len(study.seeds) > 1:
+    closed = any(row.closed for table in study.tables.values() for row in table.rows)
+    if closed and len(study.seeds) > 1:
         first = study.seeds[0]
         text += f"The closed forms (UCE, MACE, RECE, SPEED) were made with seed {first} only. "
     text += (
@@ -383,7 +384,7 @@ def drifts_text(results):
     head = "model | erased | gap, student | drift, student | gap, teacher | drift, teacher"
     text = (
         "\n## Gap and drift\n\nThe gap is the mean of |e(c_s) − e(c_0)|², the drift the mean of "
-        "|e(c_0) − e°(c_0)|², on fixed latents after the last iteration. A closed form has no "
+        "|e(c_0) − e°(c_0)|², on fixed latents at the last preview. A closed form has no "
         "student and no teacher: its result counts as both.\n\n"
         f"| {head} | concept named ↓ | other captions right ↑ |\n" + "|---" * 8 + "|\n"
     )
