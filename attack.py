@@ -43,7 +43,6 @@ from pipeline import (
     make_scheduler,
     patched,
 )
-from report.attack_page import name_of_patch
 from support.censor import censoring
 from support.cli import (
     Parser,
@@ -305,7 +304,7 @@ def reject_unused_flags(args):
 
 def default_folder(args):
     """attacks/KIND-CONCEPT-PATCH, where a patch erased.safetensors is named after its folder."""
-    name = name_of_patch(args.patch)
+    name = weights.name_of_patch(args.patch)
     return Path("attacks") / re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]
 
 

@@ -178,22 +178,13 @@ def patches_by_name(files):
     """{name of a column and folder: patch}, where the patch is None for the model as it is."""
     patches = {}
     for file in files or ["none"]:
-        name = name_of(file)
+        name = "original" if file == "none" else weights.name_of_patch(file)
         if name in patches:
             raise UserError(
                 f"Two patches would both be called {name}: rename a file or its folder."
             )
         patches[name] = None if file == "none" else file
     return patches
-
-
-def name_of(file):
-    """The name of a patch: of its folder if it is train.py's, else of the file."""
-    if file == "none":
-        return "original"
-    if Path(file).name == "erased.safetensors":
-        return Path(file).absolute().parent.name
-    return Path(file).stem
 
 
 def write_images(args, model_name, patches):

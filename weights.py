@@ -159,6 +159,12 @@ def model_of_patch(file):
     return read(file)[1].get("model")
 
 
+def name_of_patch(file):
+    """The name of a patch: of its folder if it is erased.safetensors, else of the file."""
+    file = Path(file)
+    return file.absolute().parent.name if file.name == "erased.safetensors" else file.stem
+
+
 def choose_model(given, patches):
     """The model to load: `given`, or the model of the patches, or DEFAULT_MODEL.
 

@@ -3,8 +3,7 @@
 evaluation/attacks.py writes results.json, which this file reads.
 """
 
-from pathlib import Path
-
+import weights
 from report.charts import interval_in_words, share_chart
 from report.inputs import number, read_data_uri, read_dict, read_json, read_list
 
@@ -29,7 +28,7 @@ def attack_content(folder):
     return {
         "concept": settings.get("concept", "?"),
         "how": HOW.get(settings.get("kind"), "?"),
-        "target": "the untouched model" if patch == "none" else name_of_patch(patch),
+        "target": "the untouched model" if patch == "none" else weights.name_of_patch(patch),
         "patch": patch,
         "settings": settings,
         "finding": finding(results) if points else "Nothing is measured yet.",
@@ -42,12 +41,6 @@ def attack_content(folder):
         "versions": read_dict(results, "versions"),
         "problems": problems,
     }
-
-
-def name_of_patch(patch):
-    """The name of a patch: of its folder if it is train.py's, else of the file."""
-    patch = Path(patch)
-    return patch.absolute().parent.name if patch.name == "erased.safetensors" else patch.stem
 
 
 def unit_of(settings):

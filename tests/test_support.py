@@ -259,9 +259,9 @@ def test_a_toy_patch_needs_no_model(tmp_path, monkeypatch):
 def test_a_patch_without_a_folder_has_the_name_of_the_current_one(tmp_path, monkeypatch):
     (tmp_path / "0001-star").mkdir()
     monkeypatch.chdir(tmp_path / "0001-star")
-    assert generate.name_of("erased.safetensors") == "0001-star"
-    assert generate.name_of("runs/0002-moon/erased.safetensors") == "0002-moon"
-    assert generate.name_of("patches/moon.safetensors") == "moon"
+    assert weights.name_of_patch("erased.safetensors") == "0001-star"
+    assert weights.name_of_patch("runs/0002-moon/erased.safetensors") == "0002-moon"
+    assert weights.name_of_patch("patches/moon.safetensors") == "moon"
 
 
 @pytest.mark.parametrize(

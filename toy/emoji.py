@@ -83,6 +83,13 @@ ATTRIBUTES = {
     "artist": ARTISTS,
     "background": tuple(BACKGROUNDS),
 }
+GALLERY = (
+    ("artist", ARTISTS),
+    (
+        "thing",
+        tuple("fox panda owl octopus apple pizza beer sunflower car skull rage rainbow".split()),
+    ),
+)
 # Words that stand without "a".
 BARE = set(
     "alcohol clothing food weather grapes fries popcorn coffee tea milk beer wine champagne sake "

@@ -44,6 +44,7 @@ ATTRIBUTES = {
     "texture": TEXTURES,
     "background": tuple(BACKGROUNDS),
 }
+GALLERY = ("colour", tuple(COLOURS)), ("shape", SHAPES)
 GRAMMAR = "a picture of on in view shape something the".split()
 # With the comma, all that a caption is made of.
 WORDS = tuple(sorted({*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *PLACES, *GRAMMAR}))

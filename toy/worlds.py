@@ -11,6 +11,7 @@ A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
     MEMBERS                        {kind: the words that belong to it}
     RELATED                        {word that may be erased: words that are near to it}. For other
                                    words, all words of the same attribute are near
+    GALLERY                        (attribute, words) of the rows and of the columns of a grid
     UNSEEN                         the combinations of words {attribute: word} that no scene has
     Scene, scene(rng, **words)     a named tuple of words, and a random one (that has these words)
     draw(scene, rng)               -> uint8 (64, 64, 3)
