@@ -209,7 +209,7 @@ def test_the_targets_in_the_documents_exist():
         targets = [word for word in words if word in ("all", *plan.STUDIES)]
         flags = [word for word in words if word.startswith("-")]
         values = [word for word in words if word.isdigit() or word == "slurm"]
-        assert len(targets) <= 1 and len(words) == len(targets + flags + values), line
+        assert len(words) == len(targets + flags + values), line
 
 
 def rows(folder):
