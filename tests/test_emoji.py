@@ -94,7 +94,7 @@ def test_captions_are_true_and_of_every_kind(scenes):
 
 def test_prompts_say_what_the_image_should_show():
     sets = suite.exam(emoji, ("alcohol", "skull"), 40, seed=3)
-    assert set(sets) == {"named", "members", "implied", "control", "base", "other"}
+    assert set(sets) == {"named", "members", "implied", "control", "base", "other", "shuffled"}
     assert {len(pairs) for pairs in sets.values()} == {40}
     assert all(
         {"alcohol", "skull"} & set(text.split(" ")) for text, _ in sets["named"] if "," not in text
