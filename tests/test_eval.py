@@ -135,7 +135,7 @@ def test_the_results_have_what_a_page_needs(patch, tmp_path, capsys):
     assert evaluate(*TOY, "--patch", f"sdd={patch}", "--out", tmp_path / "o") == 0
     found = result(tmp_path / "o")
     keys = [column["key"] for column in found["columns"]]
-    assert keys[:4] == ["named", "implied", "caption", "control"] and len(keys) == 11
+    assert keys[:4] == ["named", "shuffled", "implied", "caption"] and len(keys) == 14
     better = {column["key"]: column["better"] for column in found["columns"]}
     assert better["named"] == "low" and better["caption"] == "high" and better["base"] is None
     assert all(column["title"] and column["about"] for column in found["columns"])
@@ -146,7 +146,8 @@ def test_the_results_have_what_a_page_needs(patch, tmp_path, capsys):
     row = found["rows"][1]
     assert (tmp_path / "o" / row["sheet"]).exists()
     titles = [sample["title"] for sample in row["samples"]]
-    assert titles[:2] == ["concept named", "concept implied"] and titles[-1] == "other captions"
+    assert titles[:2] == ["concept named", "concept implied"]
+    assert titles[-2:] == ["other captions", "concept in new orders"]
     first = row["samples"][0]["images"][0]
     assert "star" in first["prompt"]
     image = Image.open(tmp_path / "o" / "images" / "sdd-star" / "00000.png")
@@ -156,7 +157,7 @@ def test_the_results_have_what_a_page_needs(patch, tmp_path, capsys):
     head = next(line for line in printed.splitlines() if line.startswith("model "))
     for key in keys[:4]:
         assert next(c["title"] for c in found["columns"] if c["key"] == key) in head
-    assert "Fréchet" not in printed and "all 11 columns" in printed
+    assert "Fréchet" not in printed and "all 14 columns" in printed
     assert f"open this page in a browser: {tmp_path / 'o' / 'index.html'}" in printed
 
 
@@ -192,7 +193,7 @@ def test_the_progress_bar_names_the_row_and_counts_images(patch, tmp_path, monke
     assert evaluate(*TOY, *two, "--out", tmp_path / "o") == 0
     labels = [label for label, _, _ in bars]
     assert labels == ["row 1 of 2: original-star", "row 2 of 2: sdd-star"]
-    assert all(total == done == 25 for _, total, done in bars)
+    assert all(total == done == 30 for _, total, done in bars)
 
 
 def test_one_inference_unet_at_a_time_and_none_without_work(patch, tmp_path, monkeypatch):
