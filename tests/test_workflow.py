@@ -189,7 +189,7 @@ def test_snakemake_plans_the_studies(tmp_path):
     quick = counts(snakemake(folder, "-n", "quick"))
     assert quick == {"train": 4, "attack": 4, "measure": 1, "page": 1, "quick": 1}
     trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 3 * 3 + 3)  # one, three, matrix
-    attacks = 7 * 3 + 5 * 3 * 2 + 3 * 3 + 4 * 3  # one: word; tokens, relearn; noise. three: word
+    attacks = 7 * 3 + 3 * 3 * 2 + 2 * 3 + 4 * 3  # one: word; tokens, relearn; noise. three: word
     everything = counts(snakemake(folder, "-n"))
     assert everything == {"train": trainings, "attack": attacks, "measure": 4, "page": 4, "all": 1}
     assert not (folder / plan.RESULTS).exists()
