@@ -143,7 +143,7 @@ def parse(argv=None):
     group.add_argument(
         "--loss",
         metavar="FILE:FUNCTION",
-        help="train it on one and on three concepts, measure and attack it; about ten minutes",
+        help="train it on one and on three concepts, measure it and attack it",
     )
     group.add_argument(
         "--seeds",
