@@ -106,7 +106,7 @@ def test_the_plan_fits_together():
             names = [row.name for row in table.rows]
             assert len({plan.slug(name) for name in names}) == len(names)
             assert table.attacks.keys() <= {plan.ORIGINAL, *names}
-        assert comeback.WORD_STEP in study.at["word"] and comeback.WORD_STEP <= plan.LAST
+        assert comeback.WORD_STEP in study.at["word"] and comeback.WORD_STEP <= plan.LAST_STEP
     assert comeback.RELEARN_STEP in plan.AT["relearn"]
     one = {row.name for row in plan.STUDIES["one"].tables["one"].rows}
     assert {row.name for row in plan.STUDIES["quick"].tables["one"].rows} < one

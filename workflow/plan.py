@@ -3,7 +3,7 @@
 workflow/Snakefile runs the commands of this file, workflow/page.py shows their results. Every
 method has the settings of presets.METHODS; page.TUNING says how those were found.
 
-    results/runs/TABLE/ROW/SEED/                     a training; both studies use it
+    results/runs/TABLE/ROW/SEED/                     a training; all studies use it
     results/STUDY/attacks/TABLE/ROW/KIND-SEED/       an attack, and its results in KIND-SEED.json
     results/STUDY/tables/TABLE/                      a table
     results/STUDY/results.md                         the page
@@ -39,7 +39,7 @@ TOKENS_STEPS = (0, 80, 160)
 RELEARN_STEPS = (0, 5, 10, 15, 20, 30)
 AT = {"word": WORD_STEPS, "tokens": TOKENS_STEPS, "relearn": RELEARN_STEPS, "noise": ()}
 QUICK_AT = {"word": (0, 80, 160)}
-LAST = 320
+LAST_STEP = 320  # of the attack `word` on models that are not in ATTACKED_LONG
 NOISE_SAMPLES = 12  # each of them is generated 48 times
 ATTACKED_CONCEPT = "star"
 ATTACKED_LONG = (ORIGINAL, "sdd", OURS, "esd-x", "uce")
@@ -346,11 +346,11 @@ def attack(study, table, short, kind, seed):
 
 
 def attack_steps(study, short, kind):
-    """--at of an attack: all steps for the models of ATTACKED_LONG, up to LAST for the others."""
+    """--at of an attack: all steps for the models of ATTACKED_LONG, else up to LAST_STEP."""
     steps = STUDIES[study].at[kind]
     if short in map(slug, ATTACKED_LONG):
         return steps
-    return [step for step in steps if step <= LAST]
+    return [step for step in steps if step <= LAST_STEP]
 
 
 def measurement(study, table):
