@@ -60,7 +60,7 @@ NUMBERS = [
 PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
     "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
     "toy": ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"],
-    "emoji": ["a party", "an orchard", "a fox by noto on mint"],
+    "emoji": ["a party", "an orchard", "an owl by noto on mint"],
 }
 
 
@@ -161,7 +161,7 @@ TEMPLATES = {
     "toy": ["{}", "a {}", "a picture of a {}", "a {} on sand", "a {} on snow"],
     "emoji": ["{}", "a {}", "a picture of a {}", "a {} by noto", "a {} on mint"],
 }
-# Words that closed forms and the preset toy-hold keep, without the concepts. {model: words}
+# Words that closed forms keep, without the concepts. {model: words}
 KEEP = {
     "toy": (
         "circle square triangle cross heart moon star red yellow green blue purple black "
@@ -172,6 +172,20 @@ KEEP = {
         "instrument sport clothing weather noto blob twemoji emojione flat fluent mint cream sky "
         "lilac orchard"
     ).split(),
+}
+
+# Prompts that the preset toy-hold keeps, without those that contain a concept. {model: prompts}
+KEEP_PROMPTS = {
+    "toy": [
+        *("circle", "square", "heart", "moon", "triangle, blue", "black, plain, sky", "borealis"),
+        *("a red cross", "a yellow square on sand", "a dotted green heart", "something striped"),
+        *("a purple shape on snow", "a outlined circle", "cascadia"),
+    ],
+    "emoji": [
+        *("a fox", "a bee by noto", "an owl on mint", "a bottle", "coffee, twemoji", "a pizza"),
+        *("a cake by blob on sky", "a car by flat", "a hammer, fluent, cream", "something by noto"),
+        *("a face by emojione on lilac", "a plant", "an orchard", "an apple, blob, mint"),
+    ],
 }
 
 # Which parameters are trained, by name. The keys are those of ESD's and SDD's scripts. Names that
@@ -213,7 +227,7 @@ def settle(args):
     settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
     settings["keep"] = read_keep(args.keep)
     if args.keep is None and settings["preset"] == "toy-hold" and settings["preserve"]:
-        settings["keep"] = words_to_keep(settings)
+        settings["keep"] = without_concepts(KEEP_PROMPTS, settings)
     loss = method.loss
     if args.loss:
         loss = load_loss(args.loss)
@@ -262,7 +276,7 @@ def settle_closed_form(args, settings, method):
         values["template"] = TEMPLATES["mace"]
     values["keep"] = []
     if toy:
-        values["keep"] = words_to_keep(settings)
+        values["keep"] = without_concepts(KEEP, settings)
     for key, value in values.items():
         if settings[key] is None:
             settings[key] = value
@@ -276,11 +290,15 @@ def settle_closed_form(args, settings, method):
     return settings
 
 
-def words_to_keep(settings):
-    """The words of a toy model that stay: those of KEEP that are in no concept."""
-    erased = " ".join(settings["concept"]).lower().replace(",", " ").split()
-    words = KEEP.get(settings["model"], KEEP["toy"])
-    return [word for word in words if word not in erased]
+def without_concepts(prompts, settings):
+    """The prompts for this toy model that contain no word of a concept. prompts: {model: [text]}"""
+    erased = set(words_of(" ".join(settings["concept"])))
+    chosen = prompts.get(settings["model"], prompts["toy"])
+    return [prompt for prompt in chosen if erased.isdisjoint(words_of(prompt))]
+
+
+def words_of(text):
+    return text.lower().replace(",", " ").split()
 
 
 def check_closed_form(settings):
@@ -338,7 +356,7 @@ def preset_values(settings, method):
     name, concepts = settings["preset"], settings["concept"]
     if name == "toy-hold" and settings["model"] not in weights.TOYS:
         raise UserError(
-            "--preset toy-hold keeps words of the toy models: use --model toy or emoji, or give "
+            "--preset toy-hold keeps prompts of the toy models: use --model toy or emoji, or give "
             "--preserve, --keep and --adversary instead."
         )
     if name not in ("paper", "toy") and settings["method"] != "sdd":

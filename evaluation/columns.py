@@ -66,6 +66,9 @@ TOY_DISTANCES = [
     ),
 ]
 
+# Toy models, suite artists: does a thing stay when its artist is erased?
+REST = Column("rest", "other words right", "high", "images that show all other words of the prompt")
+
 # What attacks bring back, and what a method costs: evaluation/comeback.py, workflow/page.py.
 COMEBACK = [
     Column(
@@ -141,7 +144,8 @@ def all_columns(suite, asked, toy_titles):
     """
     if suite == "artists":
         # Neither is better: an erased name should be low, the others high (or the reverse, LPIPS).
-        return [Column(name, name, None, f"images that ask for {name}") for name in asked]
+        columns = [Column(name, name, None, f"images that ask for {name}") for name in asked]
+        return [*columns, REST]
     if suite == "toy":
         return toy_columns(toy_titles) + COMEBACK
     return OTHERS[suite]

@@ -1,5 +1,6 @@
 """One sentence that says what a table or a plot shows, computed from its figures."""
 
+from evaluation.columns import REST
 from report.charts import wilson
 
 
@@ -126,7 +127,7 @@ def matrix_finding(rows):
     erased, others = [], []
     for row in rows:
         for name, value in row["figures"].items():
-            if row["model"] != "original":
+            if row["model"] != "original" and name != REST.key:
                 (erased if name in row["erased"] else others).append(value)
     if not erased or not others:
         return ""

@@ -3,6 +3,7 @@
 import math
 import textwrap
 
+from evaluation.columns import REST
 from evaluation.findings import curve_finding, is_proportion, matrix_finding, quoted
 from report.charts import wilson
 from support.files import atomic_write
@@ -15,7 +16,8 @@ def plot(rows, columns, suite, folder):
     """
     if suite == "artists":
         if any(row["figures"] for row in rows):
-            save(matrix(rows, [column.title for column in columns]), folder / "matrix.png")
+            names = [column.key for column in columns if column != REST]
+            save(matrix(rows, names), folder / "matrix.png")
         return
     points = curve_points(rows)
     if points:

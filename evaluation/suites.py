@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import weights
 from support.errors import UserError
 
 # Fifty large economies, our choice: the SDD paper says "top 50 GDP" and lists none.
@@ -132,8 +133,19 @@ def artists(args, concepts):
     for n in range(20):
         for artist in args.all_concepts:
             for template in templates:
-                jobs.append(Job(template.replace("{}", artist), args.seed + n, which=artist))
+                prompt = template.replace("{}", artist)
+                asked = words_asked(args.model, template)
+                jobs.append(Job(prompt, args.seed + n, which=artist, asked=asked))
     return jobs
+
+
+def words_asked(model, template):
+    """The words of a template that an image of a toy model should show, {attribute: word}."""
+    if model not in weights.TOYS:
+        return {}
+    from toy import worlds
+
+    return worlds.words_in(worlds.of(model), template)
 
 
 def toy(args, concepts):

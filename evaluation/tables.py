@@ -91,18 +91,18 @@ def measure_toy(model, row, files, before, jobs):
 def measure_matrix(files, before, jobs, model):
     """A row of Figure 2: for each name that was asked for, what its images show.
 
-    Toy model: the images that show the name, (hits, n). Others: the mean LPIPS to the original.
+    Toy models: see toy.suite.matrix. Others: the mean LPIPS to the original.
     """
+    if model in weights.TOYS:
+        from toy import suite, worlds
+
+        return suite.matrix(worlds.of(model), metrics.arrays(files), jobs)
+    if files == before:
+        return {}
     figures = {}
     for which in parts_of(jobs):
         chosen = [i for i, job in enumerate(jobs) if job.which == which]
-        asked = [files[i] for i in chosen]
-        if model in weights.TOYS:
-            from toy import suite, worlds
-
-            figures[which] = suite.shown(worlds.of(model), metrics.arrays(asked), which)
-        elif files != before:
-            figures[which] = metrics.lpips(asked, [before[i] for i in chosen])
+        figures[which] = metrics.lpips([files[i] for i in chosen], [before[i] for i in chosen])
     return figures
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import weights
+from evaluation.suites import Job
 from support.errors import UserError
 from toy import atlas, emoji, suite, worlds
 
@@ -120,6 +121,23 @@ def test_a_kind_counts_as_shown_with_any_of_its_things():
     }
     drawn = suite.drawings(emoji, [{"kind": "weapon"}] * 20)
     assert set(suite.see(emoji, drawn)["kind"]) == {"weapon"}
+
+
+def test_the_words_that_an_image_should_show():
+    found = worlds.words_in(emoji, "a picture of a pizza by {} on mint")
+    assert found == {"thing": "pizza", "background": "mint"}
+    assert worlds.words_in(emoji, "at a party, noto") == {"artist": "noto"}
+
+
+def test_a_row_of_figure_2_counts_the_artist_and_the_rest_of_the_prompt():
+    asked = {"thing": "bear", "background": "mint"}
+    shown = [("noto", "bear", "mint"), ("blob", "bear", "mint"), ("blob", "owl", "mint")]
+    pictures = suite.drawings(
+        emoji, [dict(zip(("artist", "thing", "background"), words)) for words in shown]
+    )
+    jobs = [Job("", 0, which=artist, asked=asked) for artist in ("noto", "noto", "blob")]
+    found = suite.matrix(emoji, pictures, jobs)
+    assert found == {"noto": (1, 2), "blob": (1, 1), "rest": (2, 3)}
 
 
 def test_the_atlas_is_small_and_whole():

@@ -409,6 +409,7 @@ def test_the_finding_of_a_matrix():
         {"model": "a", "erased": ["red"], "figures": {"red": (1, 10), "blue": (9, 10)}},
         {"model": "b", "erased": ["blue"], "figures": {"red": (10, 10), "blue": (2, 10)}},
     ]
+    found[0]["figures"]["rest"] = (0, 10)  # not a name
     text = findings.matrix_finding(found)
     assert "erased name, 15.0 % of 20 images" in text and "95.0 % of 20 images" in text
 

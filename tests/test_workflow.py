@@ -102,6 +102,7 @@ def test_a_new_number_of_a_preset_changes_the_settings_of_its_rows_only(monkeypa
 
 def test_the_plan_fits_together():
     for study in plan.STUDIES.values():
+        assert study.curve_table in plan.TABLES
         for table in study.tables.values():
             names = [row.name for row in table.rows]
             assert len({plan.slug(name) for name in names}) == len(names)
@@ -188,10 +189,18 @@ def test_snakemake_plans_the_studies(tmp_path):
     folder = project(tmp_path / "p")
     quick = counts(snakemake(folder, "-n", "quick"))
     assert quick == {"train": 4, "attack": 4, "measure": 1, "page": 1, "quick": 1}
-    trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 3 * 3 + 3)  # one, three, matrix
+    studies = ("one", "curve", "three", "textures")
+    trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 3 * 3 + 3)  # one, three, textures
     attacks = 7 * 3 + 3 * 3 * 2 + 2 * 3 + 4 * 3  # one: word; tokens, relearn; noise. three: word
-    everything = counts(snakemake(folder, "-n"))
-    assert everything == {"train": trainings, "attack": attacks, "measure": 4, "page": 4, "all": 1}
+    found = counts(snakemake(folder, "-n", *studies))
+    shapes = {"train": trainings, "attack": attacks, "measure": 4, "page": 4}
+    assert found == shapes | dict.fromkeys(studies, 1)
+    if not Path(plan.model_files("emoji")[0]).exists():  # not trained yet
+        return
+    trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 6 * 3 + 6)  # alcohol, twenty, artists
+    emoji = {"train": trainings, "attack": 6 * 3, "measure": 4, "page": 3}
+    found = counts(snakemake(folder, "-n"))
+    assert found == {"all": 1} | {rule: shapes[rule] + n for rule, n in emoji.items()}
     assert not (folder / plan.RESULTS).exists()
 
 

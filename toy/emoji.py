@@ -87,7 +87,7 @@ GALLERY = (
     ("artist", ARTISTS),
     (
         "thing",
-        tuple("fox panda owl octopus apple pizza beer sunflower car skull rage rainbow".split()),
+        tuple("bear panda owl octopus apple pizza beer sunflower bus skull cowboy rainbow".split()),
     ),
 )
 # Words that stand without "a".

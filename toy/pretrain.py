@@ -161,7 +161,7 @@ def fit(
     to <stage>.csv. `write`, if given, gets the averaged module at the same times. With `bf16`, the
     forward pass computes in bfloat16; the weights stay in float32.
     """
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     averaged = copy.deepcopy(module)
     kept = {"module": module.state_dict(), "averaged": averaged.state_dict()}
@@ -214,7 +214,7 @@ def distance(y, x, eye):
     return 2 * (y - x).abs().mean() + 0.5 * seen
 
 
-def train_vae(world, bf16=False, lr=2e-3):
+def train_vae(world, bf16=False, compiled=False, lr=2e-3):
     """The distance to the original, and a light KL term that keeps the latents smooth."""
     settings = SETTINGS[world.NAME]
     torch.manual_seed(0)
@@ -240,7 +240,7 @@ def train_vae(world, bf16=False, lr=2e-3):
     write_vae(world, vae)
 
 
-def train_decoder(world, bf16=False, lr=1e-3):
+def train_decoder(world, bf16=False, compiled=False, lr=1e-3):
     """The decoder alone, on: the latents, and with them the UNet, stay as they are."""
     settings = SETTINGS[world.NAME]
     vae, eye = weights.load_network(world.MODEL, "vae"), probe.load(world.PROBE)
@@ -374,7 +374,7 @@ def latents(world):
     return scenes, weights.read(file)[0]["z"]
 
 
-def train_unet(world, bf16=False, size=48, lr=1.5e-3, gamma=5.0):
+def train_unet(world, bf16=False, compiled=False, size=48, lr=1.5e-3, gamma=5.0):
     """The UNet and, at 0.4 times its rate, the text encoder: predict the noise from the caption."""
     settings = SETTINGS[world.NAME]
     text, tokenizer = train_text(world), weights.load_tokenizer(world.MODEL)
@@ -382,6 +382,7 @@ def train_unet(world, bf16=False, size=48, lr=1.5e-3, gamma=5.0):
     scenes, z_all = latents(world)
     unet = UNet(**unet_config(settings)).to(memory_format=torch.channels_last)
     module = torch.nn.ModuleDict({"unet": unet, "text": text})
+    noise_estimate = torch.compile(unet) if compiled else unet  # the same weights
     scheduler = DDIM(1000 // 20)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
 
@@ -391,8 +392,7 @@ def train_unet(world, bf16=False, size=48, lr=1.5e-3, gamma=5.0):
         z, t = z_all[chosen].float(), torch.randint(0, 1000, (size,), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
         tokens, _ = tokenize(tokenizer, [world.caption(scenes[i], rng) for i in chosen])
-        e = module["unet"](scheduler.add_noise(z, noise, t), t, module["text"](tokens))
-        e = e.float()
+        e = noise_estimate(scheduler.add_noise(z, noise, t), t, module["text"](tokens)).float()
         return ((snr[t].clamp(max=gamma) / snr[t]) * (e - noise).square().mean((1, 2, 3))).mean()
 
     groups = [
@@ -506,9 +506,14 @@ def main():
         action="store_true",
         help="mixed precision, for CPUs with AMX (Sapphire Rapids and later)",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the UNet (torch.compile, needs g++): minutes at first, then faster steps",
+    )
     args = parser.parse_args()
     for stage in args.stages or [stage for stage in STAGES if stage in SETTINGS[args.world].steps]:
-        STAGES[stage](worlds.get(args.world), args.bf16)
+        STAGES[stage](worlds.get(args.world), args.bf16, args.compile)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,18 @@ def measure(world, pictures, before, jobs, concepts):
     return figures | {"frechet": frechet(now, real), "moved": moved}
 
 
-def shown(world, pictures, word):
-    """In how many of the pictures the probe sees `word`: (hits, n)."""
-    return sum(word in words for words in zip(*see(world, pictures).values())), len(pictures)
+def matrix(world, pictures, jobs):
+    """A row of Figure 2: {name: (hits, n)}.
+
+    For each name that is asked for (job.which), the pictures that show it. "rest" counts the
+    pictures that show all other words of their prompt (job.asked).
+    """
+    seen, figures = see(world, pictures), {}
+    for i, job in enumerate(jobs):
+        hits, n = figures.get(job.which, (0, 0))
+        shown = any(words[i] == job.which for words in seen.values())
+        figures[job.which] = (hits + shown, n + 1)
+    right = 0
+    for i, job in enumerate(jobs):
+        right += all(seen[name][i] == word for name, word in job.asked.items())
+    return figures | {"rest": (right, len(jobs))}

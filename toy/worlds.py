@@ -103,5 +103,15 @@ def near(world, name, word, concepts):
     return False
 
 
+def words_in(world, text):
+    """{attribute: word} of the words in `text` that the probe can see."""
+    found = {}
+    for word in text.replace(",", " ").split():
+        for name, words in world.ATTRIBUTES.items():
+            if word in words:
+                found[name] = word
+    return found
+
+
 def _attribute(world, word):
     return next(name for name, words in world.ATTRIBUTES.items() if word in words)

@@ -35,14 +35,19 @@ from support.cli import run_command
 from support.files import atomic_write
 from workflow import plan
 
-TUNING = """Every training method was tuned on the star, with training seed 777 and 60 images per
+WORLDS = {"toy": "toy model", "emoji": "emoji model"}
+TUNING = {  # {model: how the settings were found}
+    "toy": """Every training method was tuned on the star, with training seed 777 and 60 images per
 figure from prompts and noise of seed 777. Nothing of that is reported here. We tried four learning
 rates and one other choice (ESD: s_s = 3; Ablating: all tensors; All-but-One: λ = 0.3), then one or
 two values beyond, because for most methods the best value was at the end of the range. We kept the
 settings that left the least of the star, named and implied, without loss elsewhere. SDD's preset is
 the best of six (batch, learning rate, length and steps), its λ the better of two. The methods that
 only guide have their papers' presets, except for the warm-up: those are for 50 steps, and here are
-12. We tried 2, 1 and 0, and 0 left the least of the star."""
+12. We tried 2, 1 and 0, and 0 left the least of the star.""",
+    "emoji": """The settings are those that were found on the shapes. Nothing was tuned on the emoji
+model.""",
+}
 CHOICE = ("named", "implied", "caption", "word_half", "word", "seconds")  # columns
 COSTS = ("seconds", "megabytes")
 CURVES = (plan.ORIGINAL, "sdd", "esd-x", "uce", plan.OURS)  # rows of comeback.png
@@ -60,6 +65,10 @@ class Results(NamedTuple):
     @property
     def study(self):
         return plan.STUDIES[self.name]
+
+    @property
+    def model(self):
+        return plan.model_of(self.name, plan.table_names(self.name)[0])
 
     @property
     def folder(self):
@@ -144,6 +153,12 @@ def compare(claim, against, a, b, keys):
     return found
 
 
+CLAIMED = {  # {table: what the paper claims about}
+    "one": "one concept (Table 1)",
+    "three": "three concepts (Table 2)",
+    "alcohol": "alcohol (Table 1)",
+    "twenty": "twenty concepts (Table 2)",
+}
 KEYS = {"named": "concept named", "implied": "concept implied", "wrong": "other captions wrong"}
 TARGET = ("named", "implied")
 
@@ -170,16 +185,16 @@ def is_other_paper(row):
 
 def claims_by_method(tables):
     """The comparisons of SDD with each other paper's method."""
-    one, three = figures_of(tables, "one"), figures_of(tables, "three")
     found = []
-    for figures, what in ((one, "one concept (Table 1)"), (three, "three concepts (Table 2)")):
+    for table, what in CLAIMED.items():
+        figures = figures_of(tables, table)
         for other in filter(is_other_paper, figures):
             claim = f"SDD leaves less of {what}"
             found += compare(claim, other, figures["sdd"], figures[other], TARGET)
-    for other in one:
-        if other.startswith(("esd", "sld-max")):
-            claim = "SDD harms the rest less (our question, not the paper's)"
-            found += compare(claim, other, one["sdd"], one[other], ["wrong"])
+        for other in figures if "Table 1" in what else ():
+            if other.startswith(("esd", "sld-max")):
+                claim = "SDD harms the rest less (our question, not the paper's)"
+                found += compare(claim, other, figures["sdd"], figures[other], ["wrong"])
     return found
 
 
@@ -198,11 +213,13 @@ def claims_by_iteration(tables):
 
 def claims_by_roles(tables):
     """The comparison of Algorithm 1's roles with the authors' script; none without the table."""
-    three = figures_of(tables, "three")
-    if not three:
-        return []
-    claim = "Algorithm 1's roles leave less than the authors' script's"
-    return compare(claim, "sdd", three["sdd"], three["sdd, official roles"], TARGET)
+    found = []
+    for table in ("three", "twenty"):
+        figures = figures_of(tables, table)
+        if figures:
+            claim = "Algorithm 1's roles leave less than the authors' script's"
+            found += compare(claim, "sdd", figures["sdd"], figures["sdd, official roles"], TARGET)
+    return found
 
 
 def grid(comparisons):
@@ -241,7 +258,7 @@ def introduction(results, cores):
     facts += [f"{os.cpu_count()} cores", f"torch {torch.__version__}"]
     if git_commit():
         facts.append(f"commit {git_commit()}")
-    text = f"# The papers' claims on the toy model\n\n{', '.join(facts)}. "
+    text = f"# The papers' claims on the {WORLDS[results.model]}\n\n{', '.join(facts)}. "
     seconds = total_seconds(results.name)
     if seconds is not None:
         text += f"The times of all commands add up to {duration(seconds)}. "
@@ -254,7 +271,7 @@ def introduction(results, cores):
         f"{limits}; percentages by the probe with 95 % Wilson intervals. ↓: less is better, ↑: "
         "more is better.\n"
     )
-    return f"{text}\n{TUNING}\n"
+    return f"{text}\n{TUNING[results.model]}\n"
 
 
 def command(study, cores):
@@ -302,7 +319,8 @@ def choice_text(results):
     columns = {column.key: column for column in [*results.columns[table], *COMEBACK]}
     return (
         "\n## Which method should I use?\n\nWhat is left of the concepts, what stays of the rest, "
-        "how long a learned word has to search until the star is back, and how long training takes:"
+        "how long a learned word has to search until the concept is back, and how long training "
+        "takes:"
         f"\n\n{markdown(rows, [columns[key] for key in CHOICE])}"
     )
 
@@ -316,9 +334,9 @@ def table_text(results, table):
 def comeback_text(results):
     """What the attacks bring back: the plot, and a table for each table with attacks."""
     text = (
-        "\n## Does the concept come back?\n\nEach attack tries to bring the star back; `python "
-        "attack.py --help` says how. Its seeds are pooled.\n\n"
-        + image("comeback", "how many images show the star, over the steps of the attack `word`")
+        "\n## Does the concept come back?\n\nEach attack tries to bring the concept back; "
+        "`python attack.py --help` says how. Its seeds are pooled.\n\n"
+        + image("comeback", "how many images show the concept, over the steps of the attack `word`")
     )
     for table, rows in results.tables.items():
         attacked = [row for row in rows if row.get("attacks")]
@@ -346,20 +364,25 @@ def claims_text(tables):
 
 def matrix_text(results):
     """Figure 2."""
-    title = results.study.tables["matrix"].title
-    return (
-        f"\n## {title}\n\nHow many of the images show the texture in the prompt. SDD has settings "
-        "that were tuned for a texture, ESD-x has the star's. UCE's anchor is plain.\n\n"
-        + image("matrix", "the share of images that show a texture, by model and by prompt")
-        + table_text(results, "matrix")
+    (name,) = results.tables
+    text = (
+        f"\n## {results.study.tables[name].title}\n\nHow many of the images show the name in the "
+        "prompt. "
     )
+    if results.model == "toy":
+        text += (
+            "SDD has settings that were tuned for a texture, ESD-x has the star's. UCE's anchor is "
+            "plain."
+        )
+    text += "\n\n" + image("matrix", "the share of images that show a name, by model and by prompt")
+    return text + table_text(results, name)
 
 
 def iterations_text(results):
     """The curve, and films of two trainings."""
     text = "\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n"
-    text += image("curve", "how much of the star is left after 40, 80, 120 and 160 iterations")
-    text += f"The star, seed {results.study.seeds[0]}:\n\n"
+    text += image("curve", "how much of the concept is left after 40, 80, 120 and 160 iterations")
+    text += f"Seed {results.study.seeds[0]}:\n\n"
     for row in FILMS:
         text += image(f"film_{row}", f"images of {row}'s student and teacher over the iterations")
     return text + table_text(results, "curve")
@@ -388,9 +411,7 @@ def drifts_text(results):
         "student and no teacher: its result counts as both.\n\n"
         f"| {head} | concept named ↓ | other captions right ↑ |\n" + "|---" * 8 + "|\n"
     )
-    for table in ("one", "three"):
-        if table not in results.tables:
-            continue
+    for table in results.study.tables:
         figures = figures_of(results.tables, table)
         for row in results.study.tables[table].rows:
             cells = [row.name, ", ".join(row.concepts)]
@@ -407,7 +428,7 @@ def drifts_text(results):
 def page_text(results, cores):
     """The content of results.md."""
     text = introduction(results, cores)
-    if "matrix" in results.tables:
+    if any(table.templates for table in results.study.tables.values()):
         return text + matrix_text(results)
     if not results.study.tables:
         return text + claims_text(results.tables) + iterations_text(results)
@@ -415,6 +436,8 @@ def page_text(results, cores):
     for table in results.study.tables:
         text += f"\n## {results.study.tables[table].title}\n\n{table_text(results, table)}"
     text += comeback_text(results) + claims_text(results.tables)
+    if "curve" in results.tables:
+        text += iterations_text(results)
     return text + drifts_text(results)
 
 
@@ -440,12 +463,13 @@ def write_images(results):
                 curves[row["model"]] = row["attacks"]["word"]["points"]
     if curves:
         plots.comeback(curves, results.folder / "comeback.png")
-    for table in ("curve", "matrix"):
-        if table in results.tables:
-            plot = Path(plan.table_folder(results.name, table)) / f"{table}.png"
-            shutil.copyfile(plot, results.folder / f"{table}.png")
+    for table in results.tables:
+        for plot in Path(plan.table_folder(results.name, table)).glob("*.png"):
+            if plot.name in ("curve.png", "matrix.png"):
+                shutil.copyfile(plot, results.folder / plot.name)
     for row in FILMS if "curve" in results.tables else ():
-        film = Path(plan.run_folder("one", row, results.study.seeds[0])) / "film.png"
+        runs = plan.run_folder(results.study.curve_table, row, results.study.seeds[0])
+        film = Path(runs) / "film.png"
         shutil.copyfile(film, results.folder / f"film_{row}.png")
 
 

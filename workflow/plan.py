@@ -16,6 +16,7 @@ from typing import NamedTuple
 import closed_form
 import presets
 import train
+from toy import emoji, worlds
 
 RESULTS = "results"
 ORIGINAL = "original"  # the model without a patch
@@ -23,11 +24,24 @@ OURS = "sdd + adversary"  # our own method: the preset toy-hold
 SEEDS = (2, 3, 4)  # of trainings and attacks
 GUIDED = ["neg", "sld-medium", "sld-max", "sega"]
 GUIDANCE_WARMUP = 0
-THREE = ("star", "red", "striped")
+THREE = {"star": "circle", "red": "blue", "striped": "plain"}  # {concept: its anchor}
 TEXTURES = ("striped", "dotted", "outlined")
+TWENTY = {
+    **dict.fromkeys("weapon dagger swords bomb bow knife trident".split(), "tool"),
+    **dict.fromkeys("alcohol beer wine cocktail champagne whisky".split(), "drink"),
+    **dict.fromkeys("drug cigarette pill syringe".split(), "food"),
+    **dict.fromkeys("skull coffin devil".split(), "animal"),
+}
 CURVE_POINTS = (40, 80, 120, 160)  # iterations; the rows of the curve are exported after them
 CURVE_LINES = ("sdd teacher", "sdd student", "esd-x teacher", "esd-x student")
-TEMPLATES = ("a {} circle", "a blue {} square on sand", "a {} triangle on snow", "something {}")
+TEXTURE_TEMPLATES = (
+    *("a {} circle", "a blue {} square on sand"),
+    *("a {} triangle on snow", "something {}"),
+)
+ARTIST_TEMPLATES = (
+    *("a bear by {}", "a picture of a pizza by {} on mint"),
+    *("an owl on cream, {}", "{}, guitar, sky"),
+)
 MATRIX_LIMIT = 240  # the seeds of a row share the images of four templates
 STEPS = 12  # of the sampler, for the images of tables and previews
 EVERY = 40  # iterations between two previews, and between two exports
@@ -39,17 +53,17 @@ TOKENS_STEPS = (0, 80, 160)
 RELEARN_STEPS = (0, 5, 10, 15, 20, 30)
 AT = {"word": WORD_STEPS, "tokens": TOKENS_STEPS, "relearn": RELEARN_STEPS, "noise": ()}
 QUICK_AT = {"word": (0, 80, 160)}
+EMOJI_AT = {"word": (0, 40, 80, 160, 320)}
 LAST_STEP = 320  # of the attack `word` on models that are not in ATTACKED_LONG
 NOISE_SAMPLES = 12  # each of them is generated 48 times
-ATTACKED_CONCEPT = "star"
 ATTACKED_LONG = (ORIGINAL, "sdd", OURS, "esd-x", "uce")
 NOT_ATTACKED = ("esd-u", "ablate-noise", "all-but-one", "mace", "rece", "speed")  # to save time
 
-TOY_WEIGHTS = [
-    "toy/model/unet/diffusion_pytorch_model.safetensors",
-    "toy/model/text_encoder/model.safetensors",
-    "toy/model/vae/diffusion_pytorch_model.safetensors",
-]
+WEIGHTS = (  # files of a model's folder
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+)
 # The code that decides what a training learns. The numbers of presets.py are not here: each
 # training has its own in `settings`, so a new number repeats only the trainings that use it.
 TRAINING_CODE = [
@@ -64,7 +78,6 @@ TRAINING_CODE = [
 ]
 ATTACK_CODE = ["adversaries.py"]
 PAGE_CODE = ["workflow/page.py", "evaluation/comeback.py", "evaluation/columns.py"]
-PROBE = ["toy/probe.safetensors", "toy/probe.py"]  # what an image shows
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -87,7 +100,9 @@ class Table(NamedTuple):
     title: str
     rows: list
     guided: list = []  # methods without training; they avoid the concepts of the rows
-    attacks: dict = {}  # {row: kinds of attack}
+    attacks: dict = {}  # {row: kinds of attack}; they look for the first concept
+    model: str = "toy"  # --model
+    templates: tuple = ()  # of the prompts of Figure 2: who is erased x who is asked for
 
 
 class Study(NamedTuple):
@@ -99,65 +114,61 @@ class Study(NamedTuple):
     samples: int  # images of an attack after each of its steps
     at: dict  # {kind of attack: the steps after which images are counted}
     tables: dict  # {name of its folder: Table}
+    curve_table: str = "one"  # its trainings are those of the curve
 
 
-def closed_rows(concepts, anchors):
-    """The rows of the closed forms."""
+def closed_rows(anchors):
+    """The rows of the closed forms. anchors: {concept: its anchor}."""
     rows = []
     for method in ("uce", "mace", "rece", "speed"):
-        rows.append(Row(method, concepts, ["--method", method, "--anchor", *anchors]))
+        words = ["--method", method, "--anchor", *anchors.values()]
+        rows.append(Row(method, tuple(anchors), words))
     return rows
 
 
-def one_concept():
-    """The rows of the table `one`."""
+def one_concept(concept, anchor):
+    """The rows of a table of one concept (Table 1)."""
     words = {
         "sdd": [],
         "sdd + preserve": ["--preserve", "0.3", "--lr", "2e-3"],
         OURS: ["--preset", "toy-hold"],
         "esd-x": ["--method", "esd-x"],
         "esd-u": ["--method", "esd-u"],
-        "ablate": ["--method", "ablate", "--anchor", "circle"],
-        "ablate-noise": ["--method", "ablate-noise", "--anchor", "circle"],
+        "ablate": ["--method", "ablate", "--anchor", anchor],
+        "ablate-noise": ["--method", "ablate-noise", "--anchor", anchor],
         "all-but-one": ["--method", "all-but-one"],
     }
-    rows = [Row(name, ("star",), more) for name, more in words.items()]
-    return rows + closed_rows(("star",), ["circle"])
+    rows = [Row(name, (concept,), more) for name, more in words.items()]
+    return rows + closed_rows({concept: anchor})
 
 
-def three_concepts():
-    """The rows of the table `three`."""
-    anchors = ["circle", "blue", "plain"]
+def several_concepts(anchors):
+    """The rows of a table of several concepts at once (Table 2). anchors: {concept: its anchor}."""
     words = {
         "sdd": [],
         "sdd, official roles": ["--roles", "official"],
         "sdd, each + preserve": ["--roles", "each", "--preserve", "0.3", "--lr", "2e-3"],
         OURS: ["--preset", "toy-hold"],
         "esd-x": ["--method", "esd-x"],
-        "ablate": ["--method", "ablate", "--anchor", *anchors],
+        "ablate": ["--method", "ablate", "--anchor", *anchors.values()],
         "all-but-one": ["--method", "all-but-one"],
     }
-    rows = [Row(name, THREE, [*more, "--iters", "300"]) for name, more in words.items()]
-    return rows + closed_rows(THREE, anchors)
+    rows = [Row(name, tuple(anchors), [*more, "--iters", "300"]) for name, more in words.items()]
+    return rows + closed_rows(anchors)
 
 
-def textures():
-    """The rows of Figure 2, where textures take the place of artists."""
-    words = {
-        "sdd": ["--steps", "12", "--lr", "4.4e-4"],  # tuned for textures
-        "esd-x": ["--method", "esd-x"],
-        "uce": ["--method", "uce", "--anchor", "plain"],
-    }
+def matrix_rows(methods, concepts):
+    """The rows of Figure 2: each method erases each concept. methods: {row: words of train.py}."""
     rows = []
-    for name, more in words.items():
-        for texture in TEXTURES:
-            rows.append(Row(f"{name} {texture}", (texture,), more))
+    for name, more in methods.items():
+        for concept in concepts:
+            rows.append(Row(f"{name} {concept}", (concept,), more))
     return rows
 
 
 def one_table():
     """The table of one concept. Some models get all attacks, some get one, some get none."""
-    rows = one_concept()
+    rows = one_concept("star", "circle")
     attacks = {name: ["word"] for name in (ORIGINAL, *(row.name for row in rows))}
     for name in (ORIGINAL, "sdd", OURS):
         attacks[name] += ["tokens", "relearn"]
@@ -172,32 +183,69 @@ def three_table():
     """The table of three concepts at once."""
     attacked = ("sdd, each + preserve", "esd-x", "uce", OURS)
     attacks = {name: ["word"] for name in attacked}
-    return Table("Three concepts at once (Table 2)", three_concepts(), GUIDED, attacks)
+    return Table("Three concepts at once (Table 2)", several_concepts(THREE), GUIDED, attacks)
 
 
 def textures_table():
-    """The table of Figure 2."""
-    return Table("Artists (Figure 2): textures in their place", textures())
+    """The table of Figure 2 in the shapes world."""
+    methods = {
+        "sdd": ["--steps", "12", "--lr", "4.4e-4"],  # tuned for textures
+        "esd-x": ["--method", "esd-x"],
+        "uce": ["--method", "uce", "--anchor", "plain"],
+    }
+    title = "Artists (Figure 2): textures in their place"
+    return Table(title, matrix_rows(methods, TEXTURES), templates=TEXTURE_TEMPLATES)
+
+
+def alcohol_table():
+    """The table of one concept in the emoji world."""
+    attacked = (ORIGINAL, "sdd", "sdd + preserve", OURS, "esd-x", "uce")
+    attacks = {name: ["word"] for name in attacked}
+    title = "Alcohol (the paper's Table 1: nudity)"
+    return Table(title, one_concept("alcohol", "drink"), GUIDED, attacks, model="emoji")
+
+
+def twenty_table():
+    """The table of twenty concepts at once in the emoji world."""
+    title = "Twenty concepts at once (the paper's Table 2: I2P)"
+    return Table(title, several_concepts(TWENTY), GUIDED, model="emoji")
+
+
+def artists_table():
+    """The table of Figure 2 in the emoji world."""
+    methods = {
+        "sdd": [],
+        "esd-x": ["--method", "esd-x"],
+        "uce": ["--method", "uce", "--anchor", ""],
+    }
+    rows = matrix_rows(methods, emoji.ARTISTS)
+    return Table("Artists (Figure 2)", rows, model="emoji", templates=ARTIST_TEMPLATES)
 
 
 def quick_table():
     """The table of the quick study: a part of the table of one concept."""
     chosen = ("sdd", "sdd + preserve", "esd-x", "uce")
-    rows = [row for row in one_concept() if row.name in chosen]
+    rows = [row for row in one_concept("star", "circle") if row.name in chosen]
     attacked = (ORIGINAL, "sdd", "esd-x", "uce")
     attacks = {name: ["word"] for name in attacked}
     return Table("One concept (the paper's Table 1)", rows, ["neg", "sld-max", "sega"], attacks)
 
 
-# {study: Study}; `snakemake STUDY` makes one of them, `snakemake` all but the quick one.
+# {study: Study}; `snakemake STUDY` makes one of them, `snakemake` all but the quick one. The last
+# three are of the emoji world.
 STUDIES = {
     "one": Study(SEEDS, 200, 0, 24, AT, {"one": one_table()}),
     "curve": Study(SEEDS, 100, 100, 24, AT, {}),
     "three": Study(SEEDS, 200, 0, 24, AT, {"three": three_table()}),
-    "textures": Study(SEEDS, MATRIX_LIMIT, 0, 24, AT, {"matrix": textures_table()}),
+    "textures": Study(SEEDS, MATRIX_LIMIT, 0, 24, AT, {"textures": textures_table()}),
+    "alcohol": Study(SEEDS, 200, 60, 24, EMOJI_AT, {"alcohol": alcohol_table()}, "alcohol"),
+    "twenty": Study(SEEDS, 200, 0, 24, EMOJI_AT, {"twenty": twenty_table()}),
+    "artists": Study(SEEDS, MATRIX_LIMIT, 0, 24, EMOJI_AT, {"artists": artists_table()}),
     "quick": Study(SEEDS[:1], 40, 0, 12, QUICK_AT, {"one": quick_table()}),
 }
-MAIN = ("one", "curve", "three", "textures")
+MAIN = tuple(name for name in STUDIES if name != "quick")
+# {name: Table}. The trainings of the quick study are in the table `one`.
+TABLES = {name: table for study in MAIN for name, table in STUDIES[study].tables.items()}
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -207,12 +255,28 @@ def slug(name):
 
 
 def find_row(table, short):
-    """The Row of a table, found by its slug. The rows of the quick study are in the table `one`."""
-    for study in MAIN:
-        for row in STUDIES[study].tables.get(table, Table("", [])).rows:
-            if slug(row.name) == short:
-                return row
+    """The Row of a table, found by its slug."""
+    for row in TABLES[table].rows:
+        if slug(row.name) == short:
+            return row
     raise KeyError(f"no row {short} in the table {table}")
+
+
+def model_of(study, table):
+    """--model of a table, or of the curve."""
+    return TABLES[STUDIES[study].curve_table if table == "curve" else table].model
+
+
+def model_files(model):
+    """The weights of a toy model."""
+    world = worlds.get(worlds.MODELS[model])
+    return [f"toy/{world.MODEL.name}/{file}" for file in WEIGHTS]
+
+
+def probe_files(model):
+    """What says what an image shows."""
+    world = worlds.get(worlds.MODELS[model])
+    return [f"toy/{world.PROBE.name}", "toy/probe.py"]
 
 
 def seeds_of(row, seeds):
@@ -270,9 +334,10 @@ def curve_patches(study):
         row, which = line.split(" ")
         for iteration in CURVE_POINTS:
             for seed in STUDIES[study].seeds:
-                exports = f"{run_folder('one', row, seed)}/exports"
+                table = STUDIES[study].curve_table
+                exports = f"{run_folder(table, row, seed)}/exports"
                 file = f"{exports}/{which}-{iteration:06d}.safetensors"
-                found.append((line, iteration, patch_file("one", row, seed), file))
+                found.append((line, iteration, patch_file(table, row, seed), file))
     return found
 
 
@@ -309,7 +374,8 @@ def benchmark_file(path):
 def training(table, short, seed):
     """The words of train.py for the row with the slug `short`."""
     row = find_row(table, short)
-    words = ["--model", "toy", "--concept", *row.concepts, *row.words, "--seed", seed]
+    model = TABLES[table].model
+    words = ["--model", model, "--concept", *row.concepts, *row.words, "--seed", seed]
     words += ["--preview", row.concepts[0], "--preview-steps", STEPS, "--device", "cpu"]
     if not row.closed:
         words += ["--preview-every", EVERY, "--export-every", EVERY]
@@ -335,7 +401,8 @@ def attacked_patch(table, short, seed):
 
 def attack(study, table, short, kind, seed):
     """The words of attack.py for the row with the slug `short`."""
-    words = ["--model", "toy", "--concept", ATTACKED_CONCEPT, "--kind", kind]
+    model, concept = TABLES[table].model, TABLES[table].rows[0].concepts[0]
+    words = ["--model", model, "--concept", concept, "--kind", kind]
     words += ["--patch", attacked_patch(table, short, seed) or "none", "--seed", seed]
     if STUDIES[study].at[kind]:
         words += ["--at", *attack_steps(study, short, kind)]
@@ -360,17 +427,18 @@ def measurement(study, table):
         for line, iteration, _, file in curve_patches(study):
             words += ["--patch", f"{line}@{iteration}={file}"]
     else:
-        if table == "matrix":
-            words = ["artists", "--model", "toy", "--limit", MATRIX_LIMIT, "--scheduler", "ddim"]
-            words += ["--template", *TEMPLATES]
+        templates = STUDIES[study].tables[table].templates
+        if templates:
+            words = ["artists", "--limit", MATRIX_LIMIT, "--scheduler", "ddim"]
+            words += ["--template", *templates]
         else:
             words = ["toy", "--limit", STUDIES[study].limit]
         for row, files in patches(study, table).items():
             for file in files:
                 words += ["--patch", f"{row}={file}"]
         words += guided_words(STUDIES[study].tables[table])
-    words += ["--steps", STEPS, "--device", "cpu", "--threads", 1]
-    words += ["--out", table_folder(study, table)]
+    words += ["--model", model_of(study, table), "--steps", STEPS]
+    words += ["--device", "cpu", "--threads", 1, "--out", table_folder(study, table)]
     return [str(word) for word in words]
 
 
