@@ -16,10 +16,14 @@ import safetensors.torch
 import torch
 from common import SD_WORDS, write_model_folder
 
+import attack
+import eval as evaluation
+import generate
+import train
 import weights
 from evaluation import own_row
 from evaluation.suites import COUNTRIES
-from tools import bench
+from tools import bench, convert
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
@@ -40,10 +44,10 @@ def code_blocks(language, text=README):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def commands():
-    """The lines `python …` of all pages, each once: first those of the README, in its order."""
+def commands(texts):
+    """The lines `python …` of some pages, each once, in their order."""
     found = []
-    for text in TEXTS.values():
+    for text in texts:
         in_blocks = "\n".join(code_blocks("sh", text))
         found += re.findall(r"^(python .*)$", in_blocks, re.M)
         found += re.findall(
@@ -111,10 +115,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder, tmp_path_factory):
-    """{command: exit status}: all commands, one after the other, in one folder."""
+def model(tmp_path_factory):
+    """A small model in Stable Diffusion's layout, which stands in for it."""
     words = [*SD_WORDS, "body", *" ".join(COUNTRIES).lower().split()]
-    model = write_model_folder(tmp_path_factory.mktemp("model") / "sd", words=words)
+    return write_model_folder(tmp_path_factory.mktemp("model") / "sd", words=words)
+
+
+@pytest.fixture(scope="module")
+def results(folder, model):
+    """{command: exit status} of the README's commands."""
+    return run_all(commands([README]), folder, model)
+
+
+def run_all(lines, folder, model):
+    """{command: exit status}: the commands, cut short, one after the other, in one folder."""
     before = os.getcwd()
     found = {}
     patch = pytest.MonkeyPatch()
@@ -126,7 +140,7 @@ def results(folder, tmp_path_factory):
     patch.setattr(own_row, "ThreadPoolExecutor", lambda workers: nullcontext(builtins))
     os.chdir(folder)
     try:
-        for line in commands():
+        for line in lines:
             script, given = split(line)
             if script in SHORT:
                 found[line] = call(script, shortened(script, given, model))
@@ -139,30 +153,40 @@ def results(folder, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy, after our imports
 def test_every_command_runs(results, folder):
     assert {line: status for line, status in results.items() if status} == {}
-    assert {split(line)[0] for line in results} == set(SHORT)
-    in_readme = {split(line)[0] for line in results if line in README}
-    assert {"train.py", "generate.py", "eval.py"} <= in_readme
+    scripts = {split(line)[0] for line in results}
+    assert scripts == {"train.py", "generate.py", "eval.py", "attack.py"}
     assert (folder / "runs/0001-star/index.html").exists()
     assert (folder / "runs/l1/own_loss.py").exists()
     tables = [file.read_text() for file in folder.glob("tables/*/table.md")]
     assert any("| l1_loss |" in table for table in tables)
 
 
-def test_commands_that_are_only_parsed():
-    """The benchmarks take long, and test_bench runs them."""
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy, after our imports
+def test_every_command_of_the_other_pages_runs(results, folder, model):
+    """After those of the README, because they use its results."""
+    lines = [line for line in commands(TEXTS.values()) if line not in results]
+    found = run_all(lines, folder, model)
+    assert {line: status for line, status in found.items() if status} == {}
+    assert {split(line)[0] for line in [*results, *found]} == set(SHORT)
+
+
+def test_every_command_of_all_pages_is_understood():
+    """Their flags exist. The benchmarks take long, and test_bench runs them."""
+    parsers = {f"{module.__name__}.py": module.parse for module in (train, generate, attack)}
+    parsers |= {"eval.py": evaluation.parse, "-m tools.bench": bench.parse}
+    parsers |= {"-m tools.convert": convert.parse}
     seen = set()
-    for line in commands():
+    for line in commands(TEXTS.values()):
         script, words = split(line)
-        if script in SHORT:
-            continue
         seen.add(script)
-        if script == "-m tools.bench":
-            bench.parse(words)
+        if script in parsers and "--help" not in words:
+            parsers[script](words)
         elif script == "-m pytest":
             assert all((ROOT / word).is_file() for word in words), line
         elif not script.startswith("-m "):
             assert (ROOT / script).is_file(), line
-    assert {"-m tools.bench", "-m pytest"} <= seen
+    assert {*parsers, "-m pytest"} <= seen
 
 
 def test_the_diffusers_snippet(results, folder, monkeypatch):
