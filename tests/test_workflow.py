@@ -191,7 +191,7 @@ def test_snakemake_plans_the_studies(tmp_path):
     assert quick == {"train": 4, "attack": 4, "measure": 1, "page": 1, "quick": 1}
     studies = ("one", "curve", "three", "textures")
     trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 3 * 3 + 3)  # one, three, textures
-    attacks = 7 * 3 + 3 * 3 * 2 + 2 * 3 + 4 * 3  # one: word; tokens, relearn; noise. three: word
+    attacks = 13 * 3 + 5 * 3 * 2 + 2 * 3 + 4 * 3  # one: word; tokens, relearn; noise. three: word
     found = counts(snakemake(folder, "-n", *studies))
     shapes = {"train": trainings, "attack": attacks, "measure": 4, "page": 4}
     assert found == shapes | dict.fromkeys(studies, 1)
