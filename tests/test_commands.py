@@ -480,7 +480,9 @@ def test_patched_pictures_equal_diffusers(trained, tmp_path):
     assert Image.open(tmp_path / "o" / "00000.png").text["patch"].endswith("(star)")
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize(
+    "rows", [3, pytest.param(1, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.long)]
+)
 def test_killed_and_resumed_is_bit_identical(rows, trained, tmp_path):
     """kill -9 when the log has so many rows: before the first checkpoint, and after two of them."""
     out = tmp_path / "killed"

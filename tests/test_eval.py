@@ -218,11 +218,13 @@ def test_one_inference_unet_at_a_time_and_none_without_work(patch, tmp_path, mon
     assert not alive
 
 
-def test_killed_and_repeated_gives_the_same_results(patch, tmp_path):
+@pytest.mark.parametrize("moments", [(12,), pytest.param((1, 12, 30), marks=pytest.mark.long)])
+def test_killed_and_repeated_gives_the_same_results(moments, patch, tmp_path):
+    """kill -9 when so many images are there."""
     words = ["eval.py", *TOY, "--patch", f"sdd={patch}"]
     status, _, err = command(*words, "--out", tmp_path / "whole")
     assert status == 0, err
-    for images in (1, 12, 30):
+    for images in moments:
         process = subprocess.Popen(
             [sys.executable, *words, "--out", str(tmp_path / "killed")],
             cwd=ROOT,

@@ -360,6 +360,7 @@ def test_missing_stars_are_explained():
 
 
 # ------------------------------------------------------------------------------- from top to bottom
+@pytest.mark.long
 def test_the_notebook_runs(monkeypatch):
     """Every cell, with a few iterations and steps."""
     monkeypatch.setenv("WORKSHOP_SHORT", "1")
