@@ -10,7 +10,7 @@ import pipeline
 import weights
 from report.charts import wilson
 from support.errors import UserError
-from toy import pretrain, probe, shapes, suite, worlds
+from toy import emoji, pretrain, probe, shapes, suite, worlds
 
 
 def test_pictures_and_captions_depend_on_the_seed_alone():
@@ -147,6 +147,29 @@ def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch):
     assert [
         line.split(",")[0] for line in (tmp_path / "b" / "net.csv").read_text().splitlines()
     ] == ["2", "4", "6", "8", "9"]
+
+
+def test_every_stage_of_pretraining_runs(tmp_path, monkeypatch):
+    """Two steps of each stage, with narrow networks; and the result is a model that generates."""
+    settings = pretrain.SETTINGS["emoji"]._replace(
+        vae_widths=[8, 8, 8],
+        vae_batch=2,
+        unet_widths=[8, 8, 8, 8],
+        text_width=8,
+        images=4,
+        steps=dict(vae=2, text=2, unet=2, decoder=2),
+    )
+    monkeypatch.setitem(pretrain.SETTINGS, "emoji", settings)
+    monkeypatch.setattr(pretrain, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(emoji, "MODEL", tmp_path / "model")
+    monkeypatch.setattr("sys.argv", ["toy.pretrain", "emoji"])
+    with torch.enable_grad():
+        pretrain.main()
+    curves = {file.name: file.read_text() for file in (tmp_path / "runs/emoji").glob("*.csv")}
+    assert set(curves) == {"vae.csv", "text.csv", "unet.csv", "decoder.csv"}
+    assert all(text.startswith("2,") for text in curves.values())
+    model = weights.load(tmp_path / "model")
+    assert model.unet.state_dict()["conv_in.weight"].shape[0] == 8
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
     python -m toy.pretrain shapes        all stages, then toy/model/ is written; hours on two cores
     python -m toy.pretrain emoji         the same for the emoji world and toy/emoji_model/
     python -m toy.pretrain emoji unet    one stage, from its checkpoint in runs/pretrain/emoji/ on
+    python -m toy.pretrain emoji --device cuda --bf16    on a GPU; not tried yet
 
 Every step's data depends on (stage, step) alone, and the state is saved every few minutes. So a run
 that is cut short continues as if it had not been. What differs from Stable Diffusion's training:
@@ -130,11 +131,22 @@ def constant(progress, tail=0.2):
 SCHEDULES = {"cosine": cosine, "constant": constant}
 
 
+class Machine(NamedTuple):
+    """Where and how the training computes."""
+
+    device: torch.device = torch.device("cpu")
+    bf16: bool = False  # the forward pass in bfloat16; the weights stay in float32
+    compiled: bool = False  # torch.compile for the UNet
+
+
+CPU = Machine()
+
+
 @contextmanager
-def mixed_precision(on):
-    """Autocast to bfloat16: faster than float32 on CPUs with AMX, slower on those without."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=on):
-        if on:
+def mixed_precision(machine):
+    """Autocast to bfloat16: faster than float32 on GPUs and on CPUs with AMX, else slower."""
+    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.bf16):
+        if machine.bf16 and machine.device.type == "cpu":
             # the backward pass of the fused kernel is slow in bfloat16
             with sdpa_kernel(SDPBackend.MATH):
                 yield
@@ -153,13 +165,13 @@ def fit(
     save_every=250,
     schedule=cosine,
     write=None,
-    bf16=False,
+    machine=CPU,
 ):
     """Minimises loss(step) over `groups` (AdamW). Leaves the averaged weights in `module`.
 
     Continues from RUNS/<stage>.safetensors, which is written every `save_every` steps; a curve goes
-    to <stage>.csv. `write`, if given, gets the averaged module at the same times. With `bf16`, the
-    forward pass computes in bfloat16; the weights stay in float32.
+    to <stage>.csv. `write`, if given, gets the averaged module at the same times. `module` is on
+    machine.device.
     """
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -172,7 +184,7 @@ def fit(
     for step in range(start, steps):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * min((step + 1) / warmup, schedule(step / steps))
-        with mixed_precision(bf16):
+        with mixed_precision(machine):
             value = loss(step)
         optimizer.zero_grad()
         value.backward()
@@ -214,17 +226,19 @@ def distance(y, x, eye):
     return 2 * (y - x).abs().mean() + 0.5 * seen
 
 
-def train_vae(world, bf16=False, compiled=False, lr=2e-3):
+def train_vae(world, machine, lr=2e-3):
     """The distance to the original, and a light KL term that keeps the latents smooth."""
     settings = SETTINGS[world.NAME]
     torch.manual_seed(0)
-    vae, eye = VAE(**vae_config(settings), scaling_factor=1.0), probe.load(world.PROBE)
+    vae = VAE(**vae_config(settings), scaling_factor=1.0).to(machine.device)
+    eye = probe.load(world.PROBE).to(machine.device)
 
     def loss(step):
         rng, generator = np.random.default_rng([1, step]), torch.Generator().manual_seed(step)
-        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1])
+        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1]).to(machine.device)
         mean, logvar = (part.float() for part in vae.moments(x))
-        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator).to(machine.device)
+        z = mean + (logvar / 2).exp() * noise
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return distance(vae.decode(z).float(), x, eye) + 1e-3 * kl
 
@@ -234,21 +248,22 @@ def train_vae(world, bf16=False, compiled=False, lr=2e-3):
         loss,
         [dict(params=vae.parameters(), lr=lr)],
         settings.steps["vae"],
-        bf16=bf16,
+        machine=machine,
         save_every=100,
     )
-    write_vae(world, vae)
+    write_vae(world, vae.cpu())
 
 
-def train_decoder(world, bf16=False, compiled=False, lr=1e-3):
+def train_decoder(world, machine, lr=1e-3):
     """The decoder alone, on: the latents, and with them the UNet, stay as they are."""
     settings = SETTINGS[world.NAME]
-    vae, eye = weights.load_network(world.MODEL, "vae"), probe.load(world.PROBE)
+    vae = weights.load_network(world.MODEL, "vae").to(machine.device)
+    eye = probe.load(world.PROBE).to(machine.device)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
     def loss(step):
         rng = np.random.default_rng([5, step])
-        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1])
+        x = probe.to_tensor(worlds.batch(world, rng, settings.vae_batch)[1]).to(machine.device)
         with torch.no_grad():
             z = vae.encode(x)
         return distance(vae.decode(z).float(), x, eye)
@@ -259,10 +274,10 @@ def train_decoder(world, bf16=False, compiled=False, lr=1e-3):
         loss,
         [dict(params=decoder.parameters(), lr=lr)],
         settings.steps["decoder"],
-        bf16=bf16,
+        machine=machine,
         save_every=100,
     )
-    write_vae(world, vae)
+    write_vae(world, vae.cpu())
 
 
 @torch.no_grad()
@@ -323,7 +338,7 @@ def write_tokenizer(folder, vocabulary):
     return len(words)
 
 
-def train_text(world, bf16=False, size=256, lr=2e-3):
+def train_text(world, machine, size=256, lr=2e-3):
     """The text encoder, for a minute: which words describe an image with this caption?"""
     settings = SETTINGS[world.NAME]
     torch.manual_seed(1)
@@ -331,19 +346,19 @@ def train_text(world, bf16=False, size=256, lr=2e-3):
     tokenizer = weights.load_tokenizer(world.MODEL)
     values = [len(words) for words in world.ATTRIBUTES.values()]
     text = CLIPText(vocab_size, **text_config(settings))
-    module = torch.nn.ModuleDict(
-        {"text": text, "head": torch.nn.Linear(settings.text_width, sum(values))}
-    )
+    head = torch.nn.Linear(settings.text_width, sum(values))
+    module = torch.nn.ModuleDict({"text": text, "head": head}).to(machine.device)
 
     def loss(step):
         rng = np.random.default_rng([2, step])
         scenes = [world.scene(rng) for _ in range(size)]
         tokens, _ = tokenize(tokenizer, [world.caption(s, rng) for s in scenes])
+        tokens = tokens.to(machine.device)
         end = (tokens == tokenizer.eos_token_id).float()[..., None]
         pooled = (module["text"](tokens) * end).sum(1) / end.sum(1)
         logits = module["head"](pooled).split(values, dim=1)
         return sum(
-            F.cross_entropy(a, b)
+            F.cross_entropy(a, b.to(machine.device))
             for a, b in zip(logits, probe.labels(scenes, world.ATTRIBUTES).values())
         )
 
@@ -374,15 +389,15 @@ def latents(world):
     return scenes, weights.read(file)[0]["z"]
 
 
-def train_unet(world, bf16=False, compiled=False, size=48, lr=1.5e-3, gamma=5.0):
+def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
     """The UNet and, at 0.4 times its rate, the text encoder: predict the noise from the caption."""
     settings = SETTINGS[world.NAME]
-    text, tokenizer = train_text(world), weights.load_tokenizer(world.MODEL)
+    text, tokenizer = train_text(world, machine), weights.load_tokenizer(world.MODEL)
     torch.manual_seed(2)
     scenes, z_all = latents(world)
-    unet = UNet(**unet_config(settings)).to(memory_format=torch.channels_last)
+    unet = UNet(**unet_config(settings)).to(machine.device, memory_format=torch.channels_last)
     module = torch.nn.ModuleDict({"unet": unet, "text": text})
-    noise_estimate = torch.compile(unet) if compiled else unet  # the same weights
+    noise_estimate = torch.compile(unet) if machine.compiled else unet  # the same weights
     scheduler = DDIM(1000 // 20)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
 
@@ -392,8 +407,11 @@ def train_unet(world, bf16=False, compiled=False, size=48, lr=1.5e-3, gamma=5.0)
         z, t = z_all[chosen].float(), torch.randint(0, 1000, (size,), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
         tokens, _ = tokenize(tokenizer, [world.caption(scenes[i], rng) for i in chosen])
-        e = noise_estimate(scheduler.add_noise(z, noise, t), t, module["text"](tokens)).float()
-        return ((snr[t].clamp(max=gamma) / snr[t]) * (e - noise).square().mean((1, 2, 3))).mean()
+        weight = snr[t].clamp(max=gamma) / snr[t]
+        batch = scheduler.add_noise(z, noise, t), t, tokens, noise, weight
+        z_t, t, tokens, noise, weight = (x.to(machine.device) for x in batch)
+        e = noise_estimate(z_t, t, module["text"](tokens)).float()
+        return (weight * (e - noise).square().mean((1, 2, 3))).mean()
 
     groups = [
         dict(params=module["unet"].parameters(), lr=lr),
@@ -408,7 +426,7 @@ def train_unet(world, bf16=False, compiled=False, size=48, lr=1.5e-3, gamma=5.0)
         average=0.999,
         schedule=SCHEDULES[settings.schedule],
         write=lambda averaged: write_model(world, averaged),
-        bf16=bf16,
+        machine=machine,
     )
 
 
@@ -501,10 +519,11 @@ def main():
     parser.add_argument(
         "stages", nargs="*", help=f"some of {', '.join(STAGES)}; default: all that the world has"
     )
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--bf16",
         action="store_true",
-        help="mixed precision, for CPUs with AMX (Sapphire Rapids and later)",
+        help="mixed precision, for GPUs and for CPUs with AMX (Sapphire Rapids and later)",
     )
     parser.add_argument(
         "--compile",
@@ -512,8 +531,9 @@ def main():
         help="compile the UNet (torch.compile, needs g++): minutes at first, then faster steps",
     )
     args = parser.parse_args()
+    machine = Machine(args.device, args.bf16, args.compile)
     for stage in args.stages or [stage for stage in STAGES if stage in SETTINGS[args.world].steps]:
-        STAGES[stage](worlds.get(args.world), args.bf16, args.compile)
+        STAGES[stage](worlds.get(args.world), machine)
 
 
 if __name__ == "__main__":
