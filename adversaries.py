@@ -188,9 +188,11 @@ class Adversary:
 
         ‖ε_θ(z_t, t, c(v)) − sg ε_θ°(z_t, t, c_s)‖²
 
-    and returns c(v). A step has the length STEP times the mean length of a word's vector. One word
-    at a time starts again from a random token, each of them once in RESTART iterations (or in B, if
-    B is larger). So the student does not only meet words that it has just unlearned.
+    and returns c(v). c_s belongs to concept j; with `--roles paper` it is all concepts, joined. A
+    step has the length STEP times the mean length of a word's vector. With one concept, each word
+    starts again from a random token once in RESTART iterations (or in B, if B is larger). So the
+    student does not only meet words that it has just unlearned. With K concepts this is K times
+    rarer. With a batch of 1, all words stand alone.
 
     Different from Receler's code, the inner loop leaves no gradient in the student.
     """
@@ -223,9 +225,10 @@ class Adversary:
     def __call__(self, e, e_original, z_t, t, c_s, i, j, **_):
         """c(v) (B, 77, D) for the concept j, after `steps` steps. i: the iteration."""
         B = self.words.shape[1]
+        # drawn in every iteration, so that the random numbers do not depend on B
         fresh = int(torch.randint(len(self.table), (), generator=self.generator))
         v = self.words[j].clone()
-        b = i % max(B, self.RESTART)
+        b = i // len(self.ids) % max(B, self.RESTART)
         if b < B:
             v[b] = self.table[fresh]
         with torch.no_grad():
@@ -245,7 +248,10 @@ class Adversary:
 
 
 def noise_loss(unet, scheduler, z_0, c, batch_size, generator):
-    """Ordinary training: ‖ε(z_t, t, c) − n‖² for random images, timesteps and prompts."""
+    """Ordinary training: ‖ε(z_t, t, c) − n‖² for random images, timesteps and prompts.
+
+    z_0 (m, 4, h, w): latents of images. c (P, 77, D): their prompts. Returns a scalar.
+    """
     which = torch.randint(len(z_0), (batch_size,), generator=generator).to(z_0.device)
     t = torch.randint(len(scheduler.alphas_cumprod), (batch_size,), generator=generator)
     prompt = torch.randint(len(c), (batch_size,), generator=generator).to(z_0.device)

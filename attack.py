@@ -3,16 +3,19 @@
     python attack.py --model toy --concept star --patch runs/0001-star/erased.safetensors
     python attack.py --model toy --concept star --patch none          the untouched model
 
-The original model generates images of the concept. Then the attack looks for a way to make the
-erased model (--patch) generate it too, and counts how many of its images show the concept:
+The original model generates images of the concept, unless --images gives them. Then the attack
+looks for a way to make the erased model (--patch) generate it too, and counts how many of its
+images show the concept:
 
     word      one new word: its embedding is learned from the images (textual inversion)
     tokens    a few existing words in front of the prompt are searched
     relearn   the trained tensors are fine-tuned on the images
-    noise     nothing is learned: the sampler adds noise, the best of 24 ways counts
+    noise     nothing is learned, no images are needed: the sampler adds noise; an image counts if
+              one of 24 attempts shows the concept
 
-The output folder receives a page (index.html), results.json, sheet.png and images/; and
-word.safetensors, for generate.py --word and diffusers' load_textual_inversion. The same command
+The output folder receives a page (index.html), results.json, sheet.png and images/; with --kind
+word also word.safetensors, for generate.py --word and diffusers' load_textual_inversion. The same
+command
 continues after a kill. adversaries.py has the attacks themselves, and says where they differ from
 the papers.
 """
@@ -349,7 +352,8 @@ def parse(argv=None):
     add("--kind", **one_of([*KINDS, "noise"]), default="word",
         help="how to attack (default: %(default)s)")
     add("--model", metavar="MODEL",
-        help="toy, a hub id, or a folder in diffusers' layout (default: the patch's model)")
+        help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: the "
+        "patch's model)")
     add("--images", type=Path, metavar="DIR",
         help="your own images of the concept (default: the original model generates them)")
     add("--num-images", type=positive, metavar="N",
@@ -365,9 +369,10 @@ def parse(argv=None):
         help="learning rate (default: word 5e-3, toy model 2e-2; tokens 1e-2; relearn 1e-5, toy "
         "model 1e-3)")
     add("--batch-size", type=positive, metavar="B",
-        help="images per step (default: 4; toy model: 8)")
+        help="images per step, and images generated at a time (default: 4; toy model: 8)")
     add("--init", metavar="WORD",
-        help="word: the word that the new one starts from (default: object; toy model: shape)")
+        help="word: the word that the new one starts from (default: object; toy: shape; emoji: "
+        "something)")
     add("--template", nargs="+", metavar="TEXT",
         help="word, relearn: prompts with {} for the word (default: the word alone)")
     add("--words", type=positive, metavar="K", help="tokens: number of words (default: 3)")

@@ -212,9 +212,8 @@ def speed(weights, states, ridge=1.0, gamma=0.0, copies=10, limit=0.1, seed=0):
     edited = {}
     for name, W in weights.items():
         W_0 = float64(W)
-        first = (
-            W_0 @ (A - C) @ torch.linalg.inv(identity + C)
-        )  # without constraints; λ is 1, as in the code
+        # The edit without constraints; the ridge is 1 here, as in SPEED's code.
+        first = W_0 @ (A - C) @ torch.linalg.inv(identity + C)
         kept = influenced(p, first)
         kept = torch.cat([kept, influenced(vary(kept, W_0, copies, generator), first)])
         P = null_space(kept, limit)
@@ -281,7 +280,7 @@ def edit(method, number, weights, original, states, ridge=None, seed=0):
 
 
 def residual(weights, original, states):
-    """The mean over tensors and states of |W c − W° a|² per number: what is left of the concept."""
+    """The mean of (W c − W° a)² over tensors, states and elements: how far it is from its aim."""
     c, a = states.concept, states.anchor
     errors = [
         (c @ float64(W).T - a @ float64(original[name]).T).square().mean().item()

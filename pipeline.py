@@ -1,7 +1,8 @@
 """Text to images, as a library: prompts -> embeddings -> latents -> images.
 
 Image n of a prompt starts from noise of its own, seeded with seed + n on the CPU. So a seed means
-the same image at any batch size and on any device.
+the same image at any batch size and on any device. (Not with adversaries.NoisyDDIM: the noise that
+it adds is drawn for the whole batch.)
 """
 
 import copy

@@ -85,7 +85,8 @@ def parse(argv=None):
     add("--concept", nargs="+", metavar="CONCEPT",
         help="what to forget; i2p means the paper's 20 harmful concepts")
     add("--model", default=weights.DEFAULT_MODEL,
-        help="toy, a hub id, or a folder in diffusers' layout (default: %(default)s)")
+        help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: "
+        "%(default)s)")
     add("--seed", type=natural, default=0, help="of the random numbers (default: %(default)s)")
 
     add = parser.add_argument_group("method").add_argument
@@ -139,8 +140,8 @@ def parse(argv=None):
     add("--states", **one_of(["last", "all"]),
         help="uce: use the last word of a prompt, or all 77 tokens (default: last; toy: all)")
     add("--ridge", type=finite, metavar="λ",
-        help="weight of |W − W°|² (default: uce 0.5, rece 0.1, speed 1; mace 1000, or nearly 0 "
-        "with --keep)")
+        help="weight of |W − W°|² (default: uce 0.5; rece 0.5, then 0.1; speed 1; mace 1000, or "
+        "nearly 0 with --keep)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--iters", type=positive, metavar="N",

@@ -84,7 +84,7 @@ class Results:
     """results.json, images/, sheet.png and the page (index.html) of an attack.
 
     points: a measurement per row, {"step", "hits", "n", "found", …}, where `found` tells which of
-    the n images show the concept. chance: the same for the empty prompt.
+    the n images show the concept. chance: the counts for the empty prompt.
     censor: what each image passes through before it is written.
     """
 

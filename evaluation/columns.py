@@ -113,7 +113,12 @@ COMEBACK = [
         None,
         "the same with the empty prompt: what chance alone finds",
     ),
-    Column("seconds", "seconds of training", "low", "shortest training, one CPU thread"),
+    Column(
+        "seconds",
+        "seconds of training",
+        "low",
+        "shortest training with its previews, one CPU thread",
+    ),
     Column("megabytes", "size (MB)", None, "size of erased.safetensors in 10^6 bytes"),
 ]
 HALVES = ("word_half", "relearn_half")  # None: the concept never came back in half of the images

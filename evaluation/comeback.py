@@ -73,13 +73,16 @@ def figures_of(kind, points, chance):
 def cost(patches):
     """{"seconds": the shortest time of a training, "megabytes": size of a patch}.
 
-    patches: files erased.safetensors, each next to the run.json of its training.
+    patches: files erased.safetensors, each next to the run.json of its training. After a stop,
+    run.json has the time of the iterations since then: the rest is taken to be as fast.
     """
     seconds = []
     for file in patches:
         about = json.loads((file.parent / "run.json").read_text(encoding="utf-8"))
-        seconds.append(about["training"]["seconds"])
+        timed = about["training"]
+        share = timed["iterations"] / about["args"]["iters"]
+        seconds.append(timed["seconds"] / share)
     return {
-        "seconds": min(seconds),
+        "seconds": round(min(seconds)),
         "megabytes": patches[0].stat().st_size / 1e6,
     }

@@ -35,10 +35,11 @@ CONCEPTS = {"one": ["star"], "three": ["star", "red", "striped"]}  # {table: con
 TITLES = {"one": "One concept: star", "three": "Three concepts: star, red, striped"}
 LONGER = {"one": [], "three": ["--iters", "300"]}  # as in the stored rows
 ATTACKS = {  # {kind: flags of attack.py}
-    "word": ["--at", "0", "80", "160", "320"],
-    "relearn": ["--at", "0", "5", "10", "20"],
+    "word": ["--at", *"0 40 80 120 160 240 320".split()],
+    "relearn": ["--at", *"0 5 10 15 20 30".split()],
 }
 SAMPLING = ["--steps", 12, "--device", "cpu"]  # as for the stored rows
+PREVIEWS = ["--preview-every", 40, "--preview-steps", 12]  # their time counts, as there
 SHOWN = (  # the columns of the tables
     *("named", "shuffled", "implied", "caption", "near", "base"),
     *("word", "word_half", "relearn", "relearn_half", "seconds"),
@@ -68,8 +69,8 @@ def read_stored():
         file = STORED / f"{table}.json"
         if not file.exists():
             raise UserError(
-                f"{file} is missing: restore it from the repository, or copy results/{table}/"
-                f"rows.json there, which snakemake --cores 2 {table} makes."
+                f"{file} is missing: restore it from the repository, or make it with snakemake "
+                f"--cores 2 {table} and copy results/{table}/rows.json to {file}."
             )
         stored[table] = json.loads(file.read_text(encoding="utf-8"))["tables"][table]
     return stored
@@ -104,7 +105,7 @@ def make_row(table, loss, name, seeds, limit, train_flags, out):
     patches, attacks = [], {}
     for seed in seeds:
         run = folder / f"run-{seed}"
-        train(run, [*concepts, *LONGER[table]], loss, seed, train_flags)
+        train(run, concepts, LONGER[table], loss, seed, train_flags)
         patches += ["--patch", f"{name}={run / 'erased.safetensors'}"]
         if table == "one":
             for kind, flags in ATTACKS.items():
@@ -116,27 +117,27 @@ def make_row(table, loss, name, seeds, limit, train_flags, out):
         more = ["--limit", limit, *SAMPLING, "--threads", 1, "--out", measured]
         command("eval.py", "toy", *patches, *more)
     row = json.loads((measured / "results.json").read_text(encoding="utf-8"))["rows"][-1]
-    figures, points = comeback(attacks)
+    figures, points_and_halves = comeback(attacks)
     figures |= cost([folder / f"run-{seed}" / "erased.safetensors" for seed in seeds])
     row["figures"] |= figures
-    row["attacks"] = points
+    row["attacks"] = points_and_halves
     return {key: row[key] for key in ("model", "erased", "method", "paper", "figures", "attacks")}
 
 
-def train(run, words, loss, seed, train_flags):
+def train(run, concepts, longer, loss, seed, train_flags):
     """Trains one model, or continues a training that was stopped."""
     if (run / "erased.safetensors").exists():
         return
-    flags = ["--loss", loss, "--seed", seed, "--preview-every", 0, "--device", "cpu"]
+    flags = ["--loss", loss, "--seed", seed, *PREVIEWS, "--device", "cpu", *longer]
     flags += shlex.split(train_flags)
-    new = ["train.py", "--model", "toy", "--concept", *words, *flags, "--out", run]
+    new = ["train.py", "--model", "toy", "--concept", *concepts, *flags, "--out", run]
     if (run / "run.json").exists():
         new = ["train.py", "--resume", "--out", run]
     command(*new)
 
 
 def attack(folder, kind, flags, concept, run, seed):
-    """Attacks one model, or continues; a complete attack is read from its results."""
+    """Attacks one model, or continues. A complete attack repeats only its last measurement."""
     patch = run / "erased.safetensors"
     words = ["--model", "toy", "--concept", concept, "--patch", patch, "--kind", kind]
     command("attack.py", *words, *flags, *SAMPLING, "--seed", seed, "--out", folder)

@@ -50,8 +50,9 @@ def commands(monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         if words[0] == "train.py":
             (out / "erased.safetensors").write_bytes(bytes(2_000_000))
-            content = json.dumps({"training": {"iterations": 160, "seconds": 93}})
-            (out / "run.json").write_text(content, encoding="utf-8")
+            # It was stopped after 80 iterations, and has the time of the rest.
+            timed = {"args": {"iters": 160}, "training": {"iterations": 80, "seconds": 46}}
+            (out / "run.json").write_text(json.dumps(timed), encoding="utf-8")
         else:
             found = row("sdd_loss", named=[5, 60], caption=[58, 60])
             points = [dict(step=0, hits=0, n=24), dict(step=160, hits=24, n=24)]
@@ -72,6 +73,7 @@ def test_the_row_stands_among_the_stored_rows(stored, commands, tmp_path, capsys
         *("original", "good", "bad", "sdd_loss")
     ]
     assert "concept named: better than bad; worse than good; open against 0" in one
+    assert one.split("| sdd_loss |")[1].splitlines()[0].endswith(" 92 |")  # seconds of training
     assert "other captions right: better than bad; worse than none; open against 1" in one
     assert "80" in one  # steps until half of the images, between 0 and 160
     assert "sdd_loss" in three

@@ -7,25 +7,13 @@ from . import probe, worlds
 
 
 def columns(world):
-    """{column of the table: its title}."""
-    control = f"{plural(world.PLACES[world.CONTROL])} in {world.CONTROL}"
-    others = [name for name in world.ATTRIBUTES if name != "background"]
-    return {
-        "named": "target, named",
-        "shuffled": "target, in new orders",
-        "members": "target, by its members",
-        "implied": "target, implied",
-        "base": "target, empty prompt",
-        "control": control,
-        **{name: f"other {plural(name)}" for name in others},
-        "background": "backgrounds",
-        "near": "near words",
-        "far": "far words",
-        "caption": "whole captions",
-        "unseen": "pairs never shown",
-        "frechet": "Fréchet distance, probe",
-        "moved": "feature distance to the original, probe",
-    }
+    """{column of the table: its title}; "" where evaluation/columns.py has the title."""
+    common = ("named", "shuffled", "members", "implied", "base", "near", "far", "caption", "unseen")
+    titles = dict.fromkeys((*common, "frechet", "moved"), "")
+    titles["control"] = f"{plural(world.PLACES[world.CONTROL])} in {world.CONTROL}"
+    for name in world.ATTRIBUTES:
+        titles[name] = "backgrounds" if name == "background" else f"other {plural(name)}"
+    return titles
 
 
 def plural(word):
@@ -45,7 +33,7 @@ def exam(world, concepts, n, seed):
     if not concepts:
         sets = {
             "other": spread("other", [()]),
-            "unseen": spread("unseen", [""] * bool(world.UNSEEN)),
+            "unseen": spread("unseen", [""] if world.UNSEEN else []),
         }
         return {which: pairs for which, pairs in sets.items() if pairs}
     kinds = [word for word in concepts if word in world.MEMBERS]
@@ -92,10 +80,8 @@ def count(world, sets, asked, seen, concepts):
             add(which, any(hit and wanted[name] in concepts for name, hit in right.items()))
         elif which == "base":  # the mean over the concepts, as for the others
             add("base", sum(seen[name][i] in concepts for name in seen), len(concepts))
-        elif which == "control":
-            add("control", all(right.values()))
-        elif which == "unseen":
-            add("unseen", all(right.values()))
+        elif which in ("control", "unseen"):
+            add(which, all(right.values()))
         else:
             for name, hit in right.items():
                 add(name, hit)
@@ -138,8 +124,12 @@ def frechet(a, b):
 
 
 def measure(world, pictures, before, jobs, concepts):
-    """What the probe sees, and how far its features are, over the prompts that name nothing erased,
-    from drawings of the same words and from the original's pictures, `before`."""
+    """All figures of a row.
+
+    pictures, before: the row's and the original's, uint8 (n, 64, 64, 3). frechet: from the
+    features of the pictures to those of drawings of the same words. moved: to the original's
+    pictures. Both use only the prompts that name nothing erased.
+    """
     sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
     figures = count(world, sets, asked, see(world, pictures), concepts)
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]

@@ -52,8 +52,8 @@ def prompts(world, kind, value, n, seed):
 
     kind       the prompts
     naming     name the word `value`
-    shuffled   name the word `value` and often a place, with all words in a random order. Scenes in
-               a place never name the thing, and captions have few orders, so most are new
+    shuffled   name the word `value` and often a place, with all words in a random order. Captions
+               of a place never name the thing, and captions have few orders. So most are new
     members    name a thing of the kind `value`, and not the kind
     place      name the place `value`, which implies a word
     other      name words that are not in the tuple `value`
@@ -79,7 +79,8 @@ def prompts(world, kind, value, n, seed):
         elif kind == "unseen":
             asked = world.agree(asked | world.UNSEEN[rng.integers(len(world.UNSEEN))])
             found.append((world.sentence(asked, rng), asked))
-        elif asked and not set((asked := world.agree(asked)).values()) & set(value):
+        elif asked and set(world.agree(asked).values()).isdisjoint(value):
+            asked = world.agree(asked)
             found.append((world.sentence(asked, rng), asked))
     return found
 

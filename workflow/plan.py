@@ -42,7 +42,9 @@ ARTIST_TEMPLATES = (
     *("a bear by {}", "a picture of a pizza by {} on mint"),
     *("an owl on cream, {}", "{}, guitar, sky"),
 )
-MATRIX_LIMIT = 240  # the seeds of a row share the images of four templates
+MATRIX_LIMIT = (
+    240  # images per row: 20 of each texture and template, 10 of each artist and template
+)
 STEPS = 12  # of the sampler, for the images of tables and previews
 EVERY = 40  # iterations between two previews, and between two exports
 
@@ -75,7 +77,7 @@ TRAINING_CODE = [
     "scheduler.py",
     "guidance.py",
 ]
-ATTACK_CODE = ["adversaries.py"]
+ATTACK_CODE = ["adversaries.py", "attack.py"]
 PAGE_CODE = ["workflow/page.py", "evaluation/comeback.py", "evaluation/columns.py"]
 
 
@@ -98,7 +100,7 @@ class Table(NamedTuple):
 
     title: str
     rows: list
-    guided: list = []  # methods without training; they avoid the concepts of the rows
+    guided: list = []  # methods that only guide; they avoid the concepts of the rows
     attacks: dict = {}  # {row: kinds of attack}; they look for the first concept
     model: str = "toy"  # --model
     templates: tuple = ()  # of the prompts of Figure 2: who is erased x who is asked for
@@ -119,7 +121,7 @@ class Study(NamedTuple):
 def closed_rows(anchors):
     """The rows of the closed forms. anchors: {concept: its anchor}."""
     rows = []
-    for method in ("uce", "mace", "rece", "speed"):
+    for method in closed_form.METHODS:
         words = ["--method", method, "--anchor", *anchors.values()]
         rows.append(Row(method, tuple(anchors), words))
     return rows
@@ -166,7 +168,10 @@ def matrix_rows(methods, concepts):
 
 
 def one_table():
-    """The table of one concept. Each model is attacked by words, some also in other ways."""
+    """The table of one concept.
+
+    A learned word attacks the original and each model with a patch; some have more attacks.
+    """
     rows = one_concept("star", "circle")
     attacks = {name: ["word"] for name in (ORIGINAL, *(row.name for row in rows))}
     for name in ATTACKED_LONG:
@@ -213,7 +218,7 @@ def artists_table():
     methods = {
         "sdd": [],
         "esd-x": ["--method", "esd-x"],
-        "uce": ["--method", "uce", "--anchor", ""],
+        "uce": ["--method", "uce"],
     }
     rows = matrix_rows(methods, emoji.ARTISTS)
     return Table("Artists (Figure 2)", rows, model="emoji", templates=ARTIST_TEMPLATES)
@@ -357,9 +362,9 @@ def page_inputs(study):
 def trainings(study):
     """The patches that a study trains."""
     found = []
-    for table in STUDIES[study].tables:
+    for table in table_names(study):
         found += table_inputs(study, table)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def benchmark_file(path):
@@ -426,7 +431,7 @@ def measurement(study, table):
     else:
         templates = STUDIES[study].tables[table].templates
         if templates:
-            words = ["artists", "--limit", MATRIX_LIMIT, "--scheduler", "ddim"]
+            words = ["artists", "--limit", STUDIES[study].limit, "--scheduler", "ddim"]
             words += ["--template", *templates]
         else:
             words = ["toy", "--limit", STUDIES[study].limit]
