@@ -27,6 +27,13 @@ from support.errors import UserError
 from support.files import atomic_write
 
 
+CREDITS = {  # {model: whose drawings it has learned}; the file NOTICE has the licences
+    "emoji": "The images are by a model that learned from the drawings of Noto Emoji (Google, "
+    "Apache License 2.0), Twemoji (Twitter and others, CC BY 4.0), EmojiTwo (CC BY 4.0) and Fluent "
+    "Emoji (Microsoft, MIT)."
+}
+
+
 def make(folder):
     """Writes folder/index.html, completely or not at all.
 
@@ -55,7 +62,8 @@ def make(folder):
     )
     environment.filters["in_words"] = in_words
     made = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
-    html = environment.get_template(template).render(content, made=made)
+    credit = CREDITS.get(content["settings"].get("model"))
+    html = environment.get_template(template).render(content, made=made, credit=credit)
     with atomic_write(folder / "index.html") as temporary:
         temporary.write_text(html + "\n", encoding="utf-8")
 

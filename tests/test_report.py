@@ -634,6 +634,16 @@ def test_command(tmp_path, capsys):
     assert Page(folder).all("h1")
 
 
+def test_the_page_names_whose_drawings_the_emoji_model_has_learned(tmp_path):
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    for model, credited in (("emoji", True), ("toy", False)):
+        folder = write_run(tmp_path / model, model=model)
+        report_page.make(folder)
+        text = (folder / "index.html").read_text(encoding="utf-8")
+        for name in ("Noto Emoji", "Twemoji", "EmojiTwo", "Fluent Emoji"):
+            assert (name in text) == credited and name in notice
+
+
 def test_command_as_a_module(tmp_path):
     folder = write_run(tmp_path / "run")
     words = [sys.executable, "-m", "report.page"]
