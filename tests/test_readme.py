@@ -243,7 +243,7 @@ def table_rows(text):
 
 
 def test_the_results_are_those_of_the_results_page():
-    """The README's columns are rounded figures of the table of all methods."""
+    """The README's columns are figures of the table of all methods, the last one rounded."""
     section = TEXTS["docs/results.md"].split("\n## Which method")[1].split("\n## ")[0]
     full = table_rows(section)
     columns = []
@@ -256,8 +256,8 @@ def test_the_results_are_those_of_the_results_page():
     del shown["model"]
     for name, cells in shown.items():
         found = [full[name][i].split()[0] for i in columns]
-        expected = [x if x == "never" else f"{float(x):.0f}" for x in found]
-        assert cells == expected, name
+        assert cells[:3] == found[:3], name
+        assert cells[3] == (found[3] if found[3] == "never" else f"{float(found[3]):.0f}"), name
 
 
 def heading_anchors(text):
