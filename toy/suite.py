@@ -140,6 +140,11 @@ def measure(world, pictures, before, jobs, concepts):
     return figures | {"frechet": frechet(now, real), "moved": moved}
 
 
+def shown(world, pictures, word):
+    """In how many of the pictures the probe sees `word`: (hits, n)."""
+    return sum(word in words for words in zip(*see(world, pictures).values())), len(pictures)
+
+
 def matrix(world, pictures, jobs):
     """A row of Figure 2: {name: (hits, n)}.
 
