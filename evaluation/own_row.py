@@ -201,6 +201,8 @@ def verdicts(row, others, columns):
                 better.append(other["model"])
             else:
                 worse.append(other["model"])
+        if not better + worse and not still_open:  # no stored row has this column
+            continue
         lines.append(
             f"{column.title}: better than {joined(better) or 'none'}; "
             f"worse than {joined(worse) or 'none'}; open against {still_open}"
