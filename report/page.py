@@ -26,7 +26,6 @@ from support.cli import Parser, run_command
 from support.errors import UserError
 from support.files import atomic_write
 
-
 CREDITS = {  # {model: whose drawings it has learned}; the file NOTICE has the licences
     "emoji": "The images are by a model that learned from the drawings of Noto Emoji (Google, "
     "Apache License 2.0), Twemoji (Twitter and others, CC BY 4.0), EmojiTwo (CC BY 4.0) and Fluent "
