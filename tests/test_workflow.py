@@ -32,7 +32,7 @@ SHORT = ["--iters", "2", "--warmup", "0", "--steps", "1", "--batch-size", "1"]
 SDD = Row("sdd", ("star",), SHORT)
 QUICK = Table("One concept", [SDD], ["sega"], {"sdd": ["word"]})
 STUDIES["one"].tables["one"].rows[:] = [SDD]
-STUDIES["quick"] = Study("quick", (2,), 2, 0, 2, {"word": (0, 1, 20)}, {"one": QUICK})
+STUDIES["quick"] = Study((2,), 2, 0, 2, {"word": (0, 1, 20)}, {"one": QUICK})
 STEPS, EVERY = 1, 2
 """
 
