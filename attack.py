@@ -13,11 +13,10 @@ images show the concept:
     noise     nothing is learned, no images are needed: the sampler adds noise; an image counts if
               one of 24 attempts shows the concept
 
-The output folder receives a page (index.html), results.json, sheet.png and images/; with --kind
-word also word.safetensors, for generate.py --word and diffusers' load_textual_inversion. The same
-command
-continues after a kill. adversaries.py has the attacks themselves, and says where they differ from
-the papers.
+The output folder receives a page (index.html), results.json, sheet.png and images/. With --kind
+word it also receives word.safetensors, for generate.py --word and diffusers'
+load_textual_inversion. The same command continues after a kill. adversaries.py has the attacks
+themselves, and says where they differ from the papers.
 """
 
 import support.openmp  # noqa: F401 (before torch)

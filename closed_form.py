@@ -280,7 +280,7 @@ def edit(method, number, weights, original, states, ridge=None, seed=0):
 
 
 def residual(weights, original, states):
-    """The mean of (W c − W° a)² over tensors, states and elements: how far it is from its aim."""
+    """The mean of (W c − W° a)² over all tensors, states and elements: the error of the edit."""
     c, a = states.concept, states.anchor
     errors = [
         (c @ float64(W).T - a @ float64(original[name]).T).square().mean().item()

@@ -150,7 +150,7 @@ def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch):
 
 
 def test_every_stage_of_pretraining_runs(tmp_path, monkeypatch):
-    """Two steps of each stage, with narrow networks; and the result is a model that generates."""
+    """Two steps of each stage, with narrow networks; and the result is a model that loads."""
     settings = pretrain.SETTINGS["emoji"]._replace(
         vae_widths=[8, 8, 8],
         vae_batch=2,

@@ -147,7 +147,7 @@ CPU = Machine()
 
 @contextmanager
 def mixed_precision(machine):
-    """Autocast to bfloat16: faster than float32 on GPUs and on CPUs with AMX, else slower."""
+    """Autocast to bfloat16: faster than float32 on CPUs with AMX, slower on those without."""
     with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.bf16):
         if machine.bf16 and machine.device.type == "cpu":
             # the backward pass of the fused kernel is slow in bfloat16

@@ -79,9 +79,10 @@ def prompts(world, kind, value, n, seed):
         elif kind == "unseen":
             asked = world.agree(asked | world.UNSEEN[rng.integers(len(world.UNSEEN))])
             found.append((world.sentence(asked, rng), asked))
-        elif asked and set(world.agree(asked).values()).isdisjoint(value):
+        else:
             asked = world.agree(asked)
-            found.append((world.sentence(asked, rng), asked))
+            if asked and set(asked.values()).isdisjoint(value):
+                found.append((world.sentence(asked, rng), asked))
     return found
 
 

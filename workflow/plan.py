@@ -42,9 +42,8 @@ ARTIST_TEMPLATES = (
     *("a bear by {}", "a picture of a pizza by {} on mint"),
     *("an owl on cream, {}", "{}, guitar, sky"),
 )
-MATRIX_LIMIT = (
-    240  # images per row: 20 of each texture and template, 10 of each artist and template
-)
+# Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
+MATRIX_LIMIT = 240
 STEPS = 12  # of the sampler, for the images of tables and previews
 EVERY = 40  # iterations between two previews, and between two exports
 
