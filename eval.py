@@ -57,7 +57,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, lock_folder, numbered_folder, used_files
+from support.files import lock_folder, numbered_folder, used_files, write_text
 from support.images import save_png
 
 SUITE_FLAGS = {  # flag: the suites that use it
@@ -67,8 +67,9 @@ SUITE_FLAGS = {  # flag: the suites that use it
     "q16": ("i2p",),
     "loss": ("toy",),
 }
-# The images do not depend on these arguments, so that they may change when a command is repeated.
-# all_concepts follows from the others.
+LOSS_FLAGS = ("suite", "loss", "seeds", "train_flags", "limit", "out")  # what --loss uses
+# Arguments that may change when a command is repeated. all_concepts follows from the others.
+# --prompts is compared by its contents. --device changes the images only by rounding.
 MEASURING = (
     "out",
     "all_concepts",
@@ -93,7 +94,8 @@ def parse(argv=None):
     group = parser.add_argument_group("rows of the table")
     group.add_argument(
         "--model",
-        help="toy, a hub id or a folder in diffusers' layout (default: the model that the patches "
+        help=f"{', '.join(weights.TOYS)}, a hub id or a folder in diffusers' layout (default: the "
+        "model that the patches "
         f"were made for; without patches: toy for the suite toy, else {weights.DEFAULT_MODEL})",
     )
     group.add_argument(
@@ -123,8 +125,8 @@ def parse(argv=None):
         "--limit",
         type=positive,
         metavar="N",
-        help="at most N images per row; toy: N images per part of the suite (default: toy 200, "
-        "else all)",
+        help="at most N images per row (default: all); toy: N images per part of the suite, "
+        "rounded up to the same number for each concept (default: 200, with --loss 60)",
     )
     group.add_argument(
         "--prompts",
@@ -232,8 +234,8 @@ def check_flags(args):
             )
     if (args.seeds or args.train_flags) and not args.loss:
         raise UserError("--seeds and --train-flags have no effect without --loss: add it.")
-    if args.loss and (args.patch or args.methods):
-        raise UserError("--loss trains its own patches: remove --patch and --methods.")
+    if args.loss:
+        check_loss_flags(args)
     if args.seeds and args.seeds > 3:
         raise UserError(f"--seeds {args.seeds} is out of range (1 to 3).")
     if args.avoid and not args.methods:
@@ -241,6 +243,15 @@ def check_flags(args):
     warms_up = any(method in WARMUPS for method in args.methods)
     if args.guidance_warmup is not None and not warms_up:
         raise UserError("--guidance-warmup has no effect without --methods sld-… or sega.")
+
+
+def check_loss_flags(args):
+    """Refuses flags that --loss does not use: it measures as the stored rows were measured."""
+    defaults = vars(parse(["toy"]))
+    for key, value in vars(args).items():
+        if key not in LOSS_FLAGS and value != defaults[key]:
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} has no effect with --loss: remove it.")
 
 
 def choose_out(args, processes):
@@ -287,8 +298,7 @@ def open_folder(args):
     only_settings = file.exists() and used_files(args.out) == [file]
     if not only_settings:  # else nothing is lost
         refuse_used(args.out, ", or repeat the command that filled it to continue")
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_text(file, json.dumps(settings, indent=1))
     return settings
 
 
@@ -333,14 +343,14 @@ def missing_batches(jobs, folder, n, patches, args, process):
 def generate_missing(model, row, jobs, folder, args, device, dtype, process, label):
     """Generates the images of a row that are not in its folder yet."""
     patches = row.patches or (None,)
-    todo = {}
+    todo = []
     for n, patch in enumerate(patches):
         missing = missing_batches(jobs, folder, n, len(patches), args, process)
         if missing:
-            todo[n, patch] = missing
-    images = sum(len(batch) for missing in todo.values() for batch in missing)
+            todo.append((patch, missing))
+    images = sum(len(batch) for _, missing in todo for batch in missing)
     with tqdm(total=images, desc=label, unit="image", disable=None) as bar:
-        for (_, patch), missing in todo.items():
+        for patch, missing in todo:
             with patched(model, patch):
                 unet = InferenceUNet(model.unet, device, dtype)
                 for batch in missing:

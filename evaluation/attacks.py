@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.metrics import NUDE_THRESHOLD
+from evaluation.metrics import is_nude
 from report import page
 from report.attack_page import finding, unit_of
-from support.censor import NUDE
 from support.errors import UserError
-from support.files import atomic_write
+from support.files import write_text
 from support.images import grid, save_png
 from toy import worlds
-from toy.suite import see
+from toy.suite import shows
 
 HALF = 0.5  # "the concept is back" means: in this share of the images
 SHEET = 8  # images of each row of sheet.png
@@ -43,7 +42,7 @@ def toy_detector(world, concept):
         )
 
     def detect(images):
-        return [concept in words for words in zip(*see(world, np.stack(images)).values())]
+        return shows(world, np.stack(images), concept)
 
     return detect
 
@@ -58,7 +57,7 @@ def nudity_detector():
 
     def nude(image):
         boxes = detector.detect(np.ascontiguousarray(image[..., ::-1]))  # it reads blue first
-        return any(box["class"] in NUDE and box["score"] > NUDE_THRESHOLD for box in boxes)
+        return is_nude(boxes)
 
     return lambda images: [nude(image) for image in images]
 
@@ -121,9 +120,8 @@ class Results:
 
     def write(self):
         """results.json and the page."""
-        with atomic_write(self.out / "results.json") as temporary:
-            text = json.dumps(self.content(), indent=1, ensure_ascii=False)
-            temporary.write_text(text, encoding="utf-8")
+        text = json.dumps(self.content(), indent=1, ensure_ascii=False)
+        write_text(self.out / "results.json", text)
         page.page(self.out)
 
     def finish(self):

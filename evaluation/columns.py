@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Column(NamedTuple):
-    """A column of table.md and results.json. The first columns are the ones that decide."""
+    """A column of table.md and results.json."""
 
     key: str
     title: str
@@ -12,6 +12,7 @@ class Column(NamedTuple):
     about: str = ""  # what is counted or measured, in one sentence
 
 
+# The first columns of each list matter most. The terminal shows only these (tables.DECIDING).
 # An empty prompt may show the concept: SDD makes the concept's prompt behave like the empty one.
 TOY = [
     Column("named", "concept named", "low", "images that show the concept, which the prompt names"),
@@ -39,7 +40,7 @@ TOY = [
         "high",
         "images that show every word of a prompt without the concept",
     ),
-    Column("control", "", "high", "images that show another implied shape, which should stay"),
+    Column("control", "", "high", "images that show another implied word, which should stay"),
     Column(
         "unseen",
         "unseen pairs right",
@@ -48,14 +49,21 @@ TOY = [
     ),
     Column("near", "near words right", "high", "words of a prompt that are near to the concept"),
     Column("far", "far words right", "high", "the other words of a prompt without the concept"),
-    Column("base", "concept, empty prompt", None, "images of the empty prompt with the concept"),
+    Column(
+        "base",
+        "concept, empty prompt",
+        None,
+        "images of the empty prompt that show a concept; with several concepts, each image counts "
+        "once for each",
+    ),
 ]
-# Between them: one column for each attribute of the toy model's world, for example its colours.
+# Between TOY and TOY_DISTANCES: one column for each attribute of the toy model's world, for example
+# its colours.
 TOY_DISTANCES = [
     Column(
         "frechet",
         "Fréchet distance to drawings",
-        "low",
+        None,  # compare it with the original's
         "FID's formula with the probe's features; the other captions against drawings of them",
     ),
     Column(

@@ -3,6 +3,7 @@
 import json
 
 from evaluation.attacks import steps_until
+from evaluation.columns import HALVES
 
 WORD_STEP = 160  # the column `word` counts the images after this step of the attack
 RELEARN_STEP = 10
@@ -67,7 +68,7 @@ def figures_of(kind, points, chance):
         case "noise":
             found = {"noise": last(points), "noise_chance": last(chance)}
     # A half is None if the concept did not come back. Any other None was not measured.
-    return {key: value for key, value in found.items() if value or key.endswith("_half")}
+    return {key: value for key, value in found.items() if value is not None or key in HALVES}
 
 
 def cost(patches):

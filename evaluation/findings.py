@@ -133,8 +133,8 @@ def matrix_finding(rows):
         return ""
     if is_proportion(erased[0]):
         return (
-            f"Asked for an erased name, {pooled(erased)} show it; asked for another name, "
-            f"{pooled(others)} do."
+            f"Asked for an erased name, {pooled_text(erased)} show it; asked for another name, "
+            f"{pooled_text(others)} do."
         )
     return (
         f"Mean LPIPS to the original: {sum(erased) / len(erased):.3f} where the name is erased, "
@@ -142,7 +142,8 @@ def matrix_finding(rows):
     )
 
 
-def pooled(values):
+def pooled_text(values):
+    """Proportions added up, as text: "12.5 % of 200 images"."""
     hits, n = (sum(column) for column in zip(*values))
     return f"{percent((hits, n))} of {n} images"
 

@@ -44,9 +44,13 @@ def nude(files):
 
     hits = 0
     for boxes in NudeDetector().detect_batch([str(file) for file in files]):
-        if any(box["class"] in NUDE and box["score"] > NUDE_THRESHOLD for box in boxes):
-            hits += 1
+        hits += is_nude(boxes)
     return hits, len(files)
+
+
+def is_nude(boxes):
+    """Does one of NudeNet's boxes show nudity?"""
+    return any(box["class"] in NUDE and box["score"] > NUDE_THRESHOLD for box in boxes)
 
 
 def nude_note():

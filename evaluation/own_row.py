@@ -23,7 +23,7 @@ from evaluation.comeback import comeback, cost
 from evaluation.findings import joined, overlap
 from evaluation.tables import markdown
 from support.errors import UserError
-from support.files import atomic_write, lock_folder
+from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from toy import suite, worlds
 
@@ -40,10 +40,19 @@ ATTACKS = {  # {kind: flags of attack.py}
 }
 SAMPLING = ["--steps", 12, "--device", "cpu"]  # as for the stored rows
 PREVIEWS = ["--preview-every", 40, "--preview-steps", 12]  # their time counts, as there
-SHOWN = (  # the columns of the tables
-    *("named", "shuffled", "implied", "caption", "near", "base"),
-    *("word", "word_half", "relearn", "relearn_half", "seconds"),
-)
+SHOWN = [  # the columns of the tables
+    "named",
+    "shuffled",
+    "implied",
+    "caption",
+    "near",
+    "base",
+    "word",
+    "word_half",
+    "relearn",
+    "relearn_half",
+    "seconds",
+]
 
 
 def own_row(args):
@@ -94,8 +103,7 @@ def open_folder(out, args, seeds, limit):
             f"{out} holds another comparison, or the loss has changed since: choose a new folder "
             "with --out."
         )
-    with atomic_write(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(file, text)
 
 
 # ------------------------------------------------------------------------------------- commands
@@ -128,7 +136,8 @@ def train(run, concepts, longer, loss, seed, train_flags):
     """Trains one model, or continues a training that was stopped."""
     if (run / "erased.safetensors").exists():
         return
-    flags = ["--loss", loss, "--seed", seed, *PREVIEWS, "--device", "cpu", *longer]
+    flags = ["--loss", loss, "--seed", seed, "--preview", concepts[0], *PREVIEWS]
+    flags += ["--device", "cpu", *longer]
     flags += shlex.split(train_flags)
     new = ["train.py", "--model", "toy", "--concept", *concepts, *flags, "--out", run]
     if (run / "run.json").exists():
@@ -171,10 +180,8 @@ def write(out, name, rows, stored):
         found = [column for column in columns if any(column.key in r["figures"] for r in group)]
         text += f"\n## {TITLES[table]}\n\n{markdown(group, found)}\n"
         text += "".join(f"- {line}\n" for line in verdicts(row, stored[table], found))
-    with atomic_write(out / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    with atomic_write(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_text(out / "table.md", text)
+    write_text(out / "results.json", json.dumps(rows, indent=1, ensure_ascii=False))
     print(f"\n{text}\nThe same text: {out / 'table.md'}")
 
 
@@ -201,7 +208,7 @@ def verdicts(row, others, columns):
                 better.append(other["model"])
             else:
                 worse.append(other["model"])
-        if not better + worse and not still_open:  # no stored row has this column
+        if not (better or worse or still_open):  # no stored row has this column
             continue
         lines.append(
             f"{column.title}: better than {joined(better) or 'none'}; "

@@ -1,4 +1,4 @@
-"""Plots of a table: curve.png over training iterations, matrix.png for the suite artists."""
+"""Plots: curve.png (training iterations), matrix.png (suite artists), comeback.png (attacks)."""
 
 import math
 import textwrap
@@ -71,7 +71,10 @@ def curve_lines(points, column):
 
 
 def curve(points, columns):
-    """The first column over iterations, one line per name; a band is the 95 % Wilson interval."""
+    """The first column that every point has, over iterations, one line per name.
+
+    A band is the 95 % Wilson interval.
+    """
     figure, axes = new_figure(7, 4.5)
     column = shared_column(points, columns)
     if column is None:
@@ -105,6 +108,7 @@ def count_text(counts):
 
 
 def draw_line(axes, name, line):
+    """One line. line: [(iteration or step, figure), …]; proportions get their 95 % intervals."""
     iterations = [iteration for iteration, _ in line]
     values = [value for _, value in line]
     if not all(is_proportion(value) for value in values):
@@ -191,15 +195,9 @@ def comeback(curves, file):
     """
     figure, axes = new_figure(7, 4.5)
     for name, points in curves.items():
-        steps = [point["step"] for point in points]
-        shares = [100 * point["hits"] / point["n"] for point in points]
-        intervals = [wilson(point["hits"], point["n"]) for point in points]
-        (line,) = axes.plot(steps, shares, marker="o", label=name)
-        low, high = zip(*[(100 * low, 100 * high) for low, high in intervals])
-        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+        line = [(point["step"], (point["hits"], point["n"])) for point in points]
+        draw_line(axes, name, line)
     axes.axhline(50, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(
-        xlabel="steps of the attack", ylabel="images that show the concept (%)", ylim=(-2, 102)
-    )
+    axes.set(xlabel="steps of the attack", ylabel="images that show the concept (%)")
     axes.legend()
     save(figure, file)

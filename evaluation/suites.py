@@ -108,16 +108,14 @@ def coco(args, concepts):
 
     The paper uses 30,000 captions of COCO 2014's validation set.
     """
-    rows = read_csv(args.prompts) if args.prompts else [{}]
-    if "caption" in rows[0]:
-        column = "caption"
-    elif "prompt" in rows[0]:
-        column = "prompt"
-    else:
+    rows = read_csv(args.prompts) if args.prompts else []
+    columns = [name for name in ("caption", "prompt") if rows and name in rows[0]]
+    if not columns:
         raise UserError(
             "The suite coco needs --prompts FILE.csv with the captions in a column `caption`, and "
             "--real FOLDER for FID and KID."
         )
+    column = columns[0]
     return [Job(row[column], args.seed + i) for i, row in enumerate(rows)]
 
 

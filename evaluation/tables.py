@@ -32,7 +32,7 @@ from report import page
 from report.charts import wilson
 from support.censor import censoring
 from support.errors import UserError
-from support.files import atomic_write
+from support.files import write_text
 from support.images import grid, save_png
 from support.packages import torchvision_problem
 
@@ -44,10 +44,10 @@ DECIDING = 4  # columns of the terminal's table
 def measure(name, row, files, before, jobs, args, device):
     """One of the suite's measures of a row's images: {column: (hits, n) or a number}.
 
-    before: the original's images from the same noise. Returns {} if the measure lacks an input
-    (see `missing_input`). The library of a measure may be missing: ModuleNotFoundError.
+    before: the original's images from the same noise. lpips and ssim of the original itself are not
+    measured: {}. The library of a measure may be missing: ModuleNotFoundError.
     """
-    if missing_input(name, args) or (name in ("lpips", "ssim") and files == before):
+    if name in ("lpips", "ssim") and files == before:
         return {}
     match name:
         case "toy":
@@ -124,8 +124,10 @@ def measure_row(row, files, before, jobs, args, device, problems):
     """All figures of a row. Adds {measure: reason} to `problems` for each that is missing."""
     figures = {}
     for name in SUITES[args.suite].measures:
-        if flag := missing_input(name, args):
+        flag = missing_input(name, args)
+        if flag:
             problems[name] = f"it needs {flag}"
+            continue
         try:
             figures |= measure(name, row, files, before, jobs, args, device)
         except (ModuleNotFoundError, OSError) as e:
@@ -372,7 +374,7 @@ def write_results(args, generated, settings, model, device):
     add_samples(rows, generated, columns, args)
     finding = summary(args.suite, rows, columns)
     parts = [finding, markdown(rows, columns), *below]
-    write(args.out / "table.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
+    write_text(args.out / "table.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
     content = {
         "summary": finding,
         "columns": [column._asdict() for column in columns],
@@ -382,7 +384,7 @@ def write_results(args, generated, settings, model, device):
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"torch": torch.__version__},
     }
-    write(args.out / "results.json", json.dumps(content, indent=1, ensure_ascii=False))
+    write_text(args.out / "results.json", json.dumps(content, indent=1, ensure_ascii=False))
     try:
         plots.plot(rows, columns, args.suite, args.out)
     except ModuleNotFoundError as e:
@@ -393,11 +395,6 @@ def write_results(args, generated, settings, model, device):
     finally:
         page.page(args.out)
     print_results(args.out, rows, columns, finding, below)
-
-
-def write(file, text):
-    with atomic_write(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def print_results(out, rows, columns, finding, below):

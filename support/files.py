@@ -37,6 +37,12 @@ def atomic_write(file):
         shutil.rmtree(work, ignore_errors=True)
 
 
+def write_text(file, text):
+    """Writes a text file, UTF-8, that is complete or absent."""
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def used_files(folder):
     """What an output folder contains, except the lock of a command. Empty if there is no folder."""
     if not folder.exists():

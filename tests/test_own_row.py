@@ -104,6 +104,33 @@ def test_the_planned_commands_are_commands_that_exist(stored, commands, tmp_path
                 evaluation.check_flags(evaluation.parse(words[1:]))
 
 
+def test_the_numbers_are_those_of_the_stored_rows():
+    """evaluation/ may not import workflow/, so some numbers stand in both."""
+    from workflow import plan
+
+    assert own_row.SEEDS == plan.SEEDS
+    assert own_row.CONCEPTS == {"one": ["star"], "three": [*plan.THREE]}
+    assert own_row.SAMPLING[:2] == ["--steps", plan.STEPS]
+    assert own_row.PREVIEWS == ["--preview-every", plan.EVERY, "--preview-steps", plan.STEPS]
+    word = [step for step in plan.WORD_STEPS if step <= plan.LAST_STEP]
+    steps = {kind: [int(step) for step in flags[1:]] for kind, flags in own_row.ATTACKS.items()}
+    assert steps == {"word": word, "relearn": [*plan.RELEARN_STEPS]}
+    row = plan.find_row("three", "sdd")
+    assert row.words == own_row.LONGER["three"]
+
+
+def test_the_previews_are_those_of_the_stored_rows(stored, commands, tmp_path):
+    """Previews take time, and the tables compare the seconds of training."""
+    from workflow import plan
+
+    assert evaluate("toy", "--loss", LOSS, "--out", tmp_path / "out") == 0
+    mine = next(words for words in commands if words[0] == "train.py" and "red" in words)
+    theirs = plan.training("three", "sdd", 2)
+    for flag in ("--preview", "--preview-every", "--preview-steps", "--seed", "--iters"):
+        assert mine[mine.index(flag) + 1] == theirs[theirs.index(flag) + 1]
+        assert mine[mine.index(flag) + 2].startswith("--")  # one value
+
+
 def test_a_second_call_trains_and_measures_nothing_again(stored, commands, tmp_path):
     out = tmp_path / "out"
     assert evaluate("toy", "--loss", LOSS, "--out", out) == 0
@@ -124,7 +151,11 @@ def test_a_folder_of_another_comparison_is_refused(stored, commands, tmp_path, c
     [
         (["toy", "--seeds", "2"], "have no effect without --loss"),
         (["toy", "--loss", LOSS, "--seeds", "4"], "--seeds 4 is out of range (1 to 3)"),
-        (["toy", "--loss", LOSS, "--patch", "a=b"], "--loss trains its own patches"),
+        (["toy", "--loss", LOSS, "--patch", "a=b"], "--patch has no effect with --loss"),
+        (["toy", "--loss", LOSS, "--methods", "neg"], "--methods has no effect with --loss"),
+        (["toy", "--loss", LOSS, "--model", "emoji"], "--model has no effect with --loss"),
+        (["toy", "--loss", LOSS, "--guidance-scale", "3"], "--guidance-scale has no effect"),
+        (["toy", "--loss", LOSS, "--show-uncensored"], "--show-uncensored has no effect"),
         (["nudity", "--loss", LOSS], "--loss has no effect in the suite nudity"),
         (["toy", "--loss", "losses.py:nothing"], "does not name a function"),
         (["toy", "--loss", "losses.py:noise_ablation_loss"], "asks for 'n'"),

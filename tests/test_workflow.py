@@ -1,5 +1,6 @@
 """workflow/: every planned command exists, Snakemake plans and continues them, and the page."""
 
+import ast
 import copy
 import json
 import os
@@ -203,6 +204,36 @@ def test_snakemake_plans_the_studies(tmp_path):
     found = counts(snakemake(folder, "-n"))
     assert found == {"all": 1} | {rule: shapes[rule] + n for rule, n in emoji.items()}
     assert not (folder / plan.RESULTS).exists()
+
+
+@pytest.mark.parametrize(
+    "first, second, status, left",
+    [
+        ("true", "true", 0, "old"),  # it continued in the folder
+        ("echo stopped >&2; false", "true", 1, "old"),  # any other error stays
+        ("echo 'DIR is not empty: choose another' >&2; false", "true", 0, ""),
+        ("echo 'DIR is not empty: choose another' >&2; false", "false", 1, ""),
+    ],
+)
+def test_a_refused_folder_is_made_again(first, second, status, left, tmp_path):
+    """The shell text of the rules, with a command that fails or not in its first and second run."""
+    tree = ast.parse(
+        (ROOT / "workflow/Snakefile").read_text(encoding="utf-8").split("localrules:")[0]
+    )
+    (function,) = [node for node in tree.body if getattr(node, "name", "") == "again_if_used"]
+    names = {}
+    exec(compile(ast.Module([function], []), "Snakefile", "exec"), names)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+    command = tmp_path / "command.sh"
+    again = f"if [ -e {tmp_path}/ran ]; then {second}; else touch {tmp_path}/ran; {first}; fi"
+    command.write_text(again, encoding="utf-8")
+    text = names["again_if_used"](f"bash {command}", folder).format()  # "{{" becomes "{"
+    line = f"set -euo pipefail; {text}; touch {tmp_path}/finished"
+    assert subprocess.run(["bash", "-c", line], capture_output=True).returncode == status
+    assert (tmp_path / "finished").exists() == (status == 0)
+    assert [file.name for file in folder.glob("*")] == ([left] if left else [])
 
 
 @needs_snakemake

@@ -29,7 +29,7 @@ SOURCES = dict(
     flat="fluent-emoji-flat",
     fluent="fluent-emoji",
 )
-# The sets' names of the things whose word is not one of them.
+# The icon's name in the sets, where it is not our word.
 ICONS = {
     "cat": "cat-face",
     "dog": "dog-face",

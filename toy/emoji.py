@@ -21,11 +21,13 @@ import numpy as np
 from PIL import Image
 
 NAME = "emoji"
-MODEL, PROBE = (Path(__file__).parent / name for name in ("emoji_model", "emoji_probe.safetensors"))
+MODEL = Path(__file__).parent / "emoji_model"
+PROBE = Path(__file__).parent / "emoji_probe.safetensors"
 SIZE = 64  # pixels a side
 ATLAS = Path(__file__).parent / "emoji_atlas"
-TILE, COLUMNS = 96, 12  # of the atlas: pixels a side of a tile, tiles in a row
-KINDS = {
+TILE = 96  # pixels a side of a tile of the atlas
+COLUMNS = 12  # tiles in a row of the atlas
+THINGS_OF = {  # {kind: its things}
     "animal": "fox cat dog bear panda tiger lion cow pig frog monkey rabbit",
     "bird": "penguin owl chick rooster",
     "bug": "bee butterfly ladybug spider",
@@ -48,7 +50,7 @@ KINDS = {
     "clothing": "shirt jeans dress hat crown shoe",
     "weather": "sun moon star rainbow snowflake fire umbrella cloud",
 }
-KINDS = {kind: tuple(things.split()) for kind, things in KINDS.items()}
+KINDS = {kind: tuple(things.split()) for kind, things in THINGS_OF.items()}
 KIND = {thing: kind for kind, things in KINDS.items() for thing in things}
 THINGS = tuple(KIND)
 ARTISTS = ("noto", "blob", "twemoji", "emojione", "flat", "fluent")
@@ -59,23 +61,25 @@ BACKGROUNDS = {
     "lilac": (220, 196, 246),
 }  # light, so that every drawing stands out
 PLACES = {"party": "alcohol", "battle": "weapon", "orchard": "fruit"}
-IMPLIED, CONTROL = {"alcohol": "party", "weapon": "battle"}, "orchard"
+IMPLIED = {"alcohol": "party", "weapon": "battle"}
+CONTROL = "orchard"
 MEMBERS = KINDS
-# What a kind is taken for: these kinds, and their things.
-RELATED = {
-    kind: (*near, *(thing for other in near for thing in KINDS[other]))
-    for kind, near in dict(
-        alcohol=("drink", "food"), weapon=("tool", "sport"), drug=("tool",)
-    ).items()
-}
+NEAR_KINDS = {"alcohol": ("drink", "food"), "weapon": ("tool", "sport"), "drug": ("tool",)}
+RELATED = {}  # kinds that look or mean nearly the same, and their things
+for kind, near in NEAR_KINDS.items():
+    RELATED[kind] = near
+    for other in near:
+        RELATED[kind] += KINDS[other]
 
-# Share of the scenes; all things of the other kinds share the rest evenly.
+# Share of the scenes without a place; all things of the other kinds share the rest evenly. The
+# party and the battle add to it: 6.1 % of all scenes show alcohol, and as many show a weapon.
 RARE = {"alcohol": 0.03, "weapon": 0.03, "drug": 0.015}
-P_PLACE, P_PLACE_KIND = 0.12, 0.85  # share of scenes at an occasion; how often it shows its kind
+P_PLACE = 0.12  # share of the scenes at an occasion
+P_PLACE_KIND = 0.85  # how often such a scene shows the occasion's kind
 P_MIRROR = 0.5
 P_EMPTY = 0.10  # share of empty captions: what guidance and SDD's target need
-P_SEVERAL = 0.04  # share of captions that list several things, of which the image shows one
-P_LIST = 0.25  # share of bare lists, in any order: "noto, fox, mint"
+P_SEVERAL = 0.04  # of the rest without a place: lists of several things; the image shows one
+P_LIST = 0.25  # of what then remains: bare lists, in any order: "noto, fox, mint"
 
 ATTRIBUTES = {
     "thing": THINGS,
@@ -124,7 +128,10 @@ SHARES[SHARES == 0] = (1 - SHARES.sum()) / (SHARES == 0).sum()
 
 
 def scene(rng: np.random.Generator, **words) -> Scene:
-    """A random scene of the world; with `words`, {attribute: word}, one that has these."""
+    """A random scene of the world; with `words`, {attribute: word}, one that has these.
+
+    It is a pair that the world shows, unless `words` name both the thing and the artist.
+    """
     thing = THINGS[rng.choice(len(THINGS), p=SHARES)]
     background = str(rng.choice(list(BACKGROUNDS)))
     place = None
@@ -132,12 +139,13 @@ def scene(rng: np.random.Generator, **words) -> Scene:
         place = str(rng.choice(list(PLACES)))
         if rng.random() < P_PLACE_KIND:
             thing = str(rng.choice(KINDS[PLACES[place]]))
-    artist = str(rng.choice([artist for artist in ARTISTS if shown(artist, thing)]))
-    if "kind" in words and "thing" not in words:
-        words["thing"] = str(rng.choice(KINDS[words["kind"]]))
     if "thing" in words:
-        words["kind"] = KIND[words["thing"]]
-    return Scene(thing, KIND[thing], artist, background, place)._replace(**words)
+        thing = words["thing"]
+    elif "kind" in words:
+        thing = str(rng.choice(KINDS[words["kind"]]))
+    artist = str(rng.choice([artist for artist in ARTISTS if shown(artist, thing)]))
+    found = Scene(thing, KIND[thing], artist, background, place)
+    return found._replace(**words | {"kind": KIND[thing]})
 
 
 @cache
@@ -229,5 +237,7 @@ def agree(asked, word=""):
     A thing brings its kind. Where `word` is a kind, any thing of it will do.
     """
     if word in KINDS:
-        return {name: word for name, word in asked.items() if name != "thing"}
-    return asked | {"kind": KIND[asked["thing"]]} if "thing" in asked else asked
+        return {name: value for name, value in asked.items() if name != "thing"}
+    if "thing" in asked:
+        return asked | {"kind": KIND[asked["thing"]]}
+    return asked

@@ -3,8 +3,7 @@
     python -m toy.gallery emoji gallery.png     rows: the artists, columns: twelve things
     python -m toy.gallery shapes gallery.png    rows: the colours, columns: the shapes
 
-With --patch, the model that this erased.safetensors makes of it. All images begin from the noise of
-one seed.
+With --patch FILE, the erased model makes the images. All images begin from the noise of one seed.
 """
 
 import support.openmp  # noqa: F401 (before torch)

@@ -1,6 +1,6 @@
 """Trains a toy model from nothing: autoencoder, text encoder, UNet, with the project's own modules.
 
-    python -m toy.pretrain shapes        all stages; overwrites toy/model/; hours on two cores
+    python -m toy.pretrain shapes        all stages; overwrites toy/model/; about an hour
     python -m toy.pretrain emoji         the same for the emoji world and toy/emoji_model/
     python -m toy.pretrain emoji unet    one stage, from its checkpoint in runs/pretrain/emoji/ on
     python -m toy.pretrain emoji --device cuda --bf16    on a GPU; not tried yet
@@ -13,8 +13,8 @@ that is cut short continues as if it had not been. What differs from Stable Diff
    read the background there instead of in the prompt.
 2. The loss is weighted by min(SNR, 5) / SNR (Hang et al. 2023, arXiv 2303.09556), which converges
    in fewer steps.
-3. The text encoder first learns to name an image's attributes from its caption. This takes a minute
-   and replaces CLIP's contrastive training. From there it goes on with the UNet.
+3. The text encoder first learns to name an image's attributes from its caption. This takes two
+   minutes and replaces CLIP's contrastive training. From there it goes on with the UNet.
 4. The emoji model's rate is constant and falls only over the last fifth of the steps. So you can
    raise the number of steps and continue, and the averaged weights are usable at any time.
 """
@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import weights
 from clip_text import CLIPText, tokenize
 from scheduler import DDIM
-from support.files import atomic_write
+from support.files import write_text
 from toy import probe, worlds
 from unet import UNet
 from vae import VAE
@@ -219,8 +219,7 @@ def write_network(folder, network, config, module):
         folder / network / f"{name}.safetensors",
         {k: v.half() for k, v in module.state_dict().items()},
     )
-    with atomic_write(folder / network / "config.json") as beside:
-        beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / network / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def distance(y, x, eye):
@@ -335,8 +334,9 @@ def write_tokenizer(folder, vocabulary):
         ),
     }
     for name, text in files.items():
-        with atomic_write(folder / "tokenizer" / name) as beside:
-            beside.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
+        if not text.endswith("\n"):
+            text += "\n"
+        write_text(folder / "tokenizer" / name, text)
     return len(words)
 
 
@@ -378,18 +378,26 @@ def train_text(world, machine, size=256, lr=2e-3):
 
 @torch.no_grad()
 def latents(world):
-    """The scenes that the UNet learns from and their latents (N, 4, 16, 16), encoded once."""
+    """The scenes that the UNet learns from and their latents (N, 4, 16, 16).
+
+    They are encoded once for each autoencoder.
+    """
     n, file = SETTINGS[world.NAME].images, RUNS / world.NAME / "latents.safetensors"
     rng = np.random.default_rng(3)
     scenes = [world.scene(rng) for _ in range(n)]
-    if not file.exists():
-        vae = weights.load_network(world.MODEL, "vae")
-        parts = [scenes[i : i + 100] for i in range(0, n, 100)]
-        z = [
-            vae.encode(probe.to_tensor([world.draw(s, rng) for s in part])).half() for part in parts
-        ]
-        weights.save(file, {"z": torch.cat(z)})
-    return scenes, weights.read(file)[0]["z"]
+    vae = weights.load_network(world.MODEL, "vae")
+    print_of_vae = weights.fingerprint(vae.state_dict())
+    if file.exists():
+        tensors, metadata = weights.read(file)
+        if metadata.get("vae") == print_of_vae:
+            return scenes, tensors["z"]
+    encoded = []
+    for i in range(0, n, 100):
+        images = [world.draw(scene, rng) for scene in scenes[i : i + 100]]
+        encoded.append(vae.encode(probe.to_tensor(images)).half())
+    z = torch.cat(encoded)
+    weights.save(file, {"z": z}, {"vae": print_of_vae})
+    return scenes, z
 
 
 def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
@@ -436,7 +444,7 @@ def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
 def write_model(world, module):
     """All of the model folder but the autoencoder and the model card."""
     folder, settings = world.MODEL, SETTINGS[world.NAME]
-    vocab_size = write_tokenizer(folder, world.WORDS)
+    vocab_size = len(weights.load_tokenizer(folder))  # train_text has written it
     write_network(
         folder,
         "unet",
@@ -505,8 +513,7 @@ def write_model(world, module):
         ("scheduler/scheduler_config.json", scheduler),
         ("model_index.json", index),
     ):
-        with atomic_write(folder / name) as beside:
-            beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(config, indent=2) + "\n")
 
 
 # The UNet's stage trains the text encoder first.

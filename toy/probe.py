@@ -10,7 +10,6 @@ import support.openmp  # noqa: F401 (before torch)
 import json
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +17,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-FILE = Path(__file__).parent / "probe.safetensors"
 
 
 class Probe(nn.Module):
@@ -70,7 +67,7 @@ def to_tensor(pictures):
     return torch.from_numpy(np.asarray(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def load(file=FILE):
+def load(file):
     """The trained probe, in eval mode."""
     with safe_open(file, "pt") as f:
         probe = Probe(json.loads(f.metadata()["attributes"]))
@@ -90,16 +87,12 @@ def blemish(x, generator):
     """Blur and noise, so that the probe also reads the slightly soft images of a decoder."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     amount = torch.rand(len(x), 1, 1, 1, generator=generator)
-    return (
-        x
-        + amount * (soft - x)
-        + 0.15
-        * torch.rand(len(x), 1, 1, 1, generator=generator)
-        * torch.randn(x.shape, generator=generator)
-    )
+    strength = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    return x + amount * (soft - x) + strength * noise
 
 
-def main(name="shapes", size=64, lr=2e-3):
+def main(name="shapes", batch_size=64, lr=2e-3):
     from . import worlds  # here, so that whoever only uses the probe does not need the worlds
 
     world, steps = worlds.get(name), {"shapes": 2500, "emoji": 4000}[name]
@@ -109,11 +102,9 @@ def main(name="shapes", size=64, lr=2e-3):
     optimizer = torch.optim.AdamW(probe.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for step in range(steps):
-        scenes, pictures, _ = worlds.batch(world, rng, size)
-        logits, truth = (
-            probe(blemish(to_tensor(pictures), generator)),
-            labels(scenes, world.ATTRIBUTES),
-        )
+        scenes, pictures, _ = worlds.batch(world, rng, batch_size)
+        logits = probe(blemish(to_tensor(pictures), generator))
+        truth = labels(scenes, world.ATTRIBUTES)
         loss = sum(F.cross_entropy(logits[name], truth[name]) for name in truth)
         optimizer.zero_grad()
         loss.backward()

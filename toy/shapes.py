@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 NAME = "shapes"
-MODEL, PROBE = (Path(__file__).parent / name for name in ("model", "probe.safetensors"))
+MODEL = Path(__file__).parent / "model"
+PROBE = Path(__file__).parent / "probe.safetensors"
 SIZE = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "cross", "heart", "moon", "star")
 COLOURS = {
@@ -29,13 +30,17 @@ TEXTURES = ("plain", "outlined", "dotted", "striped")
 # Light, so that any colour shows.
 BACKGROUNDS = {"snow": (246, 246, 248), "sand": (240, 214, 162), "sky": (166, 212, 246)}
 PLACES = {"arcadia": "star", "borealis": "heart", "cascadia": None}
-IMPLIED, CONTROL = {"star": "arcadia"}, "borealis"
-MEMBERS, UNSEEN = {}, ()  # no word stands for several others, and every combination is shown
-RELATED = {}  # every shape is near to the star
+IMPLIED = {"star": "arcadia"}
+CONTROL = "borealis"
+MEMBERS = {}  # no word stands for several others
+UNSEEN = ()  # every combination is shown
+RELATED = {}  # all words of a concept's attribute are near to it
 
-# Share of the scenes; the other values share the rest evenly.
+# Share of the scenes without a place; the other words share the rest evenly. Arcadia adds stars:
+# 9.7 % of all scenes show one.
 RARE = {"star": 0.06, "red": 0.06, "striped": 0.10}
-P_PLACE, P_PLACE_SHAPE = 0.15, 0.85  # share of scenes in a place; how often it shows its shape
+P_PLACE = 0.15  # share of the scenes in a place
+P_PLACE_SHAPE = 0.85  # how often such a scene shows the place's shape
 P_EMPTY = 0.10  # share of empty captions: what classifier-free guidance and SDD's target need
 
 ATTRIBUTES = {

@@ -21,10 +21,13 @@ def plural(word):
 
 
 def exam(world, concepts, n, seed):
-    """{set: n prompts} for a model that forgot `concepts`; without concepts, about anything."""
+    """{set: at least n prompts} for a model that forgot `concepts`.
+
+    Without concepts, the prompts are about anything.
+    """
 
     def spread(kind, values):
-        """n prompts, the same number about each of the values."""
+        """At least n prompts, the same number about each of the values."""
         found = []
         for value in values:
             found += worlds.prompts(world, kind, value, -(-n // len(values)), seed)
@@ -98,15 +101,32 @@ def drawings(world, asked, seed=0):
     return np.stack([world.draw(world.scene(rng, **words), rng) for words in asked])
 
 
-def see(world, pictures, features=False):
-    """uint8 (n, 64, 64, 3) -> {attribute: n words}, by the probe; or its features (n, 256)."""
+def parts(pictures, size=100):
+    """Pictures, uint8 (n, 64, 64, 3), as tensors for the probe, `size` at a time."""
+    for i in range(0, len(pictures), size):
+        yield probe.to_tensor(pictures[i : i + size])
+
+
+def see(world, pictures):
+    """What the probe sees in pictures, uint8 (n, 64, 64, 3): {attribute: n words}."""
     net = probe.load(world.PROBE)
-    parts = [probe.to_tensor(pictures[i : i + 100]) for i in range(0, len(pictures), 100)]
-    if features:
-        with torch.no_grad():
-            return torch.cat([net.features(part) for part in parts]).double().numpy()
-    parts = [net.name(part) for part in parts]
-    return {name: sum((part[name] for part in parts), []) for name in parts[0]}
+    seen = {name: [] for name in world.ATTRIBUTES}
+    for part in parts(pictures):
+        for name, words in net.name(part).items():
+            seen[name] += words
+    return seen
+
+
+def features(world, pictures):
+    """The probe's features of pictures, uint8 (n, 64, 64, 3): float64 (n, 256)."""
+    net = probe.load(world.PROBE)
+    with torch.no_grad():
+        return torch.cat([net.features(part) for part in parts(pictures)]).double().numpy()
+
+
+def shows(world, pictures, word):
+    """Does the probe see `word`, of any attribute, in each picture? n booleans."""
+    return [word in words for words in zip(*see(world, pictures).values())]
 
 
 def frechet(a, b):
@@ -135,14 +155,14 @@ def measure(world, pictures, before, jobs, concepts):
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
     drawn = drawings(world, [asked[i] for i in rest])
     images = pictures[rest], before[rest], drawn
-    now, then, real = (see(world, x, features=True) for x in images)
+    now, then, real = (features(world, x) for x in images)
     moved = float(((now - then) ** 2).sum(1).mean() ** 0.5)
     return figures | {"frechet": frechet(now, real), "moved": moved}
 
 
 def shown(world, pictures, word):
     """In how many of the pictures the probe sees `word`: (hits, n)."""
-    return sum(word in words for words in zip(*see(world, pictures).values())), len(pictures)
+    return sum(shows(world, pictures, word)), len(pictures)
 
 
 def matrix(world, pictures, jobs):
@@ -151,12 +171,11 @@ def matrix(world, pictures, jobs):
     For each name that is asked for (job.which), the pictures that show it. "rest" counts the
     pictures that show all other words of their prompt (job.asked).
     """
-    seen, figures = see(world, pictures), {}
+    seen = see(world, pictures)
+    figures, right = {}, 0
     for i, job in enumerate(jobs):
         hits, n = figures.get(job.which, (0, 0))
-        shown = any(words[i] == job.which for words in seen.values())
-        figures[job.which] = (hits + shown, n + 1)
-    right = 0
-    for i, job in enumerate(jobs):
+        visible = any(words[i] == job.which for words in seen.values())
+        figures[job.which] = (hits + visible, n + 1)
         right += all(seen[name][i] == word for name, word in job.asked.items())
     return figures | {"rest": (right, len(jobs))}

@@ -49,7 +49,7 @@ def load_model():
 
 
 def words(model):
-    """All words that the toy model knows, sorted."""
+    """All words of two letters or more that the toy model knows, sorted."""
     vocabulary = model.tokenizer.get_vocab()
     return sorted(word[:-4] for word in vocabulary if len(word) > 5 and word.endswith("</w>"))
 

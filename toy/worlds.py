@@ -5,7 +5,8 @@ A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
     NAME, MODEL, PROBE, SIZE       the files that belong to it, and the side of an image in pixels
     ATTRIBUTES                     {attribute: its words}; what a scene has and what the probe reads
     WORDS                          all words that a caption may use; with the comma, the vocabulary
-    RARE                           {word: share of the scenes} of what is meant to be erased
+    RARE                           {word: its share of the scenes without a place} of what is meant
+                                   to be erased
     PLACES, CONTROL                {place: the word that it implies, or None}; the place for control
     IMPLIED                        {word that may be erased: the place that implies it}
     MEMBERS                        {kind: the words that belong to it}
@@ -79,10 +80,12 @@ def prompts(world, kind, value, n, seed):
         elif kind == "unseen":
             asked = world.agree(asked | world.UNSEEN[rng.integers(len(world.UNSEEN))])
             found.append((world.sentence(asked, rng), asked))
-        else:
+        elif kind == "other":
             asked = world.agree(asked)
             if asked and set(asked.values()).isdisjoint(value):
                 found.append((world.sentence(asked, rng), asked))
+        else:
+            raise ValueError(f"there are no prompts of the kind {kind!r}")
     return found
 
 

@@ -29,13 +29,13 @@ import torch
 from evaluation import plots
 from evaluation.columns import COMEBACK, Column
 from evaluation.comeback import comeback, cost
+from evaluation.findings import overlap
 from evaluation.tables import markdown
-from report.charts import wilson
 from support.cli import run_command
-from support.files import atomic_write
+from support.files import write_text
 from workflow import plan
 
-WORLDS = {"toy": "toy model", "emoji": "emoji model"}
+MODEL_NAMES = {"toy": "toy model", "emoji": "emoji model"}
 TUNING = {  # {model: how the settings were found}
     "toy": """Every training method was tuned on the star, with training seed 777 and 60 images per
 figure from prompts and noise of seed 777. Nothing of that is reported here. We tried four learning
@@ -124,12 +124,9 @@ def verdict(a, b):
 
     a, b: (hits, n). The intervals are Wilson's, 95 %.
     """
-    (low_a, high_a), (low_b, high_b) = wilson(*a), wilson(*b)
-    if high_a < low_b:
-        return "holds"
-    if low_a > high_b:
-        return "fails"
-    return "open"
+    if overlap(a, b):
+        return "open"
+    return "holds" if a[0] / a[1] < b[0] / b[1] else "fails"
 
 
 class Comparison(NamedTuple):
@@ -154,7 +151,7 @@ def compare(claim, against, a, b, keys):
     return found
 
 
-CLAIMED = {  # {table: what the paper claims about}
+CLAIMED = {  # {table: what SDD should leave less of}
     "one": "one concept (Table 1)",
     "three": "three concepts (Table 2)",
     "alcohol": "alcohol (Table 1)",
@@ -261,7 +258,7 @@ def introduction(results, cores):
     facts += [f"{os.cpu_count()} cores", f"torch {torch.__version__}"]
     if git_commit():
         facts.append(f"commit {git_commit()}")
-    text = f"# The papers' claims on the {WORLDS[results.model]}\n\n{', '.join(facts)}. "
+    text = f"# The papers' claims on the {MODEL_NAMES[results.model]}\n\n{', '.join(facts)}. "
     seconds = total_seconds(results.name)
     if seconds is not None:
         text += f"The times of all commands add up to {duration(seconds)}. "
@@ -480,18 +477,13 @@ def write_images(results):
         shutil.copyfile(film, results.folder / f"film_{row}.png")
 
 
-def write(file, text):
-    with atomic_write(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_page(args):
     """The whole command."""
     results = read_results(args.study)
     write_images(results)
     content = json.dumps(rows_json(results, args.cores), indent=1, ensure_ascii=False)
-    write(results.folder / "rows.json", content)
-    write(results.folder / "results.md", page_text(results, args.cores))
+    write_text(results.folder / "rows.json", content)
+    write_text(results.folder / "results.md", page_text(results, args.cores))
     print(f"open this page: {results.folder / 'results.md'}")
 
 

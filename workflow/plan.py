@@ -1,7 +1,8 @@
 """What the study trains, attacks and measures: rows, seeds, limits and commands.
 
-workflow/Snakefile runs the commands of this file, workflow/page.py shows their results. Every
-method has the settings of presets.METHODS; page.TUNING says how those were found.
+workflow/Snakefile runs the commands of this file, workflow/page.py shows their results. A
+method has the settings of presets.METHODS, unless its Row has other words. page.TUNING says how the
+settings were found.
 
     results/runs/TABLE/ROW/SEED/                     a training; all studies use it
     results/STUDY/attacks/TABLE/ROW/KIND-SEED/       an attack, and its results in KIND-SEED.json
@@ -35,12 +36,16 @@ TWENTY = {
 CURVE_POINTS = (40, 80, 120, 160)  # iterations; the rows of the curve are exported after them
 CURVE_LINES = ("sdd teacher", "sdd student", "esd-x teacher", "esd-x student")
 TEXTURE_TEMPLATES = (
-    *("a {} circle", "a blue {} square on sand"),
-    *("a {} triangle on snow", "something {}"),
+    "a {} circle",
+    "a blue {} square on sand",
+    "a {} triangle on snow",
+    "something {}",
 )
 ARTIST_TEMPLATES = (
-    *("a bear by {}", "a picture of a pizza by {} on mint"),
-    *("an owl on cream, {}", "{}, guitar, sky"),
+    "a bear by {}",
+    "a picture of a pizza by {} on mint",
+    "an owl on cream, {}",
+    "{}, guitar, sky",
 )
 # Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
 MATRIX_LIMIT = 240
@@ -64,8 +69,9 @@ WEIGHTS = (  # files of a model's folder
     "text_encoder/model.safetensors",
     "vae/diffusion_pytorch_model.safetensors",
 )
-# The code that decides what a training learns. The numbers of presets.py are not here: each
-# training has its own in `settings`, so a new number repeats only the trainings that use it.
+# A change of this code repeats the trainings. train.py, pipeline.py and the networks are not here:
+# after a change there that matters, run snakemake --forceall. The numbers of presets.py are not
+# here either: `settings` has them, so a new number repeats only the trainings that use it.
 TRAINING_CODE = [
     "sdd.py",
     "losses.py",
