@@ -17,6 +17,8 @@ that is cut short continues as if it had not been. What differs from Stable Diff
    minutes and replaces CLIP's contrastive training. From there it goes on with the UNet.
 4. The emoji model's rate is constant and falls only over the last fifth of the steps. So you can
    raise the number of steps and continue, and the averaged weights are usable at any time.
+5. The emoji model's weight matrices are trained by Muon (Jordan et al. 2024,
+   kellerjordan.github.io/posts/muon), all else by AdamW.
 """
 
 import support.openmp  # noqa: F401
@@ -27,7 +29,8 @@ import csv
 import json
 import math
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +58,8 @@ class Settings(NamedTuple):
     unet_widths: list  # the two levels in the middle have attention
     text_width: int
     images: int  # how many the UNet learns from; each gets a new caption whenever it comes up
+    unet_batches: int  # batches of 48 images in each step of the UNet
+    muon: bool  # for the UNet's weight matrices
     schedule: str  # of the UNet's learning rate: a name in SCHEDULES
     steps: dict  # {stage: how many}
 
@@ -66,6 +71,8 @@ SETTINGS = {
         unet_widths=[32, 64, 128, 128],
         text_width=64,
         images=40_000,
+        unet_batches=1,
+        muon=False,
         schedule="cosine",
         steps=dict(vae=1750, text=600, unet=3500),
     ),
@@ -75,6 +82,8 @@ SETTINGS = {
         unet_widths=[64, 96, 128, 128],
         text_width=96,
         images=60_000,
+        unet_batches=2,
+        muon=True,
         schedule="constant",
         steps=dict(vae=2000, text=1000, unet=24_000, decoder=2500),
     ),
@@ -145,16 +154,60 @@ class Machine(NamedTuple):
 CPU = Machine()
 
 
-@contextmanager
-def mixed_precision(machine):
-    """Autocast to bfloat16: faster than float32 on CPUs with AMX, slower on those without."""
-    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.bf16):
-        if machine.bf16 and machine.device.type == "cpu":
-            # the backward pass of the fused kernel is slow in bfloat16
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
-            yield
+def attention_kernel(machine):
+    """On a CPU, the backward pass of the fused kernel is slow in bfloat16: use the plain one."""
+    if machine.bf16 and machine.device.type == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def as_matrix(x):
+    """A weight as a matrix (O, I). A convolution's (O, I, h, w) becomes (O, h·w·I)."""
+    return x.permute(0, 2, 3, 1).flatten(1) if x.dim() == 4 else x
+
+
+class Muon:
+    """Muon for weights of linear and convolution layers.
+
+    torch's Muon takes only matrices. So it gets each weight as a matrix that shares the weight's
+    memory; a convolution's weight has to be channels-last for this.
+    """
+
+    def __init__(self, parameters, lr):
+        self.parameters, self.lr = parameters, lr
+        self.matrices = [torch.nn.Parameter(as_matrix(p.data)) for p in parameters]
+        for p, matrix in zip(parameters, self.matrices):
+            assert p.data_ptr() == matrix.data_ptr()
+        # "match_rms_adamw": the learning rates of AdamW fit
+        self.optimizer = torch.optim.Muon(
+            self.matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        )
+        for matrix in self.matrices:
+            self.optimizer.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+
+    def state(self):
+        """What a checkpoint has to keep: {number of the weight: its momentum}."""
+        states = [self.optimizer.state[matrix] for matrix in self.matrices]
+        return {str(i): state["momentum_buffer"] for i, state in enumerate(states)}
+
+    def step(self, rate):
+        """One step with `rate` times the learning rate."""
+        self.optimizer.param_groups[0]["lr"] = rate * self.lr
+        for p, matrix in zip(self.parameters, self.matrices):
+            matrix.grad = as_matrix(p.grad)
+        self.optimizer.step()
+
+
+def split_for_muon(module):
+    """(the parameters for Muon, the others).
+
+    Muon is for the matrices between the first and the last layer (Jordan et al. 2024).
+    """
+    matrices, others = [], []
+    for name, p in module.named_parameters():
+        outer = any(part in name for part in ("embedding", "conv_in", "conv_out"))
+        (others if outer or p.dim() < 2 else matrices).append(p)
+    return matrices, others
 
 
 def fit(
@@ -169,34 +222,53 @@ def fit(
     schedule=cosine,
     write=None,
     machine=CPU,
+    batches=1,
+    muon=None,
 ):
-    """Minimises loss(step) over `groups` (AdamW). Leaves the averaged weights in `module`.
+    """Minimises loss(number of a batch) over `groups` (AdamW). Leaves averaged weights in `module`.
 
     Continues from RUNS/<stage>.safetensors, which is written every `save_every` steps; a curve goes
     to <stage>.csv. `write`, if given, gets the averaged module at the same times. `module` is on
-    machine.device.
+    machine.device. A step takes the mean gradient of `batches` batches. On a CPU they are computed
+    at the same time, with one thread each: this uses the cores better than a larger batch does.
+    `muon`, if given, trains the parameters that are not in `groups`.
     """
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    averaged = copy.deepcopy(module)
+    averaged, parameters = copy.deepcopy(module), list(module.parameters())
     kept = {"module": module.state_dict(), "averaged": averaged.state_dict()}
+    if muon:
+        kept["momentum"] = muon.state()
     start, file = 0, RUNS / f"{stage}.safetensors"
     if file.exists():
         start = int(weights.load_checkpoint(file, kept, optimizer)["step"])
+
+    def gradients(number):
+        """(loss, its gradients) of one batch."""
+        with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.bf16):
+            value = loss(number)
+        return value.item(), torch.autograd.grad(value, parameters)
+
+    each = map
+    if batches > 1 and machine.device.type == "cpu":
+        each = ThreadPoolExecutor(batches, initializer=torch.set_num_threads, initargs=(1,)).map
     began, losses = time.time(), []
     for step in range(start, steps):
+        pace = min((step + 1) / warmup, schedule(step / steps))
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * min((step + 1) / warmup, schedule(step / steps))
-        with mixed_precision(machine):
-            value = loss(step)
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            group["lr"] = rate * pace
+        with attention_kernel(machine):
+            found = list(each(gradients, range(batches * step, batches * (step + 1))))
+        for p, *parts in zip(parameters, *[part for _, part in found]):
+            p.grad = sum(parts) / batches
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        if muon:
+            muon.step(pace)
         m = min(average, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - m)
-        losses.append(value.item())
+            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - m)
+        losses.append(np.mean([value for value, _ in found]))
         if (step + 1) % save_every == 0 or step + 1 == steps:
             weights.save_checkpoint(file, kept, optimizer, {"step": str(step + 1)})
             row = (
@@ -401,7 +473,7 @@ def latents(world):
 
 
 def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
-    """The UNet and, at 0.4 times its rate, the text encoder: predict the noise from the caption."""
+    """The UNet and the text encoder: predict the noise from the caption."""
     settings = SETTINGS[world.NAME]
     text, tokenizer = train_text(world, machine), weights.load_tokenizer(world.MODEL)
     torch.manual_seed(2)
@@ -412,8 +484,8 @@ def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
     scheduler = DDIM(50)  # only its noise schedule is used
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
 
-    def loss(step):
-        rng, generator = np.random.default_rng([4, step]), torch.Generator().manual_seed(step)
+    def loss(number):
+        rng, generator = np.random.default_rng([4, number]), torch.Generator().manual_seed(number)
         chosen = rng.integers(len(scenes), size=size)
         z, t = z_all[chosen].float(), torch.randint(0, 1000, (size,), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
@@ -424,10 +496,15 @@ def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
         e = noise_estimate(z_t, t, module["text"](tokens)).float()
         return (weight * (e - noise).square().mean((1, 2, 3))).mean()
 
-    groups = [
-        dict(params=module["unet"].parameters(), lr=lr),
-        dict(params=text.parameters(), lr=0.4 * lr),
-    ]
+    if settings.muon:
+        matrices, others = split_for_muon(module)
+        muon, groups = Muon(matrices, lr), [dict(params=others, lr=lr)]
+    else:
+        muon = None
+        groups = [
+            dict(params=unet.parameters(), lr=lr),
+            dict(params=text.parameters(), lr=0.4 * lr),
+        ]
     fit(
         f"{world.NAME}/unet",
         module,
@@ -438,6 +515,8 @@ def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
         schedule=SCHEDULES[settings.schedule],
         write=lambda averaged: write_model(world, averaged),
         machine=machine,
+        batches=settings.unet_batches,
+        muon=muon,
     )
 
 
