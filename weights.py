@@ -572,4 +572,9 @@ def load_checkpoint(file, groups, optimizer):
     for name, x in tensors.items():
         own[name].copy_(x)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for p, values in optimizer.state.items():
+        for key, x in values.items():
+            if x.shape == p.shape:
+                # In p's memory format: torch's fused optimizers go through both in memory order.
+                values[key] = torch.empty_like(p, dtype=x.dtype).copy_(x)
     return metadata

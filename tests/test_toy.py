@@ -8,9 +8,11 @@ import torch
 
 import pipeline
 import weights
+from clip_text import CLIPText
 from report.charts import wilson
 from support.errors import UserError
 from toy import emoji, pretrain, probe, shapes, suite, worlds
+from unet import UNet
 
 
 def test_pictures_and_captions_depend_on_the_seed_alone():
@@ -116,37 +118,67 @@ def test_unknown_words_are_refused_with_the_known_ones():
     )
 
 
-def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_muon, batches", [(False, 1), (True, 2)])
+def test_pretraining_continues_as_if_uncut(tmp_path, monkeypatch, with_muon, batches):
     """Bit for bit: data depend on the step alone, and everything else is in the checkpoint."""
 
     def train(folder, stop=None):
         monkeypatch.setattr(pretrain, "RUNS", folder)
         torch.manual_seed(0)
-        net = torch.nn.Linear(3, 3)
+        layers = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 3, 3, padding=1)
+        net = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
-        def loss(step):
-            if step == stop:
+        def loss(number):
+            if number == stop:
                 raise KeyboardInterrupt
-            return (
-                net(torch.randn(4, 3, generator=torch.Generator().manual_seed(step)))
-                .square()
-                .mean()
-            )
+            x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+            return net(x).square().mean()
 
+        matrices, others = pretrain.split_for_muon(net)
+        muon = pretrain.Muon(matrices, 0.1) if with_muon else None
+        groups = [dict(params=others if with_muon else net.parameters(), lr=0.1)]
+        more = dict(warmup=2, save_every=2, batches=batches, muon=muon)
         with torch.enable_grad():
-            pretrain.fit(
-                "net", net, loss, [dict(params=net.parameters(), lr=0.1)], 9, warmup=2, save_every=2
-            )
+            pretrain.fit("net", net, loss, groups, 9, **more)
         return net
 
     whole = train(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", stop=5)
+        train(tmp_path / "b", stop=5 * batches)
     again = train(tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
     assert [
         line.split(",")[0] for line in (tmp_path / "b" / "net.csv").read_text().splitlines()
     ] == ["2", "4", "6", "8", "9"]
+
+
+def test_muon_trains_the_matrices_in_place():
+    """torch's Muon on weights as matrices: a step of a convolution is one of its matrix."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    expected = torch.nn.Parameter(layer.weight.detach().permute(0, 2, 3, 1).reshape(4, 54).clone())
+    gradient = torch.randn(4, 6, 3, 3)
+    expected.grad = gradient.permute(0, 2, 3, 1).reshape(4, 54)
+    flags = dict(weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    torch.optim.Muon([expected], lr=0.05, **flags).step()
+    muon = pretrain.Muon([layer.weight], lr=0.1)
+    layer.weight.grad = gradient
+    muon.step(0.5)
+    assert torch.equal(layer.weight.permute(0, 2, 3, 1).reshape(4, 54), expected)
+    assert muon.state()["0"].abs().sum() > 0
+
+
+def test_only_inner_matrices_are_for_muon():
+    settings = pretrain.SETTINGS["emoji"]
+    unet = UNet(**pretrain.unet_config(settings))
+    text = CLIPText(20, **pretrain.text_config(settings))
+    module = torch.nn.ModuleDict({"unet": unet, "text": text})
+    matrices, others = pretrain.split_for_muon(module)
+    assert len(matrices) + len(others) == len(list(module.parameters()))
+    assert all(p.dim() in (2, 4) for p in matrices)
+    assert any(p is unet.conv_out.weight for p in others)
+    assert any(p is text.text_model.embeddings.token_embedding.weight for p in others)
+    assert any(p is unet.mid_block.resnets[0].conv1.weight for p in matrices)
 
 
 def test_every_stage_of_pretraining_runs(tmp_path, monkeypatch):
