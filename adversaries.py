@@ -31,20 +31,20 @@ import torch
 import torch.nn.functional as F
 
 import weights
-from clip_text import tokenize
+from clip_text import TOKEN_EMBEDDING, tokenize
 from losses import mean_squared_error
 from pipeline import check_words, known_words
 from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.errors import UserError
 
-TABLE = "text_model.embeddings.token_embedding.weight"
-
 
 def encode_with_rows(text_encoder, ids, rows):
     """Token ids (B, 77) -> states (B, 77, D). Ids beyond the table read the vectors in `rows`."""
     table = text_encoder.text_model.embeddings.token_embedding.weight
-    return torch.func.functional_call(text_encoder, {TABLE: torch.cat([table, rows])}, (ids,))
+    return torch.func.functional_call(
+        text_encoder, {TOKEN_EMBEDDING: torch.cat([table, rows])}, (ids,)
+    )
 
 
 def add_tokens(tokenizer, names, table):

@@ -43,6 +43,7 @@ from pipeline import (
     encode_prompts,
     generate_images,
     make_scheduler,
+    noise_schedule,
     patched,
 )
 from support.censor import censoring
@@ -62,7 +63,6 @@ from support.errors import UserError
 from support.files import atomic_write, lock_folder
 
 SAVE_SECONDS = 60  # between two checkpoints
-SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset")
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
 ETAS, SCALES = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85), (1.0, 1.02, 1.03, 1.04)
 NUMBERS = {  # learning rates, and the steps after which images are generated; our choice
@@ -208,7 +208,7 @@ class Attack:
             if number < len(results.points):
                 continue  # done before a kill
             seed = a["seed"] * 100_000 + number
-            schedule = {key: x for key, x in self.model.scheduler.items() if key in SCHEDULE}
+            schedule = noise_schedule(self.model.scheduler)
             sampler = NoisyDDIM(a["steps"], eta, scale, seed, **schedule)
             _, found = self.measure(c_0, sampler, guidance_scale=1.0)
             found = any_of(results.chance, found)

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import nn
 
 MAX_TOKENS = 77  # with the start token and the end token
+TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"  # its name in the checkpoint
 
 
 def quick_gelu(x):

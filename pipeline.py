@@ -26,7 +26,12 @@ for strength, numbers in SLD.items():
     WARMUPS[f"sld-{strength}"] = numbers["delta"]
 
 
-# ------------------------------------------------------------------------------------------ prompts
+# ---------------------------------------------------------------------------------------- sampler
+def noise_schedule(config):
+    """The noise schedule of a scheduler_config.json, as arguments of a sampler."""
+    return {key: value for key, value in config.items() if key in weights.ARGUMENTS["scheduler"]}
+
+
 def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
     name = config.get("_class_name")
@@ -35,16 +40,13 @@ def make_scheduler(config, steps, kind=None):
         raise UserError(
             f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
         )
-    schedule = {}
-    for key in ("num_train_timesteps", "beta_start", "beta_end", "steps_offset"):
-        if key in config:
-            schedule[key] = config[key]
     try:
-        return SAMPLERS[kind](steps, **schedule)
+        return SAMPLERS[kind](steps, **noise_schedule(config))
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
+# ---------------------------------------------------------------------------------------- prompts
 def known_words(tokenizer):
     """The words of a toy model's small vocabulary; None for CLIP's, which can spell anything."""
     vocabulary = tokenizer.get_vocab()

@@ -18,6 +18,7 @@ import ablation
 import closed_form
 import losses
 import weights
+from clip_text import TOKEN_EMBEDDING
 from support.errors import UserError
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 
@@ -202,7 +203,7 @@ TRAIN_PARAMS = {
     ),
     "full": lambda name: not name.startswith("text_model."),
     # Only the rows of the concepts' tokens move (train.py masks the gradient).
-    "embedding": lambda name: name == "text_model.embeddings.token_embedding.weight",
+    "embedding": lambda name: name == TOKEN_EMBEDDING,
 }
 
 

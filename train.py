@@ -35,7 +35,7 @@ import closed_form
 import ema
 import weights
 from adversaries import Adversary
-from clip_text import tokenize
+from clip_text import TOKEN_EMBEDDING, tokenize
 from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
 from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
 from report.page import Reporter, require_tensorboard
@@ -63,7 +63,6 @@ VERSIONS = {
     "torch": torch.__version__,
     "transformers": transformers.__version__,
 }
-TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 OWN_LOSS = "own_loss.py"  # the run's copy of --loss FILE
 # gap: mean |e(c_s) − e(c_0)|². drift: mean |e(c_0) − e°(c_0)|². flat: the share of preview images
 # of nearly one colour, a sign of a broken model. See report/previews.py.

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from clip_text import CLIPText
+from scheduler import DDIM
 from support.errors import UserError
 from support.files import apply_umask, atomic_write, checksum, damage
 from unet import UNet
@@ -86,7 +87,7 @@ BLOCKS = {
 ARGUMENTS = {
     network: set(inspect.signature(make).parameters) for network, (make, _) in NETWORKS.items()
 }
-ARGUMENTS["scheduler"] = {"num_train_timesteps", "beta_start", "beta_end", "steps_offset"}
+ARGUMENTS["scheduler"] = set(inspect.signature(DDIM).parameters) - {"steps"}
 FRACTIONS = {"beta_start", "beta_end", "layer_norm_eps", "scaling_factor"}  # the rest: integers
 # Config keys that do not change the arithmetic, whatever their value.
 INERT = {
