@@ -3,8 +3,8 @@
 The loss is trained on one concept (the star) and on three at once. Both models are measured like
 any other row of the suite toy, and the first one is attacked (attack.py, word and relearn). The
 result is two tables, in which your row stands among the rows of docs/results.md, and a list of what
-your row wins and loses. The folder toy_rows has the stored rows. one.json is the rows.json of a
-study (workflow/), and your row is measured like these. three.json is older: it has no attacks.
+your row wins and loses. The folder toy_rows has the stored rows: the rows.json of the studies `one`
+and `three` (workflow/). Your row is measured like these, with 60 images per figure instead of 200.
 
 Every step is a command of this project. After a stop, the same command with the same --out
 continues.

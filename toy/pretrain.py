@@ -32,6 +32,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -481,6 +482,7 @@ def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
     unet = UNet(**unet_config(settings)).to(machine.device, memory_format=torch.channels_last)
     module = torch.nn.ModuleDict({"unet": unet, "text": text})
     noise_estimate = torch.compile(unet) if machine.compiled else unet  # the same weights
+    tokenizer_lock = Lock()  # two threads may not use it at the same time
     scheduler = DDIM(50)  # only its noise schedule is used
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
 
@@ -489,7 +491,9 @@ def train_unet(world, machine, size=48, lr=1.5e-3, gamma=5.0):
         chosen = rng.integers(len(scenes), size=size)
         z, t = z_all[chosen].float(), torch.randint(0, 1000, (size,), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
-        tokens, _ = tokenize(tokenizer, [world.caption(scenes[i], rng) for i in chosen])
+        captions = [world.caption(scenes[i], rng) for i in chosen]
+        with tokenizer_lock:
+            tokens, _ = tokenize(tokenizer, captions)
         weight = snr[t].clamp(max=gamma) / snr[t]
         batch = scheduler.add_noise(z, noise, t), t, tokens, noise, weight
         z_t, t, tokens, noise, weight = (x.to(machine.device) for x in batch)
