@@ -86,7 +86,7 @@ SETTINGS = {
         unet_batches=2,
         muon=True,
         schedule="constant",
-        steps=dict(vae=2000, text=1000, unet=24_000, decoder=2500),
+        steps=dict(vae=2000, text=1000, unet=10_000, decoder=2500),
     ),
 }
 LATENT_STD = 0.5
