@@ -95,8 +95,8 @@ def parse(argv=None):
     group.add_argument(
         "--model",
         help=f"{', '.join(weights.TOYS)}, a hub id or a folder in diffusers' layout (default: the "
-        "model that the patches "
-        f"were made for; without patches: toy for the suite toy, else {weights.DEFAULT_MODEL})",
+        "model that the patches were made for; without patches: toy for the suite toy, else "
+        f"{weights.DEFAULT_MODEL})",
     )
     group.add_argument(
         "--patch",

@@ -459,17 +459,17 @@ def latents(world):
     rng = np.random.default_rng(3)
     scenes = [world.scene(rng) for _ in range(n)]
     vae = weights.load_network(world.MODEL, "vae")
-    print_of_vae = weights.fingerprint(vae.state_dict())
+    fingerprint = weights.fingerprint(vae.state_dict())
     if file.exists():
         tensors, metadata = weights.read(file)
-        if metadata.get("vae") == print_of_vae:
+        if metadata.get("vae") == fingerprint:
             return scenes, tensors["z"]
     encoded = []
     for i in range(0, n, 100):
         images = [world.draw(scene, rng) for scene in scenes[i : i + 100]]
         encoded.append(vae.encode(probe.to_tensor(images)).half())
     z = torch.cat(encoded)
-    weights.save(file, {"z": z}, {"vae": print_of_vae})
+    weights.save(file, {"z": z}, {"vae": fingerprint})
     return scenes, z
 
 
