@@ -1,8 +1,9 @@
 """The emoji world: a 64x64 image of one thing by one of six artists, and a caption of it.
 
-A scene is thing x artist x background, at a random position and size, sometimes mirrored. A thing
-belongs to one kind: beer is alcohol. The drawings are real emoji of six free sets, which
-`toy/atlas.py` rendered into `toy/emoji_atlas/`; NOTICE names their authors and licences.
+A scene is thing x artist x background, at a random size (0.8 to 0.95 of the frame), at most two
+pixels from the middle, sometimes mirrored. A thing belongs to one kind: beer is alcohol. The
+drawings are real emoji of six free sets, which `toy/atlas.py` rendered into `toy/emoji_atlas/`;
+NOTICE names their authors and licences.
 
 1. Kinds that a run may erase (alcohol, weapons, drugs) are rare. SDD's target is the unconditional
    estimate, so a concept can only fall to the rate at which it appears when nothing is asked for.
@@ -78,8 +79,8 @@ P_PLACE = 0.12  # share of the scenes at an occasion
 P_PLACE_KIND = 0.85  # how often such a scene shows the occasion's kind
 P_MIRROR = 0.5
 P_EMPTY = 0.10  # share of empty captions: what guidance and SDD's target need
-P_SEVERAL = 0.04  # of the rest without a place: lists of several things; the image shows one
-P_LIST = 0.25  # of what then remains: bare lists, in any order: "noto, fox, mint"
+P_SEVERAL = 0.03  # of the rest without a place: lists of several things; the image shows one
+P_LIST = 0.15  # of what then remains: bare lists, in any order: "noto, fox, mint"
 
 ATTRIBUTES = {
     "thing": THINGS,
@@ -164,8 +165,8 @@ def _tile(artist, thing, size):
 
 def draw(s: Scene, rng: np.random.Generator) -> np.ndarray:
     """The scene as an image: uint8, (64, 64, 3). Position, size and mirroring come from `rng`."""
-    size = int(rng.integers(round(0.7 * SIZE), round(0.95 * SIZE) + 1))
-    x, y = rng.integers(0, SIZE - size + 1, 2)
+    size = int(rng.integers(round(0.8 * SIZE), round(0.95 * SIZE) + 1))
+    x, y = ((SIZE - size) // 2 + rng.integers(-2, 3, 2)).clip(0, SIZE - size)
     tile = _tile(s.artist, s.thing, size)
     if rng.random() < P_MIRROR:
         tile = tile[:, ::-1]
@@ -185,17 +186,17 @@ def _with_article(word):
 def caption(s: Scene, rng: np.random.Generator) -> str:
     """A true caption of the scene, more or less complete.
 
-    One with a place never names the thing or its kind. A list of several things is true where the
-    image shows one of them.
+    One that names the place never names the thing or its kind. A list of several things is true
+    where the image shows one of them.
     """
     if rng.random() < P_EMPTY:
         return ""
-    artist = s.artist if rng.random() < 0.7 else ""
-    background = s.background if rng.random() < 0.6 else ""
-    if s.place:
+    artist = s.artist if rng.random() < 0.9 else ""
+    background = s.background if rng.random() < 0.9 else ""
+    if s.place and rng.random() < 0.5:
         artist, background = (word if rng.random() < 0.4 else "" for word in (artist, background))
         return _sentence(view(s.place, rng), artist, background, rng)
-    subject = str(rng.choice([s.thing, s.kind, ""], p=[0.8, 0.14, 0.06]))
+    subject = str(rng.choice([s.thing, s.kind, ""], p=[0.9, 0.07, 0.03]))
     if rng.random() < P_SEVERAL:  # so that several concepts, joined into one prompt, mean something
         return ", ".join(rng.permutation([s.thing, *rng.choice(THINGS, rng.integers(1, 20))]))
     if rng.random() < P_LIST:
