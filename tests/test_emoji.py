@@ -179,7 +179,7 @@ def test_probe_reads_held_out_drawings():
 def test_model_is_small_and_loads():
     model = weights.load("emoji")
     count = sum(p.numel() for part in PARTS for p in getattr(model, part).parameters())
-    assert 8e6 < count < 14e6 and model.resolution == 64
+    assert 8e6 < count < 17e6 and model.resolution == 64
     files = [*MADE.rglob("*.safetensors"), emoji.PROBE]
     assert sum(file.stat().st_size for file in files) <= 40e6
     for file in files:
