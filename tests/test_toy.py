@@ -73,15 +73,15 @@ def test_probe_reads_held_out_drawings():
         assert np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.99
 
 
-def test_vae_keeps_what_the_probe_reads():
-    vae = weights.load_network(weights.TOY, "vae")
-    scenes, pictures, _ = worlds.batch(shapes, np.random.default_rng(124), 200)
+@pytest.mark.parametrize("world, side", [(shapes, 16), (emoji, 8)])
+def test_vae_keeps_what_the_probe_reads(world, side):
+    vae = weights.load_network(world.MODEL, "vae")
+    scenes, pictures, _ = worlds.batch(world, np.random.default_rng(124), 200)
     z = vae.encode(probe.to_tensor(pictures))
-    assert z.shape == (200, 4, 16, 16) and z.std().item() == pytest.approx(
-        pretrain.SETTINGS["shapes"].latent_std, rel=0.05
-    )
+    assert z.shape == (200, 4, side, side)
+    assert z.std().item() == pytest.approx(pretrain.LATENT_STD, rel=0.05)
     again = ((vae.decode(z) / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = suite.see(shapes, again)
+    seen = suite.see(world, again)
     assert all(
         np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)]) >= 0.97
         for name in seen

@@ -8,9 +8,9 @@
 Every step's data depends on (stage, step) alone, and the state is saved every few minutes. So a run
 that is cut short continues as if it had not been. What differs from Stable Diffusion's training:
 
-1. Latents are scaled to standard deviation 0.5 (shapes) or 0.7 (emoji), not 1. A 16x16 latent shows
-   its mean through more noise than a 64x64 one: at t = 981 (√ᾱ = 0.076) it would still be legible,
-   and the model would read the background there instead of in the prompt.
+1. Latents are scaled to standard deviation 0.5, not 1. A 16x16 latent shows its mean through more
+   noise than a 64x64 one: at t = 981 (√ᾱ = 0.076) it would still be legible, and the model would
+   read the background there instead of in the prompt.
 2. The loss is weighted. The shapes model's weight is min(SNR, 5) / SNR (Hang et al. 2023, arXiv
    2303.09556), which converges in fewer steps. The emoji model's weight is (1 + SNR) / SNR, at most
    100: the loss of v-prediction (Salimans & Ho 2022, arXiv 2202.00512). Its t begins with 600 to
@@ -58,7 +58,6 @@ class Settings(NamedTuple):
 
     vae_widths: list
     vae_batch: int
-    latent_std: float  # standard deviation of the scaled latents
     unet_widths: list
     unet_attention: list  # the levels that have it
     text_width: int
@@ -76,7 +75,6 @@ SETTINGS = {
     "shapes": Settings(
         vae_widths=[16, 32, 64],
         vae_batch=32,
-        latent_std=0.5,
         unet_widths=[32, 64, 128, 128],
         unet_attention=[1, 2],
         text_width=64,
@@ -92,7 +90,6 @@ SETTINGS = {
     "emoji": Settings(
         vae_widths=[32, 64, 64, 128],
         vae_batch=16,
-        latent_std=0.7,
         unet_widths=[96, 128, 128, 128],
         unet_attention=[0, 1],
         text_width=96,
@@ -103,9 +100,12 @@ SETTINGS = {
         weighting="v",
         first_t=600,
         schedule="constant",
-        steps=dict(vae=3_000, text=1000, unet=8_000),
+        steps=dict(vae=3_000, text=1000, unet=6_000),
     ),
 }
+
+
+LATENT_STD = 0.5
 
 
 def vae_config(settings):
@@ -399,7 +399,7 @@ def write_vae(world, vae):
         sample_size=world.SIZE,
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        scaling_factor=round(SETTINGS[world.NAME].latent_std / z.std().item(), 5),
+        scaling_factor=round(LATENT_STD / z.std().item(), 5),
     )
     write_network(world.MODEL, "vae", config, vae)
 
@@ -516,7 +516,7 @@ def train_unet(world, machine, size=48):
     noise_estimate = torch.compile(unet) if machine.compiled else unet  # the same weights
     tokenizer_lock = Lock()  # two threads may not use it at the same time
     scheduler = DDIM(50)  # only its noise schedule is used
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * settings.latent_std**2
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
     weight_at = WEIGHTINGS[settings.weighting](snr)
     batches = settings.batches * settings.steps["unet"]  # in the whole training
 
