@@ -13,9 +13,9 @@ that is cut short continues as if it had not been. What differs from Stable Diff
    read the background there instead of in the prompt.
 2. The loss is weighted. The shapes model's weight is min(SNR, 5) / SNR (Hang et al. 2023, arXiv
    2303.09556), which converges in fewer steps. The emoji model's weight is (1 + SNR) / SNR, at most
-   100: the loss of v-prediction (Salimans & Ho 2022, arXiv 2202.00512). Its t begins with 600 to
-   999, and the lower limit falls to 0 in the first half. Both favour the noisy steps, where the
-   caption decides what will be drawn.
+   100: the loss of v-prediction (Salimans & Ho 2022, arXiv 2202.00512). At first, its t are from
+   600 to 999. During the first half of the training the lower limit falls to 0. Both favour the
+   noisy steps, where the caption decides what will be drawn.
 3. The text encoder first learns to name an image's attributes from its caption. This takes two
    minutes and replaces CLIP's contrastive training. From there it goes on with the UNet.
 4. The emoji model's rate is constant in the first half, and falls to 0 in the second half.
@@ -67,7 +67,7 @@ class Settings(NamedTuple):
     unet_lr: float
     weighting: str  # of the UNet's loss over the time steps: a name in WEIGHTINGS
     first_t: int  # the UNet learns from t >= first_t at first, from all t in the second half
-    schedule: str  # of the UNet's learning rate: a name in SCHEDULES
+    schedule: str  # of the rate of the autoencoder and the UNet: a name in SCHEDULES
     steps: dict  # {stage: how many}
 
 
@@ -103,8 +103,6 @@ SETTINGS = {
         steps=dict(vae=3_000, text=1000, unet=6_000),
     ),
 }
-
-
 LATENT_STD = 0.5
 
 
@@ -204,9 +202,8 @@ def orthogonalise(x):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(
-            x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445
-        )
+        update = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, update, x, beta=3.4445)
     return x
 
 
@@ -256,6 +253,12 @@ def split_for_muon(module):
         outer = any(part in name for part in ("embedding", "conv_in", "conv_out"))
         (others if outer or p.dim() < 2 else matrices).append(p)
     return matrices, others
+
+
+def with_muon(module, lr):
+    """(Muon for the module's inner matrices, AdamW's parameter groups for the rest)."""
+    matrices, others = split_for_muon(module)
+    return Muon(matrices, lr), [dict(params=others, lr=lr)]
 
 
 def fit(
@@ -370,8 +373,7 @@ def train_vae(world, machine, lr=2e-3):
 
     muon, groups = None, [dict(params=vae.parameters(), lr=lr)]
     if settings.muon:
-        matrices, others = split_for_muon(vae)
-        muon, groups = Muon(matrices, lr), [dict(params=others, lr=lr)]
+        muon, groups = with_muon(vae, lr)
     fit(
         f"{world.NAME}/vae",
         vae,
@@ -493,7 +495,7 @@ def latents(world):
     scenes = [world.scene(rng) for _ in range(n)]
     vae = weights.load_network(world.MODEL, "vae")
     encoded = []
-    for i in range(0, n, 100):
+    for i in range(0, n, 100):  # the first hundred tell whether the stored latents still fit
         images = [world.draw(scene, rng) for scene in scenes[i : i + 100]]
         encoded.append(vae.encode(probe.to_tensor(images)).half())
         if i == 0 and file.exists():
@@ -537,8 +539,7 @@ def train_unet(world, machine, size=48):
 
     lr = settings.unet_lr
     if settings.muon:
-        matrices, others = split_for_muon(module)
-        muon, groups = Muon(matrices, lr), [dict(params=others, lr=lr)]
+        muon, groups = with_muon(module, lr)
     else:
         muon = None
         groups = [
