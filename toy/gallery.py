@@ -21,7 +21,7 @@ from support.cli import natural, run_command
 from support.images import grid, save_png
 from toy import worlds
 
-STEPS, SCALE = 25, 7.5  # the defaults of generate.py
+STEPS, SCALE = 25, 7.5  # of DDIM
 
 
 def prompts(world):
