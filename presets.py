@@ -54,6 +54,10 @@ NUMBERS = [
     ("preview_every",   250,      250,        250,        20,       "-",     "-"),   # our choice
 ]
 # fmt: on
+# Learning rates of the toy presets on the emoji model, as a share of those in NUMBERS and METHODS,
+# which were tuned on the shapes. With the whole rate, SDD made most of its other images wrong
+# (page.TUNING in workflow/page.py has figures).
+EMOJI_RATE = 0.5
 # With several concepts, the paper's N is 2000 (B.1, our inference). Roles: sdd.py, points 3, 4 and
 # 10. The SDD paper runs ESD with s_s = 3.
 # Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip,
@@ -61,7 +65,7 @@ NUMBERS = [
 PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
     "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
     "toy": ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"],
-    "emoji": ["a party", "an orchard", "an owl by noto on mint"],
+    "emoji": ["a party", "a beer", "an orchard", "an owl by noto on mint"],
 }
 
 
@@ -374,6 +378,8 @@ def preset_values(settings, method):
             values["lr"] *= settings["batch_size"] or values["batch_size"]
     if name == "toy":
         values |= method.toy
+    if name.startswith("toy") and settings["model"] == "emoji":
+        values["lr"] *= EMOJI_RATE
     if name == "toy-hold" and len(concepts) > 1:
         values["iters"] = PRESETS["toy-several"]["iters"]
     extra = PREVIEW_PROMPTS["paper"]

@@ -155,7 +155,7 @@ def test_every_command_runs(results, folder):
     assert {line: status for line, status in results.items() if status} == {}
     scripts = {split(line)[0] for line in results}
     assert scripts == {"train.py", "generate.py", "eval.py", "attack.py"}
-    assert (folder / "runs/0001-star/index.html").exists()
+    assert (folder / "runs/0001-alcohol/index.html").exists()
     assert (folder / "runs/l1/own_loss.py").exists()
     tables = [file.read_text() for file in folder.glob("tables/*/table.md")]
     assert any("| l1_loss |" in table for table in tables)
@@ -195,9 +195,9 @@ def test_the_diffusers_snippet(results, folder, monkeypatch):
     snippet = next(block for block in code_blocks("python") if "StableDiffusionPipeline" in block)
     names = {}
     exec(snippet, names)
-    assert (folder / "star.png").exists()
-    ours = weights.load("toy").unet.state_dict()
-    patch = safetensors.torch.load_file(folder / "runs/0001-star/erased.safetensors")
+    assert (folder / "party.png").exists()
+    ours = weights.load("emoji").unet.state_dict()
+    patch = safetensors.torch.load_file(folder / "runs/0001-alcohol/erased.safetensors")
     loaded = names["pipeline"].unet.state_dict()
     for name, tensor in loaded.items():
         torch.testing.assert_close(tensor.float(), patch.get(name, ours[name]).float())

@@ -345,3 +345,12 @@ def test_anchor_images_are_generated_once(tmp_path, monkeypatch):
     for file in ("anchors.safetensors", "erased.safetensors"):
         (a, _), (b, _) = (weights.read(tmp_path / folder / file) for folder in ("o", "whole"))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "words, lr", [([], 3e-4), (["--method", "esd-x"], 4e-4), (["--preset", "toy-hold"], 1e-3)]
+)
+def test_the_emoji_model_takes_half_of_the_toy_presets_rates(words, lr):
+    words = ["--model", "emoji", "--concept", "alcohol", *words]
+    assert presets.settle(train.parse(words))["lr"] == pytest.approx(lr)
+    assert presets.settle(train.parse([*words, "--lr", "1"]))["lr"] == 1

@@ -1,7 +1,8 @@
 """Helper functions and checks of workshop.ipynb, so that its cells show only what is taught.
 
-All of them use the toy model. If the environment variable WORKSHOP_SHORT is set, every training
-and every sampler is cut to a few steps: the tests do this, and the results mean nothing then.
+Nearly all of them use the toy model of shapes. If the environment variable WORKSHOP_SHORT is set,
+every training and every sampler is cut to a few steps: the tests do this, and the results mean
+nothing then.
 """
 
 import support.openmp  # noqa: F401 (before torch)
@@ -42,10 +43,10 @@ progress = partial(tqdm, file=sys.stdout, mininterval=0.5, leave=False)
 
 
 # ----------------------------------------------------------------------------- images of the model
-def load_model():
-    """The toy model. Its folder is not printed, because it differs from laptop to laptop."""
+def load_model(name="toy"):
+    """A toy model. Its folder is not printed, because it differs from laptop to laptop."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return weights.load("toy")
+        return weights.load(name)
 
 
 def words(model):

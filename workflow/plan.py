@@ -50,6 +50,9 @@ ARTIST_TEMPLATES = (
 # Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
 MATRIX_LIMIT = 240
 STEPS = 12  # of the sampler, for the images of tables and previews
+# For the same images. With 12 steps and 7.5, the default, the emoji model got 84 % of the artists
+# right, with 5 91 % (n = 93: eval.py toy --model emoji --limit 120 --steps 12).
+EMOJI_GUIDANCE_SCALE = 5
 EVERY = 40  # iterations between two previews, and between two exports
 
 # The steps after which an attack's images are counted. The columns of the table need 160 (word) and
@@ -132,11 +135,11 @@ def closed_rows(anchors):
     return rows
 
 
-def one_concept(concept, anchor):
-    """The rows of a table of one concept (Table 1)."""
+def one_concept(concept, anchor, lr="2e-3"):
+    """The rows of a table of one concept (Table 1). lr: of SDD with --preserve."""
     words = {
         "sdd": [],
-        "sdd + preserve": ["--preserve", "0.3", "--lr", "2e-3"],
+        "sdd + preserve": ["--preserve", "0.3", "--lr", lr],
         OURS: ["--preset", "toy-hold"],
         "esd-x": ["--method", "esd-x"],
         "esd-u": ["--method", "esd-u"],
@@ -148,12 +151,15 @@ def one_concept(concept, anchor):
     return rows + closed_rows({concept: anchor})
 
 
-def several_concepts(anchors):
-    """The rows of a table of several concepts at once (Table 2). anchors: {concept: its anchor}."""
+def several_concepts(anchors, lr="2e-3"):
+    """The rows of a table of several concepts at once (Table 2).
+
+    anchors: {concept: its anchor}. lr: of SDD with --preserve.
+    """
     words = {
         "sdd": [],
         "sdd, official roles": ["--roles", "official"],
-        "sdd, each + preserve": ["--roles", "each", "--preserve", "0.3", "--lr", "2e-3"],
+        "sdd, each + preserve": ["--roles", "each", "--preserve", "0.3", "--lr", lr],
         OURS: ["--preset", "toy-hold"],
         "esd-x": ["--method", "esd-x"],
         "ablate": ["--method", "ablate", "--anchor", *anchors.values()],
@@ -209,13 +215,14 @@ def alcohol_table():
     attacked = (ORIGINAL, "sdd", "sdd + preserve", OURS, "esd-x", "uce")
     attacks = {name: ["word"] for name in attacked}
     title = "Alcohol (the paper's Table 1: nudity)"
-    return Table(title, one_concept("alcohol", "drink"), GUIDED, attacks, model="emoji")
+    rows = one_concept("alcohol", "drink", lr="1e-3")
+    return Table(title, rows, GUIDED, attacks, model="emoji")
 
 
 def twenty_table():
     """The table of twenty concepts at once in the emoji world."""
     title = "Twenty concepts at once (the paper's Table 2: I2P)"
-    return Table(title, several_concepts(TWENTY), GUIDED, model="emoji")
+    return Table(title, several_concepts(TWENTY, lr="1e-3"), GUIDED, model="emoji")
 
 
 def artists_table():
@@ -384,6 +391,8 @@ def training(table, short, seed):
     model = TABLES[table].model
     words = ["--model", model, "--concept", *row.concepts, *row.words, "--seed", seed]
     words += ["--preview", row.concepts[0], "--preview-steps", STEPS, "--device", "cpu"]
+    if model == "emoji":
+        words += ["--preview-guidance-scale", EMOJI_GUIDANCE_SCALE]
     if not row.closed:
         words += ["--preview-every", EVERY, "--export-every", EVERY]
     words += ["--out", run_folder(table, row.name, seed)]
@@ -414,7 +423,7 @@ def attack(study, table, short, kind, seed):
     if STUDIES[study].at[kind]:
         words += ["--at", *attack_steps(study, short, kind)]
     samples = NOISE_SAMPLES if kind == "noise" else STUDIES[study].samples
-    words += ["--samples", samples, "--steps", STEPS, "--device", "cpu"]
+    words += ["--samples", samples, *sampling(model), "--device", "cpu"]
     words += ["--out", attack_folder(study, table, short, kind, seed)]
     return [str(word) for word in words]
 
@@ -444,9 +453,17 @@ def measurement(study, table):
             for file in files:
                 words += ["--patch", f"{row}={file}"]
         words += guided_words(STUDIES[study].tables[table])
-    words += ["--model", model_of(study, table), "--steps", STEPS]
+    model = model_of(study, table)
+    words += ["--model", model, *sampling(model)]
     words += ["--device", "cpu", "--threads", 1, "--out", table_folder(study, table)]
     return [str(word) for word in words]
+
+
+def sampling(model):
+    """The words of attack.py and eval.py for the sampler."""
+    if model == "emoji":
+        return ["--steps", STEPS, "--guidance-scale", EMOJI_GUIDANCE_SCALE]
+    return ["--steps", STEPS]
 
 
 def guided_words(table):
