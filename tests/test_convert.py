@@ -568,11 +568,12 @@ def test_a_text_encoder_that_says_float16_is_loaded_as_float32(model_folder, tmp
 
 
 def test_the_readmes_lines_for_a_patch_in_diffusers(patch, ours, tmp_path, monkeypatch):
-    """With the toy model's folder and this patch in them."""
+    """With the folder of the shapes model and this patch in them."""
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     lines = next(block for block in blocks if "StableDiffusionPipeline" in block)
-    lines = re.sub('"(CompVis/stable-diffusion-v1-4|toy/model)"', repr(str(weights.TOY)), lines)
+    lines = lines.replace('"toy/emoji_model"', repr(str(weights.TOY)))
+    assert str(weights.TOY) in lines
     lines = re.sub(r'"[^"]*erased\.safetensors"', repr(str(patch)), lines)
     monkeypatch.chdir(tmp_path)  # the lines may save an image
     import safetensors.torch
