@@ -147,7 +147,8 @@ def parse(argv=None):
         help=f"iterations ({default('iters')}; several concepts: 2000; rece: 1 + its rounds, 2)")
     add("--batch-size", type=positive, metavar="B",
         help=f"latents per iteration ({default('batch_size')})")
-    add("--lr", type=finite, help=f"AdamW's learning rate ({default('lr')})")
+    add("--lr", type=finite,
+        help=f"AdamW's learning rate ({default('lr')}; emoji model: half of that)")
     add("--lr-schedule", **one_of(["cosine", "constant"]), help=default("lr_schedule"))
     add("--warmup", type=natural, metavar="N",
         help=f"iterations of linear warm-up ({default('warmup')})")
