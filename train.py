@@ -760,18 +760,18 @@ def write_run_json(out, settings):
         "command": shlex.join(["python", *sys.argv]),
         "date": f"{datetime.date.today()}",
         "preview_seeds": list(preview_seeds(settings)),
-        "preview_kinds": preview_kinds(settings, implied_words(settings["model"])),
+        "preview_kinds": preview_kinds(settings, world_of(settings["model"])),
     }
     write_json(out / "run.json", content)
 
 
-def implied_words(model):
-    """{word: the concept that it implies without naming it}; None if nobody knows them."""
+def world_of(model):
+    """The module of a toy model's world (toy/worlds.py); None for other models."""
     if model not in weights.TOYS:
         return None
     from toy import worlds
 
-    return worlds.of(model).PLACES
+    return worlds.of(model)
 
 
 def add_training_time(out, iterations, seconds):

@@ -32,32 +32,37 @@ def preview_seeds(settings):
     return range(SEED, SEED + len(settings["preview"]))
 
 
-def preview_kinds(settings, implied=None):
-    """What erasing should do to each preview: "erased", "implied", "stay", or None if unknown.
+def preview_kinds(settings, world=None):
+    """What each preview is to the erased concepts.
 
-    implied: {word: the concept that it implies without naming it}, of a toy world. Without it,
-    only the presets' own prompts are known to stay.
+    "erased" (it names one), "member" (it names a member of one: beer of alcohol), "implied",
+    "stay" (it is something else), or None if unknown. world: the module of a toy model's world, see
+    toy/worlds.py. Without it, only the presets' own prompts are known to stay.
     """
+    concepts, members, implying = settings["concept"], [], []
+    if world:
+        members = [word for kind in concepts for word in world.MEMBERS.get(kind, ())]
+        implying = [place for place, word in world.PLACES.items() if word in concepts]
     kinds = []
     for prompt in settings["preview"]:
-        if any(names(prompt, concept) for concept in settings["concept"]):
+        if names_any(prompt, concepts):
             kinds.append("erased")
-        elif any(names(prompt, word) for word in words_that_imply(settings["concept"], implied)):
+        elif names_any(prompt, members):
+            kinds.append("member")
+        elif names_any(prompt, implying):
             kinds.append("implied")
-        elif implied is not None or prompt in PREVIEW_PROMPTS["paper"]:
+        elif world or prompt in PREVIEW_PROMPTS["paper"]:
             kinds.append("stay")
         else:
             kinds.append(None)
     return kinds
 
 
-def names(prompt, text):
-    """Does the prompt contain the text, as whole words?"""
-    return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.IGNORECASE) is not None
-
-
-def words_that_imply(concepts, implied):
-    return [word for word, concept in (implied or {}).items() if concept in concepts]
+def names_any(prompt, texts):
+    """Does the prompt contain one of the texts, as whole words?"""
+    return any(
+        re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.IGNORECASE) for text in texts
+    )
 
 
 class Previews:

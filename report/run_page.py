@@ -25,6 +25,7 @@ CURVES = {
 FIGURES = [key for curve in CURVES.values() for key in curve]  # columns of log.csv
 KINDS = {
     "erased": "names the concept: should change",
+    "member": "names a member of the concept: should change",
     "implied": "implies the concept: should change",
     "stay": "should stay",
 }

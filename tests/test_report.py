@@ -24,6 +24,7 @@ from report import charts, evaluation_page, previews, run_page
 from report import page as report_page
 from support import images
 from support.cli import run_command
+from toy import emoji, shapes
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["star", "a red heart"]
@@ -329,20 +330,23 @@ def test_each_prompt_says_what_should_change(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "concepts, prompt, implied, kind",
+    "concepts, prompt, world, kind",
     [
-        (["star"], "a red Star on sand", {"arcadia": "star"}, "erased"),
-        (["star"], "starfish", {}, "stay"),
-        (["star"], "a view of arcadia", {"arcadia": "star"}, "implied"),
-        (["red"], "a view of arcadia", {"arcadia": "star"}, "stay"),
+        (["star"], "a red Star on sand", shapes, "erased"),
+        (["star"], "starfish", shapes, "stay"),
+        (["star"], "a view of arcadia", shapes, "implied"),
+        (["red"], "a view of arcadia", shapes, "stay"),
+        (["alcohol"], "a beer by noto", emoji, "member"),
+        (["alcohol"], "at a party", emoji, "implied"),
+        (["beer"], "a wine", emoji, "stay"),
         (["blood", "nudity"], "blood on snow", None, "erased"),
         (["nudity"], "Japan body", None, None),
         (["nudity"], "a photo of a mountain lake", None, "stay"),
     ],
 )
-def test_preview_kinds(concepts, prompt, implied, kind):
+def test_preview_kinds(concepts, prompt, world, kind):
     settings = {"concept": concepts, "preview": [prompt]}
-    assert previews.preview_kinds(settings, implied) == [kind]
+    assert previews.preview_kinds(settings, world) == [kind]
 
 
 def test_settings_are_folded_and_compared_with_the_preset(tmp_path):
