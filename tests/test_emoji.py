@@ -220,11 +220,10 @@ def test_the_model_draws_what_it_is_asked():
 
 
 def test_diffusers_generates_the_same_images():
-    """The only difference is rounding: at most one level of 255, and rarely."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    """With the model's own sampler. Rounding may change a pixel by one level of 255, rarely."""
+    from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(MADE, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a fox by noto on mint", "a party"]
     expected = pipeline(
