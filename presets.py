@@ -54,10 +54,6 @@ NUMBERS = [
     ("preview_every",   250,      250,        250,        20,       "-",     "-"),   # our choice
 ]
 # fmt: on
-# Learning rates of the toy presets on the emoji model, as a share of those in NUMBERS and METHODS,
-# which were tuned on the shapes. With the whole rate, SDD made most of its other images wrong
-# (page.TUNING in workflow/page.py has figures).
-EMOJI_RATE = 0.5
 # With several concepts, the paper's N is 2000 (B.1, our inference). Roles: sdd.py, points 3, 4 and
 # 10. The SDD paper runs ESD with s_s = 3.
 # Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip,
@@ -90,6 +86,9 @@ class Method(NamedTuple):
     output: str  # which weights are the result: "teacher" (the average) or "student"
     paper: dict = {}  # numbers that differ from the preset paper
     toy: dict = {}  # numbers that differ from the preset toy
+    # The emoji model takes this share of a toy preset's learning rate. The presets were tuned on
+    # the shapes; workflow/page.py (TUNING) says how this share was found.
+    emoji_rate: float = 0.5
 
 
 # ESD (arXiv 2303.07345): Adam without weight decay, a constant rate. The toy preset keeps SDD's
@@ -130,6 +129,7 @@ METHODS = {
         output="student",
         paper=ABLATE,
         toy=dict(lr=2e-3),
+        emoji_rate=0.25,
     ),
     "ablate-noise": Method(
         losses.noise_ablation_loss,
@@ -379,7 +379,7 @@ def preset_values(settings, method):
     if name == "toy":
         values |= method.toy
     if name.startswith("toy") and settings["model"] == "emoji":
-        values["lr"] *= EMOJI_RATE
+        values["lr"] *= method.emoji_rate
     if name == "toy-hold" and len(concepts) > 1:
         values["iters"] = PRESETS["toy-several"]["iters"]
     extra = PREVIEW_PROMPTS["paper"]

@@ -148,7 +148,7 @@ def parse(argv=None):
     add("--batch-size", type=positive, metavar="B",
         help=f"latents per iteration ({default('batch_size')})")
     add("--lr", type=finite,
-        help=f"AdamW's learning rate ({default('lr')}; emoji model: half of that)")
+        help=f"AdamW's learning rate ({default('lr')}; emoji model: half or a quarter)")
     add("--lr-schedule", **one_of(["cosine", "constant"]), help=default("lr_schedule"))
     add("--warmup", type=natural, metavar="N",
         help=f"iterations of linear warm-up ({default('warmup')})")

@@ -348,9 +348,15 @@ def test_anchor_images_are_generated_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, lr", [([], 3e-4), (["--method", "esd-x"], 4e-4), (["--preset", "toy-hold"], 1e-3)]
+    "words, lr",
+    [
+        ([], 3e-4),
+        (["--method", "esd-x"], 4e-4),
+        (["--method", "ablate", "--anchor", "drink"], 5e-4),
+        (["--preset", "toy-hold"], 1e-3),
+    ],
 )
-def test_the_emoji_model_takes_half_of_the_toy_presets_rates(words, lr):
+def test_the_emoji_model_takes_a_share_of_the_toy_presets_rates(words, lr):
     words = ["--model", "emoji", "--concept", "alcohol", *words]
     assert presets.settle(train.parse(words))["lr"] == pytest.approx(lr)
     assert presets.settle(train.parse([*words, "--lr", "1"]))["lr"] == 1
