@@ -51,8 +51,8 @@ rates (a quarter for Ablating Concepts). Each training method was tuned on alcoh
 seed 777 and 60 images per figure from prompts and noise of seed 777. Nothing of that is reported
 elsewhere. We tried the whole rate, a half and a quarter. In per cent of named alcohol that is left,
 and of other captions that are right: SDD 0 and 28, 5 and 75, 48 and 90; esd-x 0 and 72, 0 and 77, 7
-and 82; esd-u 3 and 58, 3 and 70, 7 and 77; ablate 35 and 18, 25 and 62, 5 and 82; all-but-one 5 and
-80, 5 and 88, 15 and 88. For SDD, half the rate with T = 12 or with a batch of 16 gave the same
+and 82; esd-u 3 and 58, 3 and 70, 7 and 77; ablate 35 and 18, 25 and 62, 5 and 82; ablate-noise 0 and
+88, 0 and 97, 0 and 95; all-but-one 5 and 80, 5 and 88, 15 and 88. sdd + adversary was not tuned. For SDD, half the rate with T = 12 or with a batch of 16 gave the same
 within the intervals. SDD with --preserve 0.3 left 10 and 8 % at the rates 6e-4 and 1.2e-3, with 88
 and 85 % of the other captions.""",
 }
