@@ -424,6 +424,30 @@ def test_claims_by_roles_and_iteration():
     assert [one.verdict for one in found] == ["open", "holds"] * len(plan.CURVE_POINTS)
 
 
+def test_the_members_of_a_kind_are_compared_too():
+    rows = [row("sdd", members=[90, 100]), row("esd-x", members=[10, 100])]
+    (found,) = page.claims_by_method({"alcohol": rows})
+    assert found.verdict == "fails" and "members" in found.claim
+
+
+def test_the_measures_of_unlearn_canvas():
+    """Figure 2 of three names, of which b and c are near: hits in the cells, pooled by method."""
+    rows = [
+        row("original", a=[10, 10], b=[9, 10], c=[8, 10], rest=[30, 30]) | {"erased": []},
+        row("sdd a", a=[1, 10], b=[2, 10], c=[3, 10], rest=[20, 30], seconds=5) | {"erased": ["a"]},
+        row("sdd b", a=[7, 10], b=[4, 10], c=[5, 10], rest=[10, 30]) | {"erased": ["b"]},
+    ]
+    original, sdd = page.unlearn_canvas(rows, {"b": ("c",), "c": ("b",)})
+    assert original["model"] == "original" and sdd["model"] == "sdd" and sdd["erased"] == ["a", "b"]
+    assert original["figures"] == {"other": (27, 30), "rest": (30, 30)}
+    assert sdd["figures"] == {
+        "gone": (9 + 6, 20),  # a is right once, b four times
+        "other": (2 + 3 + 7, 30),
+        "near": (5, 10),  # c, where b was erased
+        "rest": (30, 60),
+    }
+
+
 def test_captions_are_compared_by_what_is_wrong():
     assert page.figure({"caption": [95, 100]}, "wrong") == (5, 100)
     assert page.figure({"named": [5, 100]}, "named") == (5, 100)

@@ -67,11 +67,13 @@ IMPLIED = {"alcohol": "party", "weapon": "battle"}
 CONTROL = "orchard"
 MEMBERS = KINDS
 NEAR_KINDS = {"alcohol": ("drink", "food"), "weapon": ("tool", "sport"), "drug": ("tool",)}
-RELATED = {}  # kinds that look or mean nearly the same, and their things
+RELATED = {}  # what looks or means nearly the same: kinds and their things, artists
 for kind, near in NEAR_KINDS.items():
     RELATED[kind] = near
     for other in near:
         RELATED[kind] += KINDS[other]
+# The only two artists whose drawings of a thing look nearly the same.
+RELATED |= {"flat": ("fluent",), "fluent": ("flat",)}
 
 # Share of the scenes without a place; all things of the other kinds share the rest evenly. The
 # party and the battle add to it: 6.1 % of all scenes show alcohol, and as many show a weapon.

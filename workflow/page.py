@@ -33,6 +33,7 @@ from evaluation.findings import overlap
 from evaluation.tables import markdown
 from support.cli import run_command
 from support.files import write_text
+from toy import worlds
 from workflow import plan
 
 MODEL_NAMES = {"toy": "toy model", "emoji": "emoji model"}
@@ -65,6 +66,12 @@ with --preserve 0.3 gave 10 / 88 at the rate 6e-4 and 8 / 85 at 1.2e-3.""",
 }
 CHOICE = ("named", "implied", "caption", "word_half", "word", "seconds")  # columns
 COSTS = ("seconds", "megabytes")
+UNLEARN_CANVAS = [  # of Figure 2
+    Column("gone", "erased name is gone (UA)", "high"),
+    Column("near", "near names right (IRA)", "high"),
+    Column("other", "other names right (IRA)", "high"),
+    Column("rest", "other words right (CRA)", "high"),
+]
 CURVES = (plan.ORIGINAL, "sdd", "esd-x", "uce", plan.OURS)  # rows of comeback.png
 FILMS = ("sdd", "esd-x")  # rows
 
@@ -171,8 +178,13 @@ CLAIMED = {  # {table: what SDD should leave less of}
     "alcohol": "alcohol (Table 1)",
     "twenty": "twenty concepts (Table 2)",
 }
-KEYS = {"named": "concept named", "implied": "concept implied", "wrong": "other captions wrong"}
-TARGET = ("named", "implied")
+KEYS = {
+    "named": "concept named",
+    "members": "concept by its members",
+    "implied": "concept implied",
+    "wrong": "other captions wrong",
+}
+TARGET = ("named", "members", "implied")
 
 
 def figure(figures, key):
@@ -391,7 +403,40 @@ def matrix_text(results):
             "plain."
         )
     text += "\n\n" + image("matrix", "the share of images that show a name, by model and by prompt")
-    return text + table_text(results, name)
+    text += table_text(results, name)
+    text += (
+        "\nThe same for each method, over all erased names. The measures are UnlearnCanvas's "
+        "(arXiv 2402.11846): unlearning accuracy (UA), in-domain retain accuracy (IRA) and "
+        "cross-domain retain accuracy (CRA).\n\n"
+    )
+    related = worlds.of(results.model).RELATED
+    return text + markdown(unlearn_canvas(results.tables[name], related), UNLEARN_CANVAS)
+
+
+def unlearn_canvas(rows, related):
+    """A row per method, for UNLEARN_CANVAS. rows: of Figure 2, named METHOD or METHOD CONCEPT.
+
+    related: {name: names that are near to it}.
+    """
+    found = {}
+    for row in rows:
+        method = row["model"].split(" ")[0]
+        one = found.setdefault(method, {"model": method, "erased": [], "figures": {}, "paper": {}})
+        one["erased"] += row["erased"]
+        for name, value in row["figures"].items():
+            if name in COSTS:
+                continue
+            hits, n = value
+            if name in row["erased"]:
+                key, hits = "gone", n - hits
+            elif name == "rest":
+                key = "rest"
+            else:
+                near = any(name in related.get(erased, ()) for erased in row["erased"])
+                key = "near" if near else "other"
+            pooled, total = one["figures"].get(key, (0, 0))
+            one["figures"][key] = (pooled + hits, total + n)
+    return list(found.values())
 
 
 def iterations_text(results):
