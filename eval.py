@@ -164,7 +164,7 @@ def parse(argv=None):
     group.add_argument(
         "--scheduler",
         choices=["ddim", "pndm"],
-        help="default: pndm, the paper's; toy: ddim, because PNDM needs more steps",
+        help="default: pndm, the paper's; toy models: ddim, because PNDM needs more steps",
     )
     steps = ", ".join(f"{name} {suite.steps}" for name, suite in SUITES.items())
     group.add_argument(
@@ -219,7 +219,6 @@ def parse(argv=None):
     )
     add_common_arguments(parser)
     args = parser.parse_args(argv)
-    args.scheduler = args.scheduler or ("ddim" if args.suite == "toy" else "pndm")
     args.steps = args.steps or SUITES[args.suite].steps
     return args
 
@@ -404,6 +403,7 @@ def evaluate(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     args.model = choose_model(args)
+    args.scheduler = args.scheduler or choose_scheduler(args)
     rows = read_rows(args)
     args.all_concepts = list(dict.fromkeys(concept for row in rows for concept in row.concepts))
     work = [(row, jobs_of(row, args), args.out / "images" / row.title) for row in rows]
@@ -421,6 +421,11 @@ def jobs_of(row, args):
     """The images that a row generates. In the suite toy, --limit counts per part of the suite."""
     jobs = SUITES[args.suite].jobs(args, row.concepts)
     return jobs if args.suite == "toy" else jobs[: args.limit]
+
+
+def choose_scheduler(args):
+    """The default of --scheduler."""
+    return "ddim" if args.suite == "toy" or args.model in weights.TOYS else "pndm"
 
 
 def choose_device(name, processes):

@@ -344,6 +344,19 @@ def test_artists_has_the_papers_settings():
     assert evaluation.choose_dtype(half, gpu) == torch.float16
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["toy"], "ddim"),
+        (["artists", "--model", "emoji"], "ddim"),  # PNDM's few steps blur a toy model's images
+        (["artists", "--model", weights.DEFAULT_MODEL], "pndm"),
+        (["nudity", "--model", weights.DEFAULT_MODEL], "pndm"),
+    ],
+)
+def test_the_default_sampler(words, expected):
+    assert evaluation.choose_scheduler(evaluation.parse(words)) == expected
+
+
 def test_the_examples_in_help_are_commands():
     lines = [line.strip() for line in evaluation.__doc__.splitlines()]
     examples = [line.split()[2:] for line in lines if line.startswith("python eval.py")]

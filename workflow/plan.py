@@ -445,8 +445,7 @@ def measurement(study, table):
     else:
         templates = STUDIES[study].tables[table].templates
         if templates:
-            words = ["artists", "--limit", STUDIES[study].limit, "--scheduler", "ddim"]
-            words += ["--template", *templates]
+            words = ["artists", "--limit", STUDIES[study].limit, "--template", *templates]
         else:
             words = ["toy", "--limit", STUDIES[study].limit]
         for row, files in patches(study, table).items():
