@@ -64,6 +64,28 @@ alcohol that is left / of the other captions that are right:
 For SDD, half the rate with T = 12 or with a batch of 16 gave the same within the intervals. SDD
 with --preserve 0.3 gave 10 / 88 at the rate 6e-4 and 8 / 85 at 1.2e-3.""",
 }
+MATRIX_TUNING = {  # {model: how the settings of Figure 2 were found}
+    "toy": "SDD has settings that were tuned for a texture, ESD-x has the star's. UCE's anchor is "
+    "plain.",
+    "emoji": """The settings were tuned for noto, with training seed 777 and 60 images from prompts
+and noise of seed 777. They asked for noto and blob. Per cent of the images that show noto (erased) /
+blob / all other words:
+
+| sdd | | esd-x | |
+|---|---|---|---|
+| lr 3e-4 | 78 / 68 / 100 | lr 4e-4 | 88 / 100 / 100 |
+| lr 6e-4 (chosen) | 62 / 75 / 98 | lr 8e-4 | 69 / 96 / 100 |
+| lr 1.2e-3 | 53 / 4 / 25 | lr 1.6e-3 | 47 / 100 / 100 |
+| lr 6e-4, T = 12 | 69 / 61 / 95 | lr 3.2e-3 (chosen) | 28 / 82 / 100 |
+| lr 9e-4, T = 12 | 78 / 29 / 75 | lr 8e-4, 320 iterations | 69 / 96 / 98 |
+| lr 4e-4, 320 iterations | 34 / 50 / 53 | | |
+| lr 6e-4, 240 iterations | 31 / 25 / 45 | | |
+| lr 6e-4, 320 iterations | 0 / 86 / 45 | | |
+| lr 6e-4, 320 iterations, --preserve 0.3 | 94 / 93 / 100 | | |
+
+UCE left 97 % of noto with the templates of presets.py, which are for things, and 56 % with those of
+plan.py.""",
+}
 CHOICE = ("named", "implied", "caption", "word_half", "word", "seconds")  # columns
 COSTS = ("seconds", "megabytes")
 UNLEARN_CANVAS = [  # of Figure 2
@@ -397,11 +419,7 @@ def matrix_text(results):
         f"\n## {results.study.tables[name].title}\n\nHow many of the images show the name in the "
         "prompt. "
     )
-    if results.model == "toy":
-        text += (
-            "SDD has settings that were tuned for a texture, ESD-x has the star's. UCE's anchor is "
-            "plain."
-        )
+    text += MATRIX_TUNING[results.model]
     text += "\n\n" + image("matrix", "the share of images that show a name, by model and by prompt")
     text += table_text(results, name)
     text += (

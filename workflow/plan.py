@@ -47,6 +47,14 @@ ARTIST_TEMPLATES = (
     "an owl on cream, {}",
     "{}, guitar, sky",
 )
+# The templates of presets.py are for things ("a {}").
+UCE_ARTIST_TEMPLATES = (
+    "{}",
+    "by {}",
+    "a picture by {}",
+    "something by {}",
+    "a fox on mint, {}",
+)
 # Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
 MATRIX_LIMIT = 240
 STEPS = 12  # of the sampler, for the images of tables and previews
@@ -227,10 +235,10 @@ def twenty_table():
 
 def artists_table():
     """The table of Figure 2 in the emoji world."""
-    methods = {
-        "sdd": [],
-        "esd-x": ["--method", "esd-x"],
-        "uce": ["--method", "uce"],
+    methods = {  # tuned for noto, see page.MATRIX_TUNING
+        "sdd": ["--lr", "6e-4"],
+        "esd-x": ["--method", "esd-x", "--lr", "3.2e-3"],
+        "uce": ["--method", "uce", "--template", *UCE_ARTIST_TEMPLATES],
     }
     rows = matrix_rows(methods, emoji.ARTISTS)
     return Table("Artists (Figure 2)", rows, model="emoji", templates=ARTIST_TEMPLATES)
