@@ -68,8 +68,8 @@ MATRIX_TUNING = {  # {model: how the settings of Figure 2 were found}
     "toy": "SDD has settings that were tuned for a texture, ESD-x has the star's. UCE's anchor is "
     "plain.",
     "emoji": """The settings were tuned for noto, with training seed 777 and 60 images from prompts
-and noise of seed 777. They asked for noto and blob. Per cent of the images that show noto (erased) /
-blob / all other words:
+and noise of seed 777. They asked for noto and blob. Per cent of the images that show noto, which
+was erased / blob / all other words:
 
 | sdd | | esd-x | |
 |---|---|---|---|
