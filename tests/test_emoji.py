@@ -101,8 +101,12 @@ def test_captions_are_true_and_of_every_kind(scenes):
 
 def test_prompts_say_what_the_image_should_show():
     sets = suite.exam(emoji, ("alcohol", "skull"), 40, seed=3)
-    assert set(sets) == {"named", "members", "implied", "control", "base", "other", "shuffled"}
+    names = "named members implied control base other shuffled near"
+    assert set(sets) == set(names.split())
+    near = sets.pop("near")
     assert {len(pairs) for pairs in sets.values()} == {40}
+    assert 40 <= len(near) < 40 + len(emoji.RELATED["alcohol"])
+    assert {asked["kind"] for _, asked in near} == {"drink", "food"}
     assert all(
         {"alcohol", "skull"} & set(text.split(" ")) for text, _ in sets["named"] if "," not in text
     )
@@ -125,6 +129,9 @@ def test_a_kind_counts_as_shown_with_any_of_its_things():
         "named": (1, 1),
         "members": (0, 1),
     }
+    asked = [{"thing": "milk", "kind": "drink", "artist": "noto"}] * 2
+    seen |= {"thing": ["milk", "tea"], "kind": ["drink"] * 2, "artist": ["blob"] * 2}
+    assert suite.count(emoji, ["near"] * 2, asked, seen, ("alcohol",)) == {"near": (1, 2)}
     drawn = suite.drawings(emoji, [{"kind": "weapon"}] * 20)
     assert set(suite.see(emoji, drawn)["kind"]) == {"weapon"}
 

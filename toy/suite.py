@@ -42,6 +42,8 @@ def exam(world, concepts, n, seed):
     kinds = [word for word in concepts if word in world.MEMBERS]
     implying = [place for word, place in world.IMPLIED.items() if word in concepts]
     control = [world.CONTROL] if world.PLACES[world.CONTROL] not in concepts else []
+    related = [word for concept in concepts for word in world.RELATED.get(concept, ())]
+    related = [word for word in dict.fromkeys(related) if word not in concepts]
     sets = {
         "named": spread("naming", concepts),
         "members": spread("members", kinds),
@@ -50,6 +52,7 @@ def exam(world, concepts, n, seed):
         "base": spread("empty", [""]),
         "other": spread("other", [tuple(dict.fromkeys([*world.RARE, *concepts]))]),
         "shuffled": spread("shuffled", concepts),
+        "near": spread("naming", related),
     }
     return {which: pairs for which, pairs in sets.items() if pairs}
 
@@ -85,6 +88,9 @@ def count(world, sets, asked, seen, concepts):
             add("base", sum(seen[name][i] in concepts for name in seen), len(concepts))
         elif which in ("control", "unseen"):
             add(which, all(right.values()))
+        elif which == "near":
+            close = [name for name in right if worlds.near(world, name, wanted[name], concepts)]
+            add("near", all(right[name] for name in close))
         else:
             for name, hit in right.items():
                 add(name, hit)
