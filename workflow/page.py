@@ -86,7 +86,8 @@ was erased / blob / all other words:
 UCE left 97 % of noto with the templates of presets.py, which are for things, and 56 % with those of
 plan.py.""",
 }
-CHOICE = ("named", "implied", "caption", "word_half", "word", "seconds")  # columns
+# Columns; a world without kinds has no members.
+CHOICE = ("named", "members", "implied", "caption", "word_half", "word", "seconds")
 COSTS = ("seconds", "megabytes")
 UNLEARN_CANVAS = [  # of Figure 2
     Column("gone", "erased name is gone (UA)", "high"),
@@ -369,7 +370,7 @@ def choice_text(results):
         "\n## Which method should I use?\n\nWhat is left of the concepts, what stays of the rest, "
         "how long a learned word has to search until the concept is back, and how long training "
         "takes:"
-        f"\n\n{markdown(rows, [columns[key] for key in CHOICE])}"
+        f"\n\n{markdown(rows, [columns[key] for key in CHOICE if key in columns])}"
     )
 
 
