@@ -17,6 +17,7 @@ import weights
 from clip_text import MAX_TOKENS, tokenize
 from guidance import GUIDANCE, SLD, sample
 from scheduler import SAMPLERS
+from support.cuda_graph import CudaGraph
 from support.errors import UserError
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
@@ -111,7 +112,7 @@ class InferenceUNet:
 
     It shares the tensors that already have this type and device, and copies the others once.
     (Autocast would cast every float32 weight in each evaluation and, on CUDA, the input and output
-    of each norm.)
+    of each norm.) On CUDA it replays a CUDA graph (support/cuda_graph.py).
     """
 
     def __init__(self, unet, device, dtype):
@@ -129,10 +130,19 @@ class InferenceUNet:
         for module in self.unet.modules():
             # --gradient-checkpointing's `forward` refers to its block, and so keeps copies alive.
             vars(module).pop("forward", None)
+        self.graph = None
+        if device.type == "cuda":
+            unet = self.unet.to(memory_format=torch.channels_last)
+            if torch.cuda.is_available():  # False with a test's fake tensors
+                self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
 
     def __call__(self, z, t, context):
+        z, context = z.to(self.dtype), context.to(self.dtype)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.unet(z.to(self.dtype), t, context.to(self.dtype)).float()
+            if self.graph is None:
+                return self.unet(z, t, context).float()
+            t = torch.full((len(z),), t, device=z.device)  # a graph reads t from memory
+            return self.graph(z, t, context)[0].float()
 
     @torch.no_grad()
     def sync(self):

@@ -45,6 +45,7 @@ from support.cli import (
     Parser,
     add_common_arguments,
     finite,
+    memory_is_full,
     natural,
     one_of,
     pick_device,
@@ -53,6 +54,7 @@ from support.cli import (
     refuse_used,
     run_command,
 )
+from support.cuda_graph import GraphedLoss
 from support.errors import UserError
 from support.files import atomic_write, checksum, lock_folder, numbered_folder
 from support.own_loss import OwnLossError, call_loss, load_loss, loss_file, sha256
@@ -336,7 +338,22 @@ class Run:
             loss = partial(
                 call_loss, load_loss(a["loss"], copy if copy.exists() else None), a["loss"]
             )
-        return partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"])
+        loss = partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"])
+        if self.uses_graphs():
+            return GraphedLoss(loss, list(self.models.theta.values()))
+        return loss
+
+    def uses_graphs(self):
+        """Whether the loss and its gradient can be a CUDA graph.
+
+        The user's own loss may read values from the GPU. A trained embedding needs a gradient
+        through the prompts, and float16 a factor on the loss. The graph keeps a copy of the
+        gradient, which is too large if most of the UNet is trained.
+        """
+        a = self.settings
+        few = a["train_params"] in ("xattn", "kv", "v")
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_available()
+        return on_gpu and few and not a["loss"] and self.dtype != torch.float16
 
     def make_adversary(self):
         """--adversary: it keeps the text encoder, which the other methods free. None without it."""
@@ -466,7 +483,7 @@ def make_models(model, settings, device, dtype):
         # CUDA's autocast computes norms in float32 and would cast their weights each time.
         keep_float32 = name in theta or (device.type == "cuda" and "norm" in name)
         p.data = p.data.to(device, torch.float32 if keep_float32 else dtype)
-    if device.type == "cpu":  # 4 to 6 % faster there; CUDA's GroupNorm would copy it back
+    if device.type != "mps":  # faster: 4 to 6 % on a CPU, 20 % on an H100 (docs/benchmarks.md)
         model.unet.to(memory_format=torch.channels_last)
     model.text_encoder.to(device)
     if settings["preview_every"]:  # only previews decode latents
@@ -619,7 +636,7 @@ def iterate(run, previews, reporter):
 def progress_figures(it, device):
     figures = {"loss": f"{it.loss:.2e}", "lr": f"{it.lr:.1e}"}
     if device.type == "cuda":
-        figures["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+        figures["GB"] = f"{torch.cuda.max_memory_reserved() / 1e9:.1f}"
     return figures
 
 
@@ -714,6 +731,7 @@ def train_in(out, settings, args):
     output = METHODS[settings["method"]].output
     previews = Previews(run)
     reporter = Reporter(out, settings["report_to"], start)
+    memory_full = False
     # cache_enabled=False: a cast of a trained weight would be out of date after each step.
     with torch.autocast(
         run.device.type, run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False
@@ -731,14 +749,18 @@ def train_in(out, settings, args):
                 f"{e}. {kept}. Start again in another folder with a smaller --lr, or with "
                 "--dtype fp32."
             ) from None
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as e:
+            if not memory_is_full(e):
+                raise
+            memory_full = True
+        if memory_full:  # after the block above, because `e` keeps the memory of the iteration
             run.optimizer.zero_grad()  # drop the unfinished iteration
             run.save()
             raise UserError(
-                f"The GPU's memory is full; {run.done} iterations are saved. To continue with "
+                f"The memory is full; {run.done} iterations are saved. To continue with "
                 f"less: python train.py --resume --out {out} --gradient-checkpointing. Or start "
                 "again with a smaller --batch-size, --dtype bf16 or --preview-every 0."
-            ) from None
+            )
         seconds = time.monotonic() - began
         run.export("erased.safetensors", output)
         add_training_time(out, settings["iters"] - start, seconds)

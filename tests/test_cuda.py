@@ -13,7 +13,14 @@ import subprocess
 import pytest
 import torch
 from test_commands import SHORT, command
-from test_run import HALVES, Casts, fails, follows_fp32, make  # noqa: F401, the fixture
+from test_run import (  # noqa: F401, the fixture
+    HALVES,
+    Casts,
+    fails,
+    follows_fp32,
+    make,
+    watch_gradients,
+)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +30,7 @@ import train
 import weights
 from pipeline import InferenceUNet, generate_latents
 from report.previews import Previews
+from support.cuda_graph import CudaGraph, GraphedLoss
 from train import Run
 from unet import Attention
 
@@ -224,6 +232,91 @@ def test_an_iteration_equals_the_cpus(words, tmp_path, monkeypatch):
     assert torch.nn.functional.cosine_similarity(grad[0], grad_2[0], dim=0) > 0.9999
 
 
+GRAPHED = pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--gradient-checkpointing"],
+        ["--preserve", "0.3", "--adversary", "1"],
+        ["--method", "esd-x"],
+        [*ABLATE, "--prior", "1"],
+        ["--method", "all-but-one", "--anchor", "circle"],
+    ],
+    ids=" ".join,
+)
+
+
+@torch.enable_grad()
+def compare_with_and_without_graph(tmp_path, monkeypatch, words):
+    """Three iterations with GraphedLoss next to three without it, from the same weights each time.
+
+    A loss with several terms adds its gradients in another order. Some kernels on a GPU add in an
+    order that changes from run to run. Both are rounding: 6e-8, and more in the loss (see below).
+    """
+    calls = []
+    original = GraphedLoss.__call__
+    monkeypatch.setattr(
+        GraphedLoss, "__call__", lambda *a, **b: calls.append(1) or original(*a, **b)
+    )
+    runs, gradients = [], []
+    for name, graphed in (("with", True), ("without", False)):
+        monkeypatch.setattr(Run, "uses_graphs", lambda _, graphed=graphed: graphed)
+        r = make(tmp_path / name, "--warmup", 0, *words)
+        gradients.append(watch_gradients(r))
+        runs.append((r, r.iterations()))
+        next(runs[-1][1])  # sdd takes its loss at the first iteration
+    (r, with_graph), (r_2, without) = runs
+    for _ in range(2):
+        for group, group_2 in (
+            (r.models.theta, r_2.models.theta),
+            (r.models.theta_ema, r_2.models.theta_ema),
+        ):
+            with torch.no_grad():
+                for name, p in group.items():
+                    group_2[name].copy_(p)
+        assert next(with_graph).loss == pytest.approx(next(without).loss, rel=1e-3)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9999
+        assert a.norm().item() == pytest.approx(b.norm().item(), rel=1e-3)
+    assert len(calls) >= 3
+
+
+@GRAPHED
+def test_a_graphed_loss_is_the_loss_on_the_cpu(words, tmp_path, monkeypatch):
+    """Without a GPU the function runs instead of its graph."""
+    monkeypatch.setattr(CudaGraph, "__call__", lambda graph, *x: graph.function(*x))
+    compare_with_and_without_graph(tmp_path, monkeypatch, [*words, "--device", "cpu"])
+
+
+@no_card
+@GRAPHED
+def test_a_graphed_loss_is_the_loss(words, tmp_path, monkeypatch):
+    """Without cuDNN's TF32, as in test_an_iteration_equals_the_cpus."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    words = [*words, "--device", str(CARD), "--dtype", "fp32"]
+    compare_with_and_without_graph(tmp_path, monkeypatch, words)
+
+
+@no_card
+def test_a_graph_reads_new_weights_and_follows_the_shapes(tmp_path):
+    r = make(tmp_path, "--device", str(CARD), "--dtype", "bf16")
+    source, c = r.models.teacher.unet, r.prompts.concepts
+    inference = InferenceUNet(source, r.device, r.dtype)
+    for n in (1, 3, 1):
+        z = torch.randn(n, *r.shape[1:], device=CARD)
+        e = inference(z, 500, c)
+        for name, p in source.named_parameters():
+            p.data.mul_(1.1) if "attn2" in name else None
+        assert torch.equal(inference(z, 500, c), e)  # still the old weights
+        inference.sync()
+        changed = inference(z, 500, c)
+        assert not torch.equal(changed, e)
+        eager = inference.unet(z.to(r.dtype), 500, c.to(r.dtype)).float()
+        torch.testing.assert_close(changed, eager, rtol=0.02, atol=0.02)  # bf16: 2^-8
+        assert not torch.equal(inference(z, 400, c), changed)
+        assert torch.equal(inference(z, 500, c), changed)  # results are not overwritten
+
+
 @no_card
 @HALVES
 @pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]], ids=" ".join)
@@ -267,21 +360,16 @@ def test_deterministic_runs_are_equal(words, tmp_path):
 @no_card
 def test_a_resumed_run_is_equal(fails, tmp_path):  # noqa: F811
     """As on the CPU: what is restored, moments and generator, is where and what it was."""
-    words = [
-        "--model",
-        "toy",
-        "--concept",
-        "star",
-        *SHORT,
-        "--device",
-        CARD,
-        "--deterministic",
-        *fails("raise torch.OutOfMemoryError('CUDA out of memory')"),
-    ]
-    status, _, err = command("train.py", *words, "--out", tmp_path / "a")
+    words = ["--model", "toy", "--concept", "star", *SHORT, "--device", CARD, "--deterministic"]
+    fault = fails("raise torch.OutOfMemoryError('CUDA out of memory')")
+    status, _, err = command("train.py", *words, *fault, "--out", tmp_path / "a")
     assert status == 2 and "3 iterations are saved" in err
-    (tmp_path / "corrected").touch()
-    for more in (["--resume", "--out", tmp_path / "a"], [*words, "--out", tmp_path / "b"]):
+    (tmp_path / "a" / "corrected").touch()
+    without_fault = fails("pass")
+    for more in (
+        ["--resume", "--out", tmp_path / "a"],
+        [*words, *without_fault, "--out", tmp_path / "b"],
+    ):
         status, _, err = command("train.py", *more)
         assert status == 0, err
     same(tmp_path / "a", tmp_path / "b")

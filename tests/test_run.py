@@ -50,6 +50,25 @@ def fails(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_the_unfinished_iteration_is_freed_before_the_checkpoint(
+    error, tmp_path, capsys, monkeypatch
+):
+    """Otherwise the memory could be too full to save. Some libraries raise a RuntimeError."""
+    latents, left = [], []
+
+    def iterate(*_):
+        z = torch.zeros(3)
+        latents.append(weakref.ref(z))
+        raise error("CUDA error: out of memory")
+
+    monkeypatch.setattr(train, "iterate", iterate)
+    monkeypatch.setattr(Run, "save", lambda run: left.append(latents[0]()))
+    assert run(train, *STAR, "--preview-every", "0", "--out", tmp_path / "o") == 2
+    assert "--gradient-checkpointing" in capsys.readouterr().err
+    assert left == [None]
+
+
 def test_out_of_memory_saves_and_names_what_helps(tmp_path, fails, capsys, monkeypatch):
     """The run continues with checkpointing, to the bits of a run that was never interrupted."""
     blocks = []
