@@ -161,7 +161,8 @@ def parse(argv=None):
     add("--gradient-checkpointing", action="store_true",
         help="less memory, more time: compute each block again in the backward pass")
     add("--deterministic", action="store_true",
-        help="CUDA: the same bits in every run, by slower kernels (a CPU always gives them)")
+        help="CUDA: the same bits in every run, by slower kernels (on a CPU the toy models "
+             "always give them)")
 
     add = parser.add_argument_group("sampling of z_t").add_argument
     add("--steps", type=positive, metavar="T",
