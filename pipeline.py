@@ -132,9 +132,9 @@ class InferenceUNet:
             vars(module).pop("forward", None)
         self.graph = None
         if device.type == "cuda":
-            unet = self.unet.to(memory_format=torch.channels_last)
-            if torch.cuda.is_available():  # False with a test's fake tensors
-                self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
+            channels_last = self.unet.to(memory_format=torch.channels_last)
+            if torch.cuda.is_available():  # "cuda" without CUDA: fake tensors (tests)
+                self.graph = CudaGraph(lambda *inputs: (channels_last(*inputs),))
 
     def __call__(self, z, t, context):
         z, context = z.to(self.dtype), context.to(self.dtype)

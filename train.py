@@ -345,15 +345,17 @@ class Run:
         return loss
 
     def uses_graphs(self):
-        """Whether the loss and its gradient can be a CUDA graph.
+        """Whether the loss and its gradient can be a CUDA graph. It cannot
 
-        The user's own loss may read values from the GPU. A trained embedding needs a gradient
-        through the prompts, and float16 a factor on the loss. The graph keeps a copy of the
-        gradient, which is too large if most of the UNet is trained.
+        - with the user's own loss, which may read values from the GPU;
+        - if the embedding is trained: its gradient goes through the prompts;
+        - if most of the UNet is trained: the graph keeps a gradient of its own, of the same size;
+        - with float16: the loss must be multiplied before its gradient is computed (GradScaler).
         """
         a = self.settings
-        few = a["train_params"] in ("xattn", "kv", "v")
+        # "cuda" without CUDA: fake tensors (tests).
         on_gpu = self.device.type == "cuda" and torch.cuda.is_available()
+        few = a["train_params"] in ("xattn", "kv", "v")
         return on_gpu and few and not a["loss"] and self.dtype != torch.float16
 
     def make_adversary(self):
@@ -733,7 +735,8 @@ def train_in(out, settings, args):
     previews = Previews(run)
     reporter = Reporter(out, settings["report_to"], start)
     memory_full = False
-    # cache_enabled=False: a cast of a trained weight would be out of date after each step.
+    # cache_enabled=False: a cast of a trained weight would be out of date after each step, and a
+    # CUDA graph would read it for ever.
     with torch.autocast(
         run.device.type, run.dtype, enabled=run.dtype != torch.float32, cache_enabled=False
     ):

@@ -182,7 +182,10 @@ def memory_is_full(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "out of memory" in text
+    if "can't allocate memory" in text or "out of memory" in text:
+        return True
+    # A CUDA graph that could not be recorded raises another error on the way out.
+    return error.__context__ is not None and memory_is_full(error.__context__)
 
 
 def run_command(

@@ -239,19 +239,21 @@ GRAPHED = pytest.mark.parametrize(
         ["--gradient-checkpointing"],
         ["--preserve", "0.3", "--adversary", "1"],
         ["--method", "esd-x"],
-        [*ABLATE, "--prior", "1"],
+        [*ABLATE, "--prior", "1", "--detach-start"],
+        ["--method", "ablate-noise", *ABLATE[2:]],
         ["--method", "all-but-one", "--anchor", "circle"],
+        ["--method", "all-but-one", "--quantile", "0.9"],
     ],
     ids=" ".join,
 )
 
 
 @torch.enable_grad()
-def compare_with_and_without_graph(tmp_path, monkeypatch, words):
+def compare_with_and_without_graph(tmp_path, monkeypatch, words, tolerance):
     """Three iterations with GraphedLoss next to three without it, from the same weights each time.
 
     A loss with several terms adds its gradients in another order. Some kernels on a GPU add in an
-    order that changes from run to run. Both are rounding: 6e-8, and more in the loss (see below).
+    order that changes from run to run. Both are rounding.
     """
     calls = []
     original = GraphedLoss.__call__
@@ -264,37 +266,59 @@ def compare_with_and_without_graph(tmp_path, monkeypatch, words):
         r = make(tmp_path / name, "--warmup", 0, *words)
         gradients.append(watch_gradients(r))
         runs.append((r, r.iterations()))
-        next(runs[-1][1])  # sdd takes its loss at the first iteration
+        next_loss(*runs[-1])  # Run.loss asks uses_graphs in the first iteration
     (r, with_graph), (r_2, without) = runs
     for _ in range(2):
-        for group, group_2 in (
-            (r.models.theta, r_2.models.theta),
-            (r.models.theta_ema, r_2.models.theta_ema),
-        ):
-            with torch.no_grad():
-                for name, p in group.items():
-                    group_2[name].copy_(p)
-        assert next(with_graph).loss == pytest.approx(next(without).loss, rel=1e-3)
+        copy_state(r, r_2)
+        loss, loss_2 = next_loss(r, with_graph), next_loss(r_2, without)
+        assert loss == pytest.approx(loss_2, rel=tolerance)
     for a, b in zip(*gradients, strict=True):
-        assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9999
-        assert a.norm().item() == pytest.approx(b.norm().item(), rel=1e-3)
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 1 - tolerance / 10
+        assert a.norm().item() == pytest.approx(b.norm().item(), rel=tolerance)
     assert len(calls) >= 3
+
+
+def next_loss(r, iterations):
+    """The loss of the next iteration, as train.py runs it."""
+    half = r.dtype != torch.float32
+    with torch.autocast(r.device.type, r.dtype, enabled=half, cache_enabled=False):
+        return next(iterations).loss
+
+
+@torch.no_grad()
+def copy_state(r, r_2):
+    """A large change of θ, so that old values would be seen; then r_2 gets the state of r."""
+    for p in r.models.theta.values():
+        p.mul_(1.05)
+    for group in ("theta", "theta_ema"):
+        for name, p in getattr(r.models, group).items():
+            getattr(r_2.models, group)[name].copy_(p)
+    if r.adversary:
+        r_2.adversary.words.copy_(r.adversary.words)
 
 
 @GRAPHED
 def test_a_graphed_loss_is_the_loss_on_the_cpu(words, tmp_path, monkeypatch):
-    """Without a GPU the function runs instead of its graph."""
-    monkeypatch.setattr(CudaGraph, "__call__", lambda graph, *x: graph.function(*x))
-    compare_with_and_without_graph(tmp_path, monkeypatch, [*words, "--device", "cpu"])
+    """Without a GPU the function runs instead of its graph. All inputs must keep their shapes."""
+    shapes = []
+
+    def replay(graph, *inputs):
+        shapes.append([x.shape for x in inputs])
+        return graph.function(*inputs)
+
+    monkeypatch.setattr(CudaGraph, "__call__", replay)
+    compare_with_and_without_graph(tmp_path, monkeypatch, [*words, "--device", "cpu"], 1e-3)
+    assert all(one == shapes[0] for one in shapes)
 
 
 @no_card
 @GRAPHED
-def test_a_graphed_loss_is_the_loss(words, tmp_path, monkeypatch):
-    """Without cuDNN's TF32, as in test_an_iteration_equals_the_cpus."""
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-3), ("bf16", 0.02)])
+def test_a_graphed_loss_is_the_loss(words, dtype, tolerance, tmp_path, monkeypatch):
+    """Without cuDNN's TF32, as in test_an_iteration_equals_the_cpus. bf16 rounds at 2^-9."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    words = [*words, "--device", str(CARD), "--dtype", "fp32"]
-    compare_with_and_without_graph(tmp_path, monkeypatch, words)
+    words = [*words, "--device", str(CARD), "--dtype", dtype]
+    compare_with_and_without_graph(tmp_path, monkeypatch, words, tolerance)
 
 
 @no_card
@@ -306,7 +330,8 @@ def test_a_graph_reads_new_weights_and_follows_the_shapes(tmp_path):
         z = torch.randn(n, *r.shape[1:], device=CARD)
         e = inference(z, 500, c)
         for name, p in source.named_parameters():
-            p.data.mul_(1.1) if "attn2" in name else None
+            if "attn2" in name:
+                p.data.mul_(1.1)
         assert torch.equal(inference(z, 500, c), e)  # still the old weights
         inference.sync()
         changed = inference(z, 500, c)

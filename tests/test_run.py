@@ -50,7 +50,14 @@ def fails(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def lost_in_another_error(text):
+    """An error on the way out of one about memory, as from a CUDA graph that was not recorded."""
+    error = RuntimeError("the recording failed")
+    error.__context__ = torch.OutOfMemoryError(text)
+    return error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, lost_in_another_error])
 def test_the_unfinished_iteration_is_freed_before_the_checkpoint(
     error, tmp_path, capsys, monkeypatch
 ):
