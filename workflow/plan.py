@@ -220,10 +220,9 @@ def textures_table():
 
 def alcohol_table():
     """The table of one concept in the emoji world."""
-    attacked = (ORIGINAL, "sdd", "sdd + preserve", OURS, "esd-x", "uce")
-    attacks = {name: ["word"] for name in attacked}
-    title = "Alcohol (the paper's Table 1: nudity)"
     rows = one_concept("alcohol", "drink", lr="1e-3")
+    attacks = {name: ["word"] for name in (ORIGINAL, *(row.name for row in rows))}
+    title = "Alcohol (the paper's Table 1: nudity)"
     return Table(title, rows, GUIDED, attacks, model="emoji")
 
 
