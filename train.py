@@ -54,7 +54,7 @@ from support.cli import (
     refuse_used,
     run_command,
 )
-from support.cuda_graph import GraphedLoss
+from support.cuda_graph import GraphedLoss, can_record
 from support.errors import UserError
 from support.files import atomic_write, checksum, lock_folder, numbered_folder
 from support.own_loss import OwnLossError, call_loss, load_loss, loss_file, sha256
@@ -353,10 +353,8 @@ class Run:
         - with float16: the loss must be multiplied before its gradient is computed (GradScaler).
         """
         a = self.settings
-        # "cuda" without CUDA: fake tensors (tests).
-        on_gpu = self.device.type == "cuda" and torch.cuda.is_available()
         few = a["train_params"] in ("xattn", "kv", "v")
-        return on_gpu and few and not a["loss"] and self.dtype != torch.float16
+        return can_record(self.device) and few and not a["loss"] and self.dtype != torch.float16
 
     def make_adversary(self):
         """--adversary: it keeps the text encoder, which the other methods free. None without it."""
@@ -486,7 +484,7 @@ def make_models(model, settings, device, dtype):
         # CUDA's autocast computes norms in float32 and would cast their weights each time.
         keep_float32 = name in theta or (device.type == "cuda" and "norm" in name)
         p.data = p.data.to(device, torch.float32 if keep_float32 else dtype)
-    if device.type != "mps":  # faster: 4 to 6 % on a CPU, 20 % on an H100 (docs/benchmarks.md)
+    if device.type != "mps":  # faster on a CPU and on an H100 (docs/benchmarks.md)
         model.unet.to(memory_format=torch.channels_last)
     model.text_encoder.to(device)
     if settings["preview_every"]:  # only previews decode latents

@@ -9,6 +9,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+def can_record(device):
+    """Whether `device` can record graphs. Fake tensors (tests) are on "cuda" without CUDA."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
 class CudaGraph:
     """A function of tensors on a CUDA GPU, recorded at the first call and replayed after that.
 
