@@ -251,7 +251,7 @@ def settle_closed_form(args, settings, method):
     none = ("latents", "roles", "preserve", "erase_scale", "anchor_images", "batch_size", "lr")
     none += ("lr_schedule", "warmup", "weight_decay", "ema", "max_grad_norm", "steps")
     none += ("guidance_scale", "anchor_prompts", "loss", "adversary")
-    off = ("quantile", "prior", "detach_start", "gradient_checkpointing", "export_every")
+    off = ("quantile", "prior", "detach_start", "gradient_checkpointing", "export_every", "compile")
     unused = [key for key in none if getattr(args, key) is not None]
     unused += [key for key in off if getattr(args, key)]
     if args.iters and args.method != "rece":
@@ -437,7 +437,7 @@ def reject_unused_flags(args, settings, method, loss):
     images = method.latents == "anchor"
     unused = []
     if images:
-        unused += ["latents", "roles"]
+        unused += ["latents", "roles", "compile"]
     else:
         unused += ["prior", "detach_start", "anchor_prompts", "anchor_images"]
     unused += [key for key in ("erase_scale", "quantile") if key not in uses]

@@ -44,6 +44,7 @@ from sdd import ROLES, Iteration, sdd
 from support.cli import (
     Parser,
     add_common_arguments,
+    failed_to_compile,
     finite,
     memory_is_full,
     natural,
@@ -160,6 +161,9 @@ def parse(argv=None):
         help=f"clip gradients at this norm; 0: do not clip ({default('max_grad_norm')})")
     add("--gradient-checkpointing", action="store_true",
         help="less memory, more time: compute each block again in the backward pass")
+    add("--compile", action="store_true",
+        help="CUDA: compile the UNet that samples z_t (torch.compile): a wait at the start, then "
+             "faster iterations. Repeat it with --resume")
     add("--deterministic", action="store_true",
         help="CUDA: the same bits in every run, by slower kernels (on a CPU the toy models "
              "always give them)")
@@ -225,6 +229,8 @@ class Run:
         self.out, self.settings = out, settings
         self.device = pick_device(settings["device"])
         self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
+        if settings["compile"]:
+            check_compile(settings, self.device)
         if settings["deterministic"]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
             torch.use_deterministic_algorithms(True)
@@ -274,7 +280,7 @@ class Run:
             noised_anchors = self.make_noised_anchors()
         else:
             source = getattr(models, a["latents"])
-            sampling_unet = InferenceUNet(source.unet, self.device, self.dtype)
+            sampling_unet = InferenceUNet(source.unet, self.device, self.dtype, a["compile"])
         iterations = sdd(
             models.student.unet,
             sampling_unet,
@@ -448,6 +454,16 @@ class Run:
             "sha256": checksum(tensors),
         }
         weights.save(self.out / file, tensors, metadata)
+
+
+def check_compile(settings, device):
+    if not can_record(device):
+        raise UserError("--compile needs a CUDA GPU: remove it.")
+    if settings["deterministic"]:
+        raise UserError(
+            "--compile measures which kernels are fastest, so it may choose others in the next "
+            "run: remove --compile or --deterministic."
+        )
 
 
 def check_concepts_fit(model, concepts):
@@ -693,6 +709,7 @@ def resumed_run(args):
             f"{args.out / 'run.json'} is damaged or from another version ({e!r}), so the run "
             "cannot continue."
         ) from None
+    settings["compile"] = args.compile  # of this process; the numbers are the same but for rounding
     advice = f"Use --resume --out {args.out} alone, or choose a new folder."
     if args.concept:
         wanted = settle(args)
@@ -702,7 +719,7 @@ def resumed_run(args):
             raise UserError(f"{args.out} holds a run with other arguments. {advice}")
     else:
         defaults = vars(parse([]))
-        free = {"gradient_checkpointing", "show_uncensored"}
+        free = {"gradient_checkpointing", "show_uncensored", "compile"}
         changed = [key for key in sorted(given - free) if getattr(args, key) != defaults[key]]
         if changed:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
@@ -752,6 +769,11 @@ def train_in(out, settings, args):
                 "--dtype fp32."
             ) from None
         except (RuntimeError, MemoryError) as e:
+            if failed_to_compile(e):
+                raise UserError(
+                    "torch.compile failed. It needs Triton and a C compiler. To go on without it: "
+                    f"python train.py --resume --out {out}."
+                ) from e
             if not memory_is_full(e):
                 raise
             memory_full = True
@@ -767,7 +789,15 @@ def train_in(out, settings, args):
         run.export("erased.safetensors", output)
         add_training_time(out, settings["iters"] - start, seconds)
         if settings["preview_every"]:
-            previews.finish(output)
+            try:
+                previews.finish(output)
+            except (RuntimeError, MemoryError) as e:
+                if not memory_is_full(e):
+                    raise
+                raise UserError(
+                    f"The trained weights are saved in {out / 'erased.safetensors'}, but the "
+                    "memory is too full for the last preview. Use --preview-every 0 the next time."
+                ) from None
     reporter.log_previews()
     print(
         f"{settings['iters'] - start} iterations in {seconds:.0f} s, previews included. "

@@ -552,6 +552,7 @@ def save_checkpoint(file, groups, optimizer, metadata):
     for i, state in optimizer.state_dict()["state"].items():
         for name, x in state.items():
             tensors[f"optimizer/{i}/{name}"] = x
+    tensors = {name: x.detach().cpu() for name, x in tensors.items()}  # copied once
     save(file, tensors, metadata | {"sha256": checksum(tensors)})
 
 

@@ -188,6 +188,14 @@ def memory_is_full(error):
     return error.__context__ is not None and memory_is_full(error.__context__)
 
 
+def failed_to_compile(error):
+    """Whether an error comes from torch.compile, and not because the memory is full."""
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and loaded if anything is compiled
+    if not dynamo or memory_is_full(error):
+        return False
+    return isinstance(error, dynamo.exc.TorchDynamoException)
+
+
 def run_command(
     main,
     args,

@@ -245,6 +245,7 @@ def test_rece_continues_after_its_first_round(tmp_path, monkeypatch):
         (["--method", "uce", "--lr", "1"], "--lr has no effect with --method uce"),
         (["--method", "uce", "--iters", "5"], "--iters has no effect"),
         (["--method", "uce", "--warmup", "0"], "--warmup has no effect"),
+        (["--method", "uce", "--compile"], "--compile has no effect"),
         (["--method", "mace", "--states", "all"], "--states has no effect"),
         (["--method", "speed", "--loss", "x.py:f"], "--loss has no effect"),
         (["--method", "rece", "--train-params", "xattn"], "--train-params xattn has no effect"),

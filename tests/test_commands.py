@@ -582,6 +582,8 @@ BAD_TRAINING_ARGUMENTS = [
     (f"{STAR} --method all-but-one --anchor circle moon", "takes one --anchor"),
     # flags without effect
     (f"{STAR} --anchor circle --prior 1", "--prior, --anchor has no effect"),
+    (f"{STAR} --compile --device cpu", "--compile needs a CUDA GPU"),
+    (f"{STAR} --compile --method ablate --anchor circle", "--compile has no effect"),
     (f"{STAR} --train-params embedding", "--train-params embedding has no effect"),
     (
         f"{STAR} --erase-scale 2 --quantile 0.9 --anchor-images 3",

@@ -340,6 +340,27 @@ def test_a_graph_reads_new_weights_and_follows_the_shapes(tmp_path):
 
 
 @no_card
+def test_a_compiled_unet_is_the_unet(tmp_path, monkeypatch):
+    """In fp32 without TF32, where rounding is 6e-8. The compiled UNet reads new weights, too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    r = make(tmp_path, "--device", str(CARD), "--dtype", "fp32", "--compile")
+    source, c, c_0 = r.models.teacher.unet, r.prompts.concepts, r.prompts.c_0
+    plain, compiled = (InferenceUNet(source, r.device, r.dtype, how) for how in (False, True))
+    z = torch.randn(2, *r.shape[1:], device=CARD)
+    before = plain(z, 500, c)
+    torch.testing.assert_close(compiled(z, 500, c), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(z, 400, c_0), plain(z, 400, c_0), rtol=1e-4, atol=1e-4)
+    for name, p in source.named_parameters():
+        if "attn2" in name:
+            p.data.mul_(1.5)
+    plain.sync()
+    compiled.sync()
+    after = plain(z, 500, c)
+    assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(compiled(z, 500, c), after, rtol=1e-4, atol=1e-4)
+
+
+@no_card
 @HALVES
 @pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]], ids=" ".join)
 def test_half_precision_follows_fp32(dtype, loss, norm, cosine, z, more, tmp_path):

@@ -19,6 +19,8 @@ import presets
 import train
 import weights
 from pipeline import InferenceUNet
+from support.cuda_graph import CudaGraph
+from support.errors import UserError
 from train import Run
 
 STAR = ["--model", "toy", "--concept", "star", *SHORT, "--device", "cpu"]
@@ -133,6 +135,71 @@ def test_a_diverged_loss_stops_the_run_before_the_step(
         len((tmp_path / "o" / "log.csv").read_text().splitlines()) == 1 + 3
         and not (tmp_path / "o" / "erased.safetensors").exists()
     )
+
+
+def test_no_memory_for_the_last_preview(tmp_path, capsys, monkeypatch):
+    """The training is over and saved, and the user must know it."""
+
+    def finish(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("train.Previews.finish", finish)
+    assert run(train, *STAR, "--out", tmp_path / "o") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(tmp_path / "o" / "erased.safetensors") in said and "--preview-every 0" in said
+    weights.read(tmp_path / "o" / "erased.safetensors")
+
+
+def test_a_failure_to_compile_is_one_sentence(tmp_path, capsys, monkeypatch):
+    """Real errors of torch.compile: of its compiler, and of a memory that is full."""
+    compiled = torch.compile
+
+    def iterate(error):
+        def backend(*_):
+            raise error
+
+        return compiled(lambda x: x + 1, backend=backend)(torch.ones(1))
+
+    no_compiler = RuntimeError("Failed to find C compiler")
+    monkeypatch.setattr(train, "iterate", lambda *_: iterate(no_compiler))
+    assert run(train, *STAR, "--preview-every", "0", "--out", tmp_path / "a") == 2
+    said = capsys.readouterr().err
+    assert "C compiler" in said and "Traceback" not in said
+    assert f"--resume --out {tmp_path / 'a'}" in said
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "iterate", lambda *_: None)
+        assert run(train, "--resume", "--out", tmp_path / "a") == 0
+    memory = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "iterate", lambda *_: iterate(memory))
+    assert run(train, *STAR, "--preview-every", "0", "--out", tmp_path / "b") == 2
+    assert "0 iterations are saved" in capsys.readouterr().err
+
+
+def test_only_the_unet_that_samples_is_compiled(tmp_path, monkeypatch):
+    """On a CPU with a stand-in for torch.compile and for the graph, because both need a GPU."""
+    calls = []
+
+    def compiled(unet, dynamic):
+        def call(*inputs):
+            calls.append(inputs)
+            return unet(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(CudaGraph, "__call__", lambda graph, *inputs: graph.function(*inputs))
+    monkeypatch.setattr("train.can_record", lambda device: True)
+    monkeypatch.setattr("pipeline.can_record", lambda device: True)
+    rows = []
+    for words in ([], ["--compile"]):
+        assert not calls
+        with torch.enable_grad():
+            iterations = make(tmp_path, *words).iterations()
+            rows.append([next(iterations) for _ in range(2)])
+    assert rows[0] == rows[1]
+    assert len(calls) == sum(it.k for it in rows[1])
+    with pytest.raises(UserError, match="remove --compile or --deterministic"):
+        make(tmp_path, "--compile", "--deterministic")
 
 
 def make(tmp_path, *words):
