@@ -113,8 +113,8 @@ class InferenceUNet:
     It shares the tensors that already have this type and device, and copies the others once.
     (Autocast would cast every float32 weight in each evaluation and, on CUDA, the input and output
     of each norm.) On CUDA it replays a CUDA graph (support/cuda_graph.py).
-    compiled: on CUDA, the graph is made of torch.compile's kernels. They do more at once, so fewer
-    results travel through the GPU's memory, above all around norms (docs/benchmarks.md).
+    compiled: on CUDA, the graph is made of torch.compile's kernels. One of them does the work of
+    several others, so fewer results travel through the GPU's memory (docs/benchmarks.md).
     """
 
     def __init__(self, unet, device, dtype, compiled=False):
@@ -138,7 +138,7 @@ class InferenceUNet:
         if can_record(device):
             unet = self.unet  # not `self`, so that this object is freed with its last reference
             if compiled:
-                unet = torch.compile(unet, dynamic=False)
+                unet = torch.compile(unet, dynamic=False, fullgraph=True)
             self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
 
     def __call__(self, z, t, context):

@@ -242,6 +242,11 @@ def settle(args):
     reject_unused_flags(args, settings, method, loss)
     check_ranges(settings)
     check_device(settings)
+    if settings["compile"] and settings["deterministic"]:
+        raise UserError(
+            "Nobody has tested whether --compile gives the same bits in every run: remove it, or "
+            "remove --deterministic."
+        )
     return settings
 
 

@@ -163,7 +163,7 @@ def parse(argv=None):
         help="less memory, more time: compute each block again in the backward pass")
     add("--compile", action="store_true",
         help="CUDA: compile the UNet that samples z_t (torch.compile): a wait at the start, then "
-             "faster iterations. Repeat it with --resume")
+             "faster iterations")
     add("--deterministic", action="store_true",
         help="CUDA: the same bits in every run, by slower kernels (on a CPU the toy models "
              "always give them)")
@@ -229,8 +229,8 @@ class Run:
         self.out, self.settings = out, settings
         self.device = pick_device(settings["device"])
         self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
-        if settings["compile"]:
-            check_compile(settings, self.device)
+        if settings["compile"] and not can_record(self.device):
+            raise UserError("--compile needs a CUDA GPU: start a run without it.")
         if settings["deterministic"]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
             torch.use_deterministic_algorithms(True)
@@ -281,6 +281,8 @@ class Run:
         else:
             source = getattr(models, a["latents"])
             sampling_unet = InferenceUNet(source.unet, self.device, self.dtype, a["compile"])
+            if a["compile"]:
+                print("compiling the UNet that samples z_t: about a minute")
         iterations = sdd(
             models.student.unet,
             sampling_unet,
@@ -454,16 +456,6 @@ class Run:
             "sha256": checksum(tensors),
         }
         weights.save(self.out / file, tensors, metadata)
-
-
-def check_compile(settings, device):
-    if not can_record(device):
-        raise UserError("--compile needs a CUDA GPU: remove it.")
-    if settings["deterministic"]:
-        raise UserError(
-            "--compile measures which kernels are fastest, so it may choose others in the next "
-            "run: remove --compile or --deterministic."
-        )
 
 
 def check_concepts_fit(model, concepts):
@@ -709,7 +701,6 @@ def resumed_run(args):
             f"{args.out / 'run.json'} is damaged or from another version ({e!r}), so the run "
             "cannot continue."
         ) from None
-    settings["compile"] = args.compile  # of this process; the numbers are the same but for rounding
     advice = f"Use --resume --out {args.out} alone, or choose a new folder."
     if args.concept:
         wanted = settle(args)
@@ -719,7 +710,7 @@ def resumed_run(args):
             raise UserError(f"{args.out} holds a run with other arguments. {advice}")
     else:
         defaults = vars(parse([]))
-        free = {"gradient_checkpointing", "show_uncensored", "compile"}
+        free = {"gradient_checkpointing", "show_uncensored"}
         changed = [key for key in sorted(given - free) if getattr(args, key) != defaults[key]]
         if changed:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
@@ -769,14 +760,16 @@ def train_in(out, settings, args):
                 "--dtype fp32."
             ) from None
         except (RuntimeError, MemoryError) as e:
-            if failed_to_compile(e):
+            if memory_is_full(e):
+                memory_full = True
+            elif failed_to_compile(e):
                 raise UserError(
-                    "torch.compile failed. It needs Triton and a C compiler. To go on without it: "
-                    f"python train.py --resume --out {out}."
-                ) from e
-            if not memory_is_full(e):
+                    "torch.compile failed, for the reason below: start again in another folder "
+                    "without --compile.",
+                    details=str(e),
+                ) from None
+            else:
                 raise
-            memory_full = True
         if memory_full:  # after the block above, because `e` keeps the memory of the iteration
             run.optimizer.zero_grad()  # drop the unfinished iteration
             run.save()
@@ -787,16 +780,19 @@ def train_in(out, settings, args):
             )
         seconds = time.monotonic() - began
         run.export("erased.safetensors", output)
-        add_training_time(out, settings["iters"] - start, seconds)
+        if start < settings["iters"]:
+            add_training_time(out, settings["iters"] - start, seconds)
         if settings["preview_every"]:
             try:
                 previews.finish(output)
             except (RuntimeError, MemoryError) as e:
                 if not memory_is_full(e):
                     raise
+                reporter.log_previews()
                 raise UserError(
                     f"The trained weights are saved in {out / 'erased.safetensors'}, but the "
-                    "memory is too full for the last preview. Use --preview-every 0 the next time."
+                    "memory is too full for the last preview. When there is more memory, this "
+                    f"makes it: python train.py --resume --out {out}"
                 ) from None
     reporter.log_previews()
     print(

@@ -552,7 +552,7 @@ def save_checkpoint(file, groups, optimizer, metadata):
     for i, state in optimizer.state_dict()["state"].items():
         for name, x in state.items():
             tensors[f"optimizer/{i}/{name}"] = x
-    tensors = {name: x.detach().cpu() for name, x in tensors.items()}  # copied once
+    tensors = {name: x.detach().cpu() for name, x in tensors.items()}  # once for checksum and file
     save(file, tensors, metadata | {"sha256": checksum(tensors)})
 
 

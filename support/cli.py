@@ -189,11 +189,9 @@ def memory_is_full(error):
 
 
 def failed_to_compile(error):
-    """Whether an error comes from torch.compile, and not because the memory is full."""
+    """Whether an error comes from torch.compile."""
     dynamo = sys.modules.get("torch._dynamo")  # slow to import, and loaded if anything is compiled
-    if not dynamo or memory_is_full(error):
-        return False
-    return isinstance(error, dynamo.exc.TorchDynamoException)
+    return dynamo is not None and isinstance(error, dynamo.exc.TorchDynamoException)
 
 
 def run_command(

@@ -583,6 +583,7 @@ BAD_TRAINING_ARGUMENTS = [
     # flags without effect
     (f"{STAR} --anchor circle --prior 1", "--prior, --anchor has no effect"),
     (f"{STAR} --compile --device cpu", "--compile needs a CUDA GPU"),
+    (f"{STAR} --compile --deterministic", "remove --deterministic"),
     (f"{STAR} --compile --method ablate --anchor circle", "--compile has no effect"),
     (f"{STAR} --train-params embedding", "--train-params embedding has no effect"),
     (

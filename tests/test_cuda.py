@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 import torch
+from common import relative
 from test_commands import SHORT, command
 from test_run import (  # noqa: F401, the fixture
     HALVES,
@@ -340,24 +341,35 @@ def test_a_graph_reads_new_weights_and_follows_the_shapes(tmp_path):
 
 
 @no_card
-def test_a_compiled_unet_is_the_unet(tmp_path, monkeypatch):
-    """In fp32 without TF32, where rounding is 6e-8. The compiled UNet reads new weights, too."""
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-4), ("bf16", 0.03)])
+def test_a_compiled_unet_is_the_unet(dtype, tolerance, tmp_path, monkeypatch):
+    """Also with a new timestep, another prompt and new weights.
+
+    In fp32 without TF32, rounding is 6e-8. In bf16 it is 2^-9 per operation; at SD 1.4's size the
+    two UNets differed by 0.014.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    r = make(tmp_path, "--device", str(CARD), "--dtype", "fp32", "--compile")
+    calls, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **b: calls.append(a) or compile_(*a, **b))
+    r = make(tmp_path, "--device", str(CARD), "--dtype", dtype, "--compile")
+    iterations = r.iterations()
+    next_loss(r, iterations)
+    assert len(calls) == 1
     source, c, c_0 = r.models.teacher.unet, r.prompts.concepts, r.prompts.c_0
     plain, compiled = (InferenceUNet(source, r.device, r.dtype, how) for how in (False, True))
+    assert len(calls) == 2
     z = torch.randn(2, *r.shape[1:], device=CARD)
     before = plain(z, 500, c)
-    torch.testing.assert_close(compiled(z, 500, c), before, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(compiled(z, 400, c_0), plain(z, 400, c_0), rtol=1e-4, atol=1e-4)
+    assert relative(compiled(z, 500, c), before) < tolerance
+    assert relative(compiled(z, 400, c_0), plain(z, 400, c_0)) < tolerance
     for name, p in source.named_parameters():
         if "attn2" in name:
-            p.data.mul_(1.5)
+            p.data.mul_(4)
     plain.sync()
     compiled.sync()
     after = plain(z, 500, c)
-    assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(compiled(z, 500, c), after, rtol=1e-4, atol=1e-4)
+    assert relative(after, before) > 3 * tolerance
+    assert relative(compiled(z, 500, c), after) < tolerance
 
 
 @no_card

@@ -19,8 +19,8 @@ import presets
 import train
 import weights
 from pipeline import InferenceUNet
+from report.previews import Previews
 from support.cuda_graph import CudaGraph
-from support.errors import UserError
 from train import Run
 
 STAR = ["--model", "toy", "--concept", "star", *SHORT, "--device", "cpu"]
@@ -138,48 +138,60 @@ def test_a_diverged_loss_stops_the_run_before_the_step(
 
 
 def test_no_memory_for_the_last_preview(tmp_path, capsys, monkeypatch):
-    """The training is over and saved, and the user must know it."""
+    """The training is over and saved, and the user must know it. --resume makes the preview."""
 
     def finish(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("train.Previews.finish", finish)
-    assert run(train, *STAR, "--out", tmp_path / "o") == 2
+    out = tmp_path / "o"
+    with monkeypatch.context() as full:
+        full.setattr("train.Previews.finish", finish)
+        assert run(train, *STAR, "--out", out) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(tmp_path / "o" / "erased.safetensors") in said and "--preview-every 0" in said
-    weights.read(tmp_path / "o" / "erased.safetensors")
+    assert str(out / "erased.safetensors") in said and f"--resume --out {out}" in said
+    trained, _ = weights.read(out / "erased.safetensors")
+    run_json = (out / "run.json").read_bytes()
+    assert not (out / "film.webp").exists()
+    assert run(train, "--resume", "--out", out) == 0
+    assert (out / "film.webp").exists()
+    again, _ = weights.read(out / "erased.safetensors")
+    assert all(torch.equal(again[name], x) for name, x in trained.items())
+    assert (out / "run.json").read_bytes() == run_json  # with the time of the training
 
 
-def test_a_failure_to_compile_is_one_sentence(tmp_path, capsys, monkeypatch):
-    """Real errors of torch.compile: of its compiler, and of a memory that is full."""
-    compiled = torch.compile
+def test_a_mistake_in_the_last_preview_is_not_hidden(tmp_path, monkeypatch):
+    def finish(*_):
+        raise RuntimeError("a mistake")
 
-    def iterate(error):
-        def backend(*_):
-            raise error
+    monkeypatch.setattr("train.Previews.finish", finish)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run(train, *STAR, "--out", tmp_path / "o")
 
-        return compiled(lambda x: x + 1, backend=backend)(torch.ones(1))
 
-    no_compiler = RuntimeError("Failed to find C compiler")
-    monkeypatch.setattr(train, "iterate", lambda *_: iterate(no_compiler))
-    assert run(train, *STAR, "--preview-every", "0", "--out", tmp_path / "a") == 2
-    said = capsys.readouterr().err
-    assert "C compiler" in said and "Traceback" not in said
-    assert f"--resume --out {tmp_path / 'a'}" in said
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "iterate", lambda *_: None)
-        assert run(train, "--resume", "--out", tmp_path / "a") == 0
-    memory = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "iterate", lambda *_: iterate(memory))
-    assert run(train, *STAR, "--preview-every", "0", "--out", tmp_path / "b") == 2
-    assert "0 iterations are saved" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError("Failed to find C compiler"), "Failed to find C compiler"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "0 iterations are saved"),
+    ],
+)
+def test_an_error_in_torch_compile_is_one_sentence(error, said, tmp_path, capsys, monkeypatch):
+    """Errors as torch.compile raises them: they name what its compiler raised."""
+
+    def backend(*_):
+        raise error
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    monkeypatch.setattr(train, "iterate", lambda *_: compiled(torch.ones(1)))
+    assert run(train, *STAR, "--preview-every", "0", "--out", tmp_path / "o") == 2
+    assert said in capsys.readouterr().err
 
 
 def test_only_the_unet_that_samples_is_compiled(tmp_path, monkeypatch):
-    """On a CPU with a stand-in for torch.compile and for the graph, because both need a GPU."""
+    """On a CPU, with stand-ins for torch.compile and for the graph."""
     calls = []
 
-    def compiled(unet, dynamic):
+    def compiled(unet, dynamic, fullgraph):
         def call(*inputs):
             calls.append(inputs)
             return unet(*inputs)
@@ -194,12 +206,28 @@ def test_only_the_unet_that_samples_is_compiled(tmp_path, monkeypatch):
     for words in ([], ["--compile"]):
         assert not calls
         with torch.enable_grad():
-            iterations = make(tmp_path, *words).iterations()
+            r = make(tmp_path, *words)
+            iterations = r.iterations()
             rows.append([next(iterations) for _ in range(2)])
     assert rows[0] == rows[1]
     assert len(calls) == sum(it.k for it in rows[1])
-    with pytest.raises(UserError, match="remove --compile or --deterministic"):
-        make(tmp_path, "--compile", "--deterministic")
+    Previews(r).images(r.models.student)
+    assert len(calls) == sum(it.k for it in rows[1])
+
+
+@pytest.mark.long
+def test_the_unet_is_one_graph_for_torch_compile():
+    """Otherwise --compile would end with an error, because it asks for one graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    unet = weights.load("toy").unet
+    z, t, c = torch.randn(2, 4, 8, 8), torch.tensor([500, 500]), torch.randn(2, 77, 64)
+    compiled = torch.compile(unet, dynamic=False, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(z, t, c), unet(z, t, c)) and len(graphs) == 1
 
 
 def make(tmp_path, *words):
