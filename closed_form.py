@@ -2,9 +2,9 @@
 
 Cross-attention reads the prompt through two matrices per layer, to_k and to_v. Each matrix W
 (d × D) maps a text state c to a key or a value. A prompt has 77 text states, one per token, and
-each of them is a vector of D numbers. These methods change every W in one step, so that the states
-of the concept give the keys and values of another prompt (the anchor). They need no image and no
-gradient. The result is always
+each of them is a vector of D numbers. These methods change each W (SPEED: of to_v only) so that the
+states of the concept give the keys and values of another prompt (the anchor). They need no image
+and no gradient. The result is always
 
     W ← W° R        with a matrix R (D × D)
 

@@ -363,7 +363,7 @@ def generate_batch(model, unet, row, jobs, batch, folder, args, dtype):
     some = [jobs[i] for i in batch]
     avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
     prompts = ["", *avoided, *(job.prompt for job in some)]
-    c_0, c_S, c_p = encode_prompts(model, prompts, tell=False).split([1, len(avoided), len(some)])
+    c_0, c_S, c_p = encode_prompts(model, prompts, warn=False).split([1, len(avoided), len(some)])
     images = generate_images(
         model,
         unet,

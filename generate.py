@@ -5,7 +5,8 @@
 
 The output folder receives one PNG per image, grid.png (all of them side by side) and prompts.jsonl
 (prompt and seed of each file). Image n of a prompt starts from noise of its own, seeded with
-seed + n on the CPU. So a seed means the same image at any batch size and on any device.
+seed + n on the CPU. So a seed means the same noise at any batch size and on any device, and the
+same image but for rounding.
 """
 
 import support.openmp  # noqa: F401 (before torch)

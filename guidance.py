@@ -1,8 +1,8 @@
 """The denoising loop, and how it combines noise estimates.
 
 An estimator is a function (z, t, i) -> e. z: latents (B, 4, H, W); t: their timestep; e: its
-estimate of the noise in z, (B, 4, H, W). i counts the evaluations of the UNet: 0, 1, .. It is not
-the index of a timestep, because PNDM visits one timestep twice.
+estimate of the noise in z, (B, 4, H, W). i counts the evaluations of the UNet: 0, 1, .. It is also
+the index into scheduler.timesteps (PNDM lists one timestep twice).
 
 Notation, as in the papers: e_0, e_p and e_S are the UNet's estimates for the empty prompt, the
 prompt and the prompt to avoid. One evaluation computes all of them in one batch.
@@ -58,6 +58,7 @@ def cfg(unet, c_0, c_p, s):
 
 # Safe Latent Diffusion (SLD; Schramowski et al. 2022, arXiv 2211.05105), table 1.
 # delta (δ): evaluations before it acts. s_S: scale. threshold (λ). s_m, beta_m (β_m): momentum.
+SEGA_WARMUP = 10  # evaluations before SEGA acts, by its paper
 # diffusers has s_S = 20 for "weak". The paper, which we follow, has 200.
 # fmt: off
 SLD = {
@@ -104,7 +105,7 @@ class SLDGuidance:
 
 
 def sega_step(
-    e_0, e_p, e_edits, s, i, nu, warmups=(10,), s_e=5.0, quantile=0.9, s_m=0.1, beta_m=0.4
+    e_0, e_p, e_edits, s, i, nu, warmups=(SEGA_WARMUP,), s_e=5.0, quantile=0.9, s_m=0.1, beta_m=0.4
 ):
     """One evaluation of SEGA (Brack et al. 2023, arXiv 2301.12247), away from each concept.
 
@@ -182,7 +183,7 @@ def sld(unet, c_0, c_p, c_S, s, warmup, strength):
 
 def sega(unet, c_0, c_p, c_S, s, warmup):
     """SEGA: avoids each row of c_S."""
-    return SEGAGuidance(unet, c_0, c_p, c_S, s, 10 if warmup is None else warmup)
+    return SEGAGuidance(unet, c_0, c_p, c_S, s, SEGA_WARMUP if warmup is None else warmup)
 
 
 GUIDANCE = {

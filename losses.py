@@ -52,7 +52,7 @@ def ablation_loss(e, z_t, t, c_s, c_a, **_):
 
     This is SDD's loss with two changes: the anchor's prompt replaces the empty prompt, and z_t is
     a noised image of the anchor. The target is the student's own estimate with a stop-gradient, as
-    in the authors' script.
+    in the authors' script. The paper takes the original's estimate.
     """
     with torch.no_grad():
         target = e(z_t, t, c_a)

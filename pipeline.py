@@ -1,8 +1,8 @@
 """Text to images, as a library: prompts -> embeddings -> latents -> images.
 
 Image n of a prompt starts from noise of its own, seeded with seed + n on the CPU. So a seed means
-the same image at any batch size and on any device. (Not with adversaries.NoisyDDIM: the noise that
-it adds is drawn for the whole batch.)
+the same noise at any batch size and on any device, and the same image but for rounding. (Not with
+adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 """
 
 import copy
@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 import weights
 from clip_text import MAX_TOKENS, tokenize
-from guidance import GUIDANCE, SLD, sample
+from guidance import GUIDANCE, SEGA_WARMUP, SLD, sample
 from scheduler import SAMPLERS
 from support.cuda_graph import CudaGraph, can_record
 from support.errors import UserError
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
 DECODED = 2**20  # pixels that the VAE decodes at once: 4 images of 512 x 512. 32 need tens of GB
-WARMUPS = {"sega": 10}  # evaluations before a method acts, by its paper
+WARMUPS = {"sega": SEGA_WARMUP}  # evaluations before a method acts, by its paper
 for strength, numbers in SLD.items():
     WARMUPS[f"sld-{strength}"] = numbers["delta"]
 
@@ -59,7 +59,7 @@ def known_words(tokenizer):
         if token.endswith("</w>") and (len(token) > 5 or token == "a</w>"):
             words.add(token.removesuffix("</w>"))
     added = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
-    return words | added  # `added_word`
+    return words | added  # the word of an attack, see added_word below
 
 
 def check_words(model, prompts):
@@ -80,14 +80,14 @@ def check_words(model, prompts):
 
 
 @torch.no_grad()
-def encode_prompts(model, prompts, tell=True):
+def encode_prompts(model, prompts, warn=True):
     """Prompts -> embeddings (len(prompts), 77, D), on the text encoder's device.
 
-    tell: print a warning if prompts were cut to 77 tokens.
+    warn: print a warning if prompts were cut to 77 tokens.
     """
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
-    if tell and any(cut):
+    if warn and any(cut):
         print(
             f"warning: {sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; the "
             f"rest is not read: {prompts[cut.index(True)][:60]!r}…",
@@ -156,11 +156,11 @@ class InferenceUNet:
             torch._foreach_copy_(self.copies, self.source)
 
 
-def count_evaluations(estimate, bar):
-    """The same estimate; each call moves the progress bar by one."""
+def count_evaluations(estimator, bar):
+    """The same estimator; each call moves the progress bar by one."""
 
     def counted(z, t, i):
-        e = estimate(z, t, i)
+        e = estimator(z, t, i)
         bar.update()
         return e
 
@@ -201,10 +201,10 @@ def generate_latents(
     ) as progress:
         for i in starts:
             part = slice(i, i + batch_size)
-            # A new estimate for each batch, because SLD and SEGA have momentum.
-            estimate = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
+            # A new estimator for each batch, because SLD and SEGA have momentum.
+            estimator = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
             z_T = initial_noise(shape, seeds[part]).to(c_0.device)
-            yield sample(count_evaluations(estimate, progress), scheduler, z_T)
+            yield sample(count_evaluations(estimator, progress), scheduler, z_T)
 
 
 @torch.no_grad()

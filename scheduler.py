@@ -62,9 +62,9 @@ class DDIM:
 class PNDM(DDIM):
     """Liu et al. 2022 (arXiv 2202.09778) without its Runge-Kutta start ("PLMS").
 
-    N steps need N + 1 estimates. The first estimate gives a provisional z at the second timestep.
-    The second estimate, made there, repeats the first step with the mean of the two. Later steps
-    combine up to four estimates (Adams-Bashforth).
+    N > 1 steps need N + 1 estimates. The first estimate gives a provisional z at the second
+    timestep. The second estimate, made there, repeats the first step with the mean of the two.
+    Later steps combine up to four estimates (Adams-Bashforth).
 
     The object remembers estimates, so it handles one batch at a time. i = 0 starts a new one.
     """

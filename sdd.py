@@ -56,7 +56,7 @@ MAX_LOSS = 1e5  # estimates have variance near 1, so a working model's loss is o
 
 class Iteration(NamedTuple):
     i: int
-    loss: float
+    loss: float  # with all added terms
     lr: float
     grad_norm: float  # before clipping
     k: int | None  # number of denoising steps that led to z_t; None for a noised image
@@ -98,7 +98,8 @@ def sdd(
 
     student, original: the UNets ε_θ and ε_θ°. They share every tensor that is not trained.
     teacher: the UNet that samples z_t; in SDD ε_θ*, whose trained tensors are theta_ema (θ*).
-    optimizer: holds the trained parameters θ; theta_ema has the same order.
+    optimizer: holds the trained parameters θ; theta_ema has the same order. scheduler: a DDIM of T
+    steps.
     c_0 (1, 77, D), concepts (K, 77, D), joined (1, 77, D), c_a (1, 77, D): embeddings of the empty
     prompt, of each concept, of all concepts joined, and of --anchor.
     shape: of z_t, (B, 4, h, w). generator: a CPU generator, the only source of random numbers.
@@ -130,7 +131,8 @@ def sdd(
             batch, k, j = noised_anchors()
 
         # L = ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²: both estimates are in losses.sdd_loss.
-        # The other terms are 0 in SDD: L + L(c_v) + λ_1 ‖preservation‖² + λ_2 ‖prior‖²
+        # The other terms are 0 in SDD: L + L(c_v) + preserve ‖…‖² + prior ‖…‖² (losses.py);
+        # c_v: the adversary's words.
         batch |= dict(e=student, e_original=original, c_0=c_0)
         value = loss(**batch)
         if adversary is not None:
@@ -167,7 +169,11 @@ def adamw_step(i, optimizer, theta, value, rate, max_grad_norm, scaler):
 
 
 def random_timestep(roles, scheduler, K, i, generator):
-    """k, the timestep t of the loss, and the concept's index j. They are drawn in this order."""
+    """(k, t, j): the number of steps, the timestep of the loss, the index of the concept.
+
+    k is drawn first. "official" then draws t near the timestep of z_t, and takes the concepts in
+    turn. The others take the timestep of z_t, and then draw j.
+    """
     T = len(scheduler.timesteps) - 1  # sampling steps; training uses DDIM (PNDM has one entry more)
     if roles == "official":
         k = int(torch.randint(0, T, (), generator=generator))

@@ -1,6 +1,6 @@
 """Makes a text-to-image model forget a concept.
 
-    python train.py --model toy --concept star      minutes on a CPU: the toy model
+    python train.py --model toy --concept star      minutes on a CPU: a toy model
     python train.py --concept nudity                Stable Diffusion 1.4, on a CUDA GPU
 
 The output folder receives erased.safetensors (the trained tensors, for generate.py --patch and for
@@ -95,7 +95,8 @@ def parse(argv=None):
     add("--method", **one_of(METHODS), default="sdd",
         help="docs/methods.md describes each (default: %(default)s)")
     add("--preset", **one_of(PRESETS),
-        help="defaults of the flags below (default: paper; toy for the toy model)")
+        help="defaults of the flags below (default: paper; toy for the toy models). The defaults "
+             "shown here are SDD's; METHODS in presets.py has those of other methods")
     add("--loss", metavar="FILE:FUNCTION",
         help="your own loss instead of the method's (see losses.py)")
     add("--train-params", **one_of(TRAIN_PARAMS),
@@ -123,11 +124,11 @@ def parse(argv=None):
         help="all-but-one: use the erasing signal above this quantile, for example 0.9, instead "
              "of the anchor (default: off)")
     add("--anchor", nargs="+", default=[], metavar="WORD",
-        help="what to show instead. ablate: one word for all concepts, or one per concept; "
-             "all-but-one: one word")
+        help="what to show instead. ablate, uce, mace, rece, speed: one word for all concepts, or "
+             "one per concept; all-but-one: one word")
     add("--anchor-prompts", type=Path, metavar="FILE",
-        help="ablate: one prompt per line; without --anchor the concept is a style (the toy model "
-             "has no words for this)")
+        help="ablate: one prompt per line; without --anchor the concept is a style (the shapes "
+             "model has no words for this)")
     add("--anchor-images", type=positive, metavar="N",
         help=f"ablate: number of images of the anchor ({default('anchor_images')})")
     add("--prior", type=finite, default=0.0, metavar="λ",
@@ -138,7 +139,7 @@ def parse(argv=None):
     add = parser.add_argument_group("methods without training: uce, mace, rece, speed").add_argument
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
-        "the toy model: several, see presets.py)")
+        "the toy models: several, see presets.py)")
     add("--states", **one_of(["last", "all"]),
         help="uce: use the last word of a prompt, or all 77 tokens (default: last; toy: all)")
     add("--ridge", type=finite, metavar="λ",
@@ -343,22 +344,21 @@ class Run:
         a = self.settings
         loss = METHODS[a["method"]].loss
         if a["loss"]:
-            copy = self.out / OWN_LOSS
-            loss = partial(
-                call_loss, load_loss(a["loss"], copy if copy.exists() else None), a["loss"]
-            )
+            own_copy = self.out / OWN_LOSS
+            file = own_copy if own_copy.exists() else None
+            loss = partial(call_loss, load_loss(a["loss"], file), a["loss"])
         loss = partial(loss, erase_scale=a["erase_scale"], quantile=a["quantile"])
         if self.uses_graphs():
             return GraphedLoss(loss, list(self.models.theta.values()))
         return loss
 
     def uses_graphs(self):
-        """Whether the loss and its gradient can be a CUDA graph. It cannot
+        """Whether the loss and its gradient can be a CUDA graph. They cannot in these cases:
 
-        - with the user's own loss, which may read values from the GPU;
-        - if the embedding is trained: its gradient goes through the prompts;
-        - if most of the UNet is trained: the graph keeps a gradient of its own, of the same size;
-        - with float16: the loss must be multiplied before its gradient is computed (GradScaler).
+        - the user's own loss: it may read values from the GPU;
+        - the embedding is trained: its gradient goes through the prompts;
+        - most of the UNet is trained: the graph keeps a gradient of its own, of the same size;
+        - float16: the loss must be multiplied before its gradient is computed (GradScaler).
         """
         a = self.settings
         few = a["train_params"] in ("xattn", "kv", "v")

@@ -146,7 +146,9 @@ def transformers(kind, n, c, c_context, heads, groups):
     """n transformers for a block with cross-attention, none for a plain one."""
     if kind in ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"):
         return nn.ModuleList(Transformer(c, c_context, heads, groups) for _ in range(n))
-    return nn.ModuleList()
+    if kind in ("DownBlock2D", "UpBlock2D"):
+        return nn.ModuleList()
+    raise ValueError(f"there is no block {kind!r}")
 
 
 class DownBlock(nn.Module):
@@ -265,8 +267,8 @@ class UNet(nn.Module):
         # The U, one row per block: its kind, the input channels of its ResNets, its output
         # channels. In a block with cross-attention, a transformer follows each ResNet.
         # On the way up a row has three ResNets. Each reads x and one skip, the newest first: two
-        # from the ResNets of the row opposite, and one from what that row read as its input. So
-        # the third skip has the channels of the row above.
+        # from the ResNets of the row opposite, and one from what that row read as its input: the
+        # output of the down row before it (for the last up row: of conv_in).
         # On the right: SD 1.4's output channels, and the side of the feature map for 64 x 64
         # latents.
         # fmt: off

@@ -1,7 +1,7 @@
 """Stable Diffusion's autoencoder (`AutoencoderKL`), from scratch.
 
 Images (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/f, W/f), with f = 8 for SD 1.4 (Rombach et al.
-2022, arXiv 2112.10752) and the emoji model, and f = 4 for the toy model.
+2022, arXiv 2112.10752) and the emoji model, and f = 4 for the shapes model.
 
 SD 1.4's rows (output channels, and the side of the feature map for images of 512 x 512):
 
