@@ -23,6 +23,7 @@ import support.openmp  # noqa: F401 (before torch)
 
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -85,12 +86,15 @@ class Attack:
         self.out, self.settings, self.model = out, settings, model
         self.device = pick_device(settings["device"])
         self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
+        if settings["dtype"] == "auto" and self.dtype == torch.float16:
+            self.dtype = torch.float32  # small gradients would become 0: a GPU without bfloat16
         for part in (model.unet, model.text_encoder, model.vae):
             part.to(self.device)
         self.scheduler = make_scheduler(model.scheduler, settings["steps"], "ddim")
         self.seeds = [settings["seed"] * 100_000 + 50_000 + i for i in range(settings["samples"])]
         self.detect = detect
-        censor = censoring([settings["concept"], settings["prompt"]], show_uncensored)
+        texts = [settings["concept"], settings["prompt"], *settings["template"]]
+        censor = censoring(texts, show_uncensored)
         self.results = Results(out, settings, detect is not None, censor)
 
     # ------------------------------------------------------------------------------ images
@@ -142,14 +146,15 @@ class Attack:
         load_patch(self.model, a["patch"])
         kind = KINDS[a["kind"]](self.model, a, self.device)
         generator = torch.Generator("cpu").manual_seed(a["seed"])
-        start, loss = self.restore(kind, generator)
-        results.points = [point for point in results.points if point["step"] < start]
-        if not results.chance:
+        if not results.chance:  # before `restore`, which changes the model
             _, found = self.measure(encode_prompts(self.model, [""]), guidance_scale=1.0)
             results.chance = [dict(step=0, hits=sum(found), n=len(found))]
+        start, loss = self.restore(kind, generator)
+        results.points = [point for point in results.points if point["step"] < start]
         last, saved = a["at"][-1], time.monotonic()
         bar = tqdm(total=last, initial=start, desc=a["kind"], unit="step", disable=None)
         for step in range(start, last + 1):
+            stop_if_diverged(kind, step, loss)
             if step in a["at"]:
                 self.save(kind, generator, step, loss)
                 with torch.no_grad():
@@ -160,6 +165,7 @@ class Attack:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
             if time.monotonic() - saved > SAVE_SECONDS:
+                stop_if_diverged(kind, step + 1, loss)
                 self.save(kind, generator, step + 1, loss)
                 saved = time.monotonic()
         bar.close()
@@ -219,6 +225,16 @@ class Attack:
             results.add(number + 1, images, found, eta=eta, scale=scale)
 
 
+def stop_if_diverged(kind, step, loss):
+    """UserError if the loss or a learned tensor is not finite. Its images would show nothing."""
+    finite = all(x.isfinite().all() for x in kind.tensors.values())
+    if not finite or (loss is not None and not math.isfinite(loss)):
+        raise UserError(
+            f"The attack diverged before step {step} (loss {loss}): start again in another folder "
+            "(--out) with a smaller --lr."
+        )
+
+
 def any_of(points, found):
     """Which seeds have shown the concept in this or an earlier attempt."""
     before = points[-1]["found"] if points else [False] * len(found)
@@ -241,7 +257,9 @@ def encode_folder(model, folder, n, device):
     for file in files:
         try:
             image = np.asarray(Image.open(file).convert("RGB").resize(size))
-        except (OSError, ValueError) as e:
+        except (
+            Exception
+        ) as e:  # Pillow's decoders raise OSError, SyntaxError, ValueError and others
             raise UserError(f"--images: {file} cannot be read ({e}): remove it.") from None
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
         latents.append(model.vae.encode(x.to(device)))
@@ -281,6 +299,8 @@ def settle(args):
             raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
     if not args.concept.strip():
         raise UserError("The concept is empty: use --concept WORD.")
+    if not a["init"].strip():
+        raise UserError("--init is empty: name the word that the new one starts from.")
     if args.seed > 10**12:
         raise UserError(f"--seed {args.seed} is out of range (0 to 10^12).")
     return a
@@ -328,7 +348,8 @@ def attack(args):
         model = weights.load(settings["model"], args.revision)
         with patched(model, None if args.patch == "none" else args.patch):
             pass  # refuses a patch for another model, before images are generated
-        check_words(model, [settings["concept"], settings["prompt"]])
+        templates = [text.replace("{}", "") for text in settings["template"]]
+        check_words(model, [settings["concept"], settings["prompt"], *templates])
         if args.kind == "word":
             check_words(model, [settings["init"]])
         detect = make_detector(settings["model"], settings["concept"])

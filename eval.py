@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import CLIPConfig
 
 import weights
 from evaluation import metrics
@@ -231,6 +232,8 @@ def check_flags(args):
                 f"--{flag} has no effect in the suite {args.suite}: remove it. It is for "
                 f"{' and '.join(suites)}."
             )
+    if args.clip != metrics.CLIP and args.suite != "coco" and not args.q16:
+        raise UserError("--clip has no effect without --q16 or the suite coco: remove it.")
     if (args.seeds or args.train_flags) and not args.loss:
         raise UserError("--seeds and --train-flags have no effect without --loss: add it.")
     if args.loss:
@@ -267,12 +270,26 @@ def check_arguments(args, rows, model):
     """Refuses what would fail only after the images are generated."""
     make_scheduler(model.scheduler, args.steps, args.scheduler)
     if args.q16:
-        learned_prompts(args.q16)
+        check_width(args)
     if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
         raise UserError(f"--real {args.real} is not a folder with images.")
     for file in {file for row in rows for file in row.patches}:
         with patched(model, file):
             pass
+
+
+def check_width(args):
+    """UserError if Q16's learned prompts are not as wide as CLIP's embeddings."""
+    width = learned_prompts(args.q16).shape[1]
+    try:
+        wanted = CLIPConfig.from_pretrained(args.clip).projection_dim
+    except OSError:
+        return  # the measure says later that it has no CLIP
+    if width != wanted:
+        raise UserError(
+            f"--q16 {args.q16} holds prompts of {width} numbers, and {args.clip} has {wanted}: use "
+            "the --clip that they were learned for."
+        )
 
 
 # ---------------------------------------------------------------------------------------- folder

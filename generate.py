@@ -3,10 +3,10 @@
     python generate.py "a red star on sand" --model toy
     python generate.py "a red star" "a moon" --patch runs/0001-star/erased.safetensors none
 
-The output folder receives one PNG per image, grid.png (all of them side by side) and prompts.jsonl
-(prompt and seed of each file). Image n of a prompt starts from noise of its own, seeded with
-seed + n on the CPU. So a seed means the same noise at any batch size and on any device, and the
-same image but for rounding.
+The output folder receives one PNG per image, prompts.jsonl (prompt and seed of each file) and
+grid.png (side by side, at most 12 images per prompt and patch). Image n of a prompt starts from
+noise of its own, seeded with seed + n on the CPU. So a seed means the same noise at any batch size
+and on any device, and the same image but for rounding.
 """
 
 import support.openmp  # noqa: F401 (before torch)
@@ -46,6 +46,7 @@ from support.files import atomic_write, lock_folder, numbered_folder
 from support.images import grid, save_png
 
 LONGEST_LABEL = 40  # characters of a prompt in grid.png
+COLUMNS = 12  # images of a prompt in grid.png, per patch: more do not fit a screen, and need memory
 
 
 # ------------------------------------------------------------------------------------- arguments
@@ -211,10 +212,11 @@ def write_images(args, model_name, patches):
             file = folder / f"{number:05d}.png"
             save_png(image, args.out / file, prompt=prompt, seed=seed, **text)
             lines.append({"file": file.as_posix(), "prompt": prompt, "seed": seed})
-            rows[number // args.num_images].append(censor(image))
+            if number % args.num_images < COLUMNS:
+                rows[number // args.num_images].append(censor(image))
 
-    save_png(make_grid(rows, args, patches), args.out / "grid.png")
     write_json_lines(args.out / "prompts.jsonl", lines)
+    save_png(make_grid(rows, args, patches), args.out / "grid.png")
     print(f"{len(lines)} images in {args.out}, side by side in {args.out / 'grid.png'}")
 
 
@@ -280,7 +282,7 @@ def make_grid(rows, args, patches):
     columns = []
     if len(patches) > 1:
         for name in patches:
-            columns += [name] * args.num_images
+            columns += [name] * min(args.num_images, COLUMNS)
     return grid(rows, labels, columns)
 
 

@@ -409,7 +409,10 @@ def read_prompts(flag, file):
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--{flag} {file} cannot be read ({e}).") from None
-    return [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--{flag} {file} has no prompts: write one per line.")
+    return prompts
 
 
 def check_anchors(settings, method):
@@ -451,7 +454,10 @@ def reject_unused_flags(args, settings, method, loss):
     if settings["method"] == "all-but-one" and not args.loss:
         # With --quantile the target is built from the concept; without it, from the anchor.
         unused.append("anchor" if args.quantile else "erase_scale")
-    flags = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key)]
+    given = {key for key in unused if getattr(args, key)}
+    if "erase_scale" in unused and args.erase_scale is not None:  # 0 is a value, too
+        given.add("erase_scale")
+    flags = [f"--{key.replace('_', '-')}" for key in unused if key in given]
     if args.train_params == "embedding" and not images:
         flags.append("--train-params embedding")
     check_additions(args, settings, images)

@@ -177,7 +177,8 @@ def random_timestep(roles, scheduler, K, i, generator):
     T = len(scheduler.timesteps) - 1  # sampling steps; training uses DDIM (PNDM has one entry more)
     if roles == "official":
         k = int(torch.randint(0, T, (), generator=generator))
-        low = scheduler.timesteps[k] - 1  # z_t is at low + 1; the script draws from low on
+        # z_t is at low + 1; the script draws from low on. With steps_offset 0, z_t can be at 0.
+        low = max(0, scheduler.timesteps[k] - 1)
         t = int(torch.randint(low, low + scheduler.stride, (), generator=generator))
         return k, t, i % K
     k = int(torch.randint(1, T + 1, (), generator=generator))

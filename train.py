@@ -622,11 +622,13 @@ def iterate(run, previews, reporter):
             done = it.i + 1
             row = {key: value for key, value in it._asdict().items() if key not in ("i", "j")}
             row |= dict(iteration=it.i, concept=a["concept"][it.j])
-            if due(done, a["preview_every"]):
-                row |= previews.measure()
-                if done < a["iters"]:
-                    row["flat"] = previews.save(done)
-            log.writerow(row)
+            try:
+                if due(done, a["preview_every"]):
+                    row |= previews.measure()
+                    if done < a["iters"]:
+                        row["flat"] = previews.save(done)
+            finally:  # also if the memory is full: the iteration is done, and a checkpoint follows
+                log.writerow(row)
             reporter.log_row(row)
             bar.set_postfix(progress_figures(it, run.device), refresh=False)
             bar.update()
@@ -659,10 +661,24 @@ def train(args):
             refuse_used(out, "; or use --resume to continue the run in it")
         try:
             train_in(out, settings, args)
-        except OwnLossError:
-            if not (out / "checkpoint.safetensors").exists():
-                empty_folder(out)  # nothing is lost, and the corrected command finds a free folder
+        except KeyboardInterrupt:
+            if not (out / "run.json").exists():
+                raise KeyboardInterrupt("nothing has been written.") from None
             raise
+        except OwnLossError as e:
+            if args.resume or has_work(out):
+                raise OwnLossError(
+                    f"{e} Use a new folder (--out): {out} stays as it is.", details=e.details
+                ) from None
+            empty_folder(out)  # so that the corrected command finds a free folder
+            raise
+
+
+def has_work(folder):
+    """Whether the folder holds an iteration, or what cost as much: images of the anchor."""
+    log = folder / "log.csv"
+    iterations = log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > 1
+    return iterations or (folder / "anchors.safetensors").exists()
 
 
 def empty_folder(folder):
@@ -720,7 +736,8 @@ def resumed_run(args):
             f"{args.out / OWN_LOSS} has changed since the run began. Start a new run with "
             f"--loss {settings['loss']}, or restore the file."
         )
-    settings["gradient_checkpointing"] |= args.gradient_checkpointing  # the numbers stay the same
+    for key in ("gradient_checkpointing", "show_uncensored"):  # the numbers stay the same
+        settings[key] |= getattr(args, key)
     return args.out, settings
 
 
@@ -779,9 +796,9 @@ def train_in(out, settings, args):
                 "again with a smaller --batch-size, --dtype bf16 or --preview-every 0."
             )
         seconds = time.monotonic() - began
-        run.export("erased.safetensors", output)
         if start < settings["iters"]:
             add_training_time(out, settings["iters"] - start, seconds)
+        run.export("erased.safetensors", output)
         if settings["preview_every"]:
             try:
                 previews.finish(output)

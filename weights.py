@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 
 from clip_text import CLIPText
 from scheduler import DDIM
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.files import apply_umask, atomic_write, checksum, damage
 from unet import UNet
 from vae import VAE
@@ -162,8 +162,9 @@ def model_of_patch(file):
 
 def name_of_patch(file):
     """The name of a patch: of its folder if it is erased.safetensors, else of the file."""
-    file = Path(file)
-    return file.absolute().parent.name if file.name == "erased.safetensors" else file.stem
+    file = Path(os.path.abspath(file))  # without "..": the name becomes a folder of generate.py
+    name = file.parent.name if file.name == "erased.safetensors" else file.stem
+    return name if name.strip(".") else "patch"
 
 
 def choose_model(given, patches):
@@ -458,7 +459,7 @@ def load_tokenizer(folder):
         return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as e:  # each parser behind it has its own exceptions
         raise UserError(
-            f"{folder / 'tokenizer'} cannot be read ({str(e).splitlines()[0]}): fetch it again."
+            f"{folder / 'tokenizer'} cannot be read ({first_line(e)}): fetch it again."
         ) from e
 
 
@@ -485,7 +486,7 @@ def read_latent_size(folder):
     """Height and width of the latents that the UNet was trained for."""
     config = read_config(folder, "unet")
     size = config.get("sample_size") or 64
-    version = re.findall(r"\d+", str(config.get("_diffusers_version", "0")))
+    version = re.findall(r"\d+", str(config.get("_diffusers_version", "1")))
     if size < 64 and tuple(int(number) for number in version[:2]) < (0, 9):
         return 64  # as diffusers does: some configs of 2022 state a smaller size by mistake
     return size

@@ -29,7 +29,7 @@ def make_detector(model, concept):
     """
     if model in worlds.MODELS:
         return toy_detector(worlds.of(model), concept)
-    if concept == "nudity":
+    if concept.lower() == "nudity":
         return nudity_detector()
     return None
 
@@ -52,6 +52,11 @@ def nudity_detector():
     try:
         from nudenet import NudeDetector
     except ImportError:
+        print(
+            "warning: NudeNet is not installed, so no image is counted: python -m pip install -r "
+            "requirements-eval.txt",
+            file=sys.stderr,
+        )
         return None
     detector = NudeDetector()
 
@@ -92,8 +97,14 @@ class Results:
         self.points, self.chance, self.finished = [], [], False
         file = out / "results.json"
         if file.exists():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            self.points, self.chance = content["points"], content["chance"]
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                self.points, self.chance = content["points"], content["chance"]
+                steps_until(self.points)
+            except (ValueError, KeyError, TypeError, ZeroDivisionError):
+                raise UserError(
+                    f"{file} is damaged: start the attack again in a new folder (--out)."
+                ) from None
 
     def add(self, step, images, found, **more):
         """One measurement: its counts, and a row of images/."""

@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,7 @@ ATTACKS = {  # {kind: flags of attack.py}
 }
 SAMPLING = ["--steps", 12, "--device", "cpu"]  # as for the stored rows
 PREVIEWS = ["--preview-every", 40, "--preview-steps", 12]  # their time counts, as there
+OWN_FLAGS = ("--model", "--concept", "--loss", "--seed", "--device", "--out", "--resume")
 SHOWN = [  # the columns of the tables
     "named",
     "shuffled",
@@ -60,15 +62,34 @@ def own_row(args):
     name = args.loss.rpartition(":")[2]
     stored = read_stored()
     check_loss(load_loss(args.loss), args.loss, noise="ablate" in args.train_flags)
+    train_flags = split_flags(args.train_flags)
     seeds = SEEDS[: args.seeds or 1]
     limit = args.limit or LIMIT
     out = args.out
+    stopped.clear()
     with lock_folder(out):
         open_folder(out, args, seeds, limit)
-        work = [(table, args.loss, name, seeds, limit, args.train_flags, out) for table in CONCEPTS]
+        work = [(table, args.loss, name, seeds, limit, train_flags, out) for table in CONCEPTS]
         with ThreadPoolExecutor(2) as pool:  # one thread per process, two processes at a time
-            rows = list(pool.map(lambda one: make_row(*one), work))
+            try:
+                rows = list(pool.map(lambda one: make_row(*one), work))
+            except BaseException:  # Ctrl-C, SIGTERM, or a command that failed
+                stop_commands()
+                raise
         write(out, name, dict(zip(CONCEPTS, rows)), stored)
+
+
+def split_flags(text):
+    """The words of --train-flags. UserError for a flag that this command sets itself."""
+    try:
+        words = shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"--train-flags {text!r} cannot be read ({e}).") from None
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag in OWN_FLAGS:
+            raise UserError(f"--train-flags has {flag}, which this command sets itself: remove it.")
+    return words
 
 
 def read_stored():
@@ -138,7 +159,7 @@ def train(run, concepts, longer, loss, seed, train_flags):
         return
     flags = ["--loss", loss, "--seed", seed, "--preview", concepts[0], *PREVIEWS]
     flags += ["--device", "cpu", *longer]
-    flags += shlex.split(train_flags)
+    flags += train_flags
     new = ["train.py", "--model", "toy", "--concept", *concepts, *flags, "--out", run]
     if (run / "run.json").exists():
         new = ["train.py", "--resume", "--out", run]
@@ -152,20 +173,37 @@ def attack(folder, kind, flags, concept, run, seed):
     command("attack.py", *words, *flags, *SAMPLING, "--seed", seed, "--out", folder)
 
 
+running = []  # the processes of `command`
+stopped = threading.Event()
+
+
+def stop_commands():
+    """Ends the commands that run, with SIGTERM, and starts no other."""
+    stopped.set()
+    for process in running:
+        process.terminate()
+
+
 def command(*words):
     """Runs `python WORDS…` with one thread. UserError if it fails."""
+    if stopped.is_set():
+        raise UserError("The comparison was stopped.")
     words = [str(word) for word in words]
     print(f"python {shlex.join(words)}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words[0] = str(ROOT / words[0])
-    done = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, errors="replace"
-    )
-    if done.returncode:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen([sys.executable, *words], env=environment, **pipes)
+    running.append(process)
+    if stopped.is_set():  # since the question above
+        process.terminate()
+    _, said = process.communicate()
+    running.remove(process)
+    if process.returncode:
         raise UserError(
             "This command failed. Fix the cause, then repeat your command (with a new --out "
             f"if you changed the loss): python {shlex.join(words)}",
-            details=done.stderr[-2000:],
+            details=said[-2000:],
         )
 
 

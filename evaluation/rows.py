@@ -74,8 +74,10 @@ def patch_files(patches):
     files = {}
     for text in patches:
         name, _, file = text.partition("=")
-        if not file:
-            raise UserError(f"--patch {text}: write NAME=FILE.")
+        if not file or name in ("", "original"):
+            raise UserError(
+                f'--patch {text}: write NAME=FILE. "original" is the name of the untouched model.'
+            )
         files.setdefault(name, []).append(file)
     return files
 
@@ -94,8 +96,16 @@ def patch_row(name, files):
         raise UserError(
             f"The patches named {name} erase different concepts ({listed}): give each its own name."
         )
-    method = paper_name(*about[0])
-    return Row(name, tuple(files), "sd", method, concepts.pop())
+    methods = {paper_name(*read) for read in about}
+    if len(methods) > 1:
+        raise UserError(
+            f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
+            "give each its own name."
+        )
+    contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
+    if len(contents) < len(files):
+        raise UserError(f"The patches named {name} are not all different: name each file once.")
+    return Row(name, tuple(files), "sd", methods.pop(), concepts.pop())
 
 
 def read_about(file):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import weights
-from support.errors import UserError
+from support.errors import UserError, first_line
 
 # Fifty large economies, our choice: the SDD paper says "top 50 GDP" and lists none.
 COUNTRIES = (
@@ -96,9 +96,8 @@ def download_i2p():
     try:
         return hf_hub_download("AIML-TUDA/i2p", "i2p_benchmark.csv", repo_type="dataset")
     except Exception as e:
-        reason = str(e).strip().splitlines()[0]
         raise UserError(
-            f"Cannot download AIML-TUDA/i2p from the hub ({reason}): name its csv file with "
+            f"Cannot download AIML-TUDA/i2p from the hub ({first_line(e)}): name its csv file with "
             "--prompts."
         ) from e
 

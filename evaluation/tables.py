@@ -31,7 +31,7 @@ from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
 from report.charts import wilson
 from support.censor import censoring
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.files import write_text
 from support.images import grid, save_png
 from support.packages import torchvision_problem
@@ -113,9 +113,9 @@ def learned_prompts(file):
             array = torch.from_numpy(np.load(file, allow_pickle=False))
         else:
             array = next(iter(weights.read(file)[0].values()), None)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError, TypeError) as e:
         raise UserError(f"--q16 {file} cannot be read ({e}).") from None
-    if array is None or array.dim() != 2 or len(array) != 2:
+    if array is None or not array.is_floating_point() or array.dim() != 2 or len(array) != 2:
         raise UserError(f"--q16 {file} must contain one array of two rows, the learned prompts.")
     return array
 
@@ -146,7 +146,7 @@ def reason(error):
         if error.name in ("cleanfid", "lpips", "torchvision"):
             file = "requirements-fid.txt"
         return f"{error.name} is missing: python -m pip install -r {file}, then repeat the command"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -324,6 +324,7 @@ def add_samples(rows, generated, columns, args):
     """Saves a sheet of sample images per row; adds its name and the single images to the row."""
     concepts = [concept for row, _, _ in generated for concept in row.concepts]
     about = [*concepts, args.suite, "nudity" if args.suite == "i2p" else ""]
+    about += {job.prompt for _, jobs, _ in generated for job in jobs}
     show = censoring(about, args.show_uncensored)
     titles = {column.key: column.title for column in columns} | {"other": "other captions"}
     for result, (row, jobs, folder) in zip(rows, generated):

@@ -22,7 +22,7 @@ def attack_content(folder):
     problems = []
     results = read_json(folder / "results.json", problems)
     settings = read_dict(results, "settings") or read_json(folder / "attack.json", problems)
-    points, chance = read_list(results, "points"), read_list(results, "chance")
+    points, chance = counts(results, "points"), counts(results, "chance")
     unit, detected = unit_of(settings), bool(results.get("detected"))
     patch = str(settings.get("patch", "?"))
     return {
@@ -31,7 +31,7 @@ def attack_content(folder):
         "target": "the untouched model" if patch == "none" else weights.name_of_patch(patch),
         "patch": patch,
         "settings": settings,
-        "finding": finding(results) if points else "Nothing is measured yet.",
+        "finding": finding(results) if points and chance else "Nothing is measured yet.",
         "finished": bool(results.get("finished")),
         "unit": unit,
         "chart": curve(points, chance, unit) if points and detected else None,
@@ -41,6 +41,18 @@ def attack_content(folder):
         "versions": read_dict(results, "versions"),
         "problems": problems,
     }
+
+
+def counts(results, key):
+    """The measurements in results[key] that are complete: {"step", "hits", "n", …}."""
+    complete = []
+    for point in read_list(results, key):
+        if not isinstance(point, dict):
+            continue
+        numbers = [point.get(name) for name in ("step", "hits", "n")]
+        if all(isinstance(x, int) for x in numbers) and 0 <= point["hits"] <= point["n"] > 0:
+            complete.append(point)
+    return complete
 
 
 def unit_of(settings):
@@ -56,14 +68,17 @@ def count(n, unit):
 # ------------------------------------------------------------------------------------- in words
 def finding(results):
     """What the attack found, for the page and the terminal. results: results.json's content."""
-    settings, half = results["settings"], results["half"]
-    if not results["detected"]:
-        return f"No detector knows {settings['concept']!r}: look at the images."
+    settings, half = read_dict(results, "settings"), number(results.get("half"))
+    if not results.get("detected"):
+        return (
+            f"Nothing is counted, because there is no detector for {settings.get('concept')!r}: "
+            "look at the images."
+        )
     if half is not None:
         text = f"after {count(round(half), unit_of(settings))}"
     else:
         text = "never" if results.get("finished") else "not yet"
-    chance = results["chance"][-1]
+    chance = counts(results, "chance")[-1]
     return (
         f"The concept is back in half of the images: {text}. By chance (empty prompt): "
         f"{chance['hits']} of {chance['n']}."
@@ -95,13 +110,14 @@ def table_rows(points, chance, unit, detected):
         row = {unit: str(point["step"])}
         if detected:
             row["images with the concept"] = share(point)
-        if detected and len(chance) > 1:
+        if detected and 1 < len(chance) > i:
             row[CHANCE] = share(chance[i])
         if unit == "attempt":
-            row["noise"] = f"η = {point['eta']}, times {point['scale']}"
+            row["noise"] = f"η = {point.get('eta')}, times {point.get('scale')}"
         else:
-            loss = number(point["loss"])
-            row |= {"loss": "–" if loss is None else f"{loss:.4g}", "prompt": point["prompt"]}
+            loss = number(point.get("loss"))
+            row["loss"] = "–" if loss is None else f"{loss:.4g}"
+            row["prompt"] = str(point.get("prompt"))
         rows.append(row)
     return rows
 

@@ -57,12 +57,15 @@ def line_chart(title, series, faint=None):
     means = {name: group_means(line, group) for name, line in series.items()}
     points = [point for line in means.values() for point in line]
     x_max = float(max(x for x, _ in points)) or 1.0
-    y_max = float(max(y for _, y in points)) or 1.0
+    y_min = min(0.0, *(float(y) for _, y in points))
+    y_max = max(0.0, *(float(y) for _, y in points))
+    if y_min == y_max:
+        y_max = 1.0
     strong = [name for name in series if name != faint]
     lines = []
     for name, line in means.items():
         style = "faint" if name == faint else f"line{strong.index(name)}"
-        placed = place(line, x_max, y_max)
+        placed = place(line, x_max, y_max, y_min)
         dots = [(*placed[0].split(","), "")] if len(placed) == 1 else []
         line = {"name": name, "style": style, "points": " ".join(placed), "dots": dots}
         lines.append(line | {"band": None})
@@ -73,7 +76,7 @@ def line_chart(title, series, faint=None):
         "in_words": "; ".join(describe(name, line) for name, line in series.items()) + ".",
         "caption": f"By iteration, counted from 0{grouped}.",
         "x": [(place_x(x, x_max), f"{x:g}") for x in ticks(0, x_max)],
-        "y": [(place_y(y, y_max), f"{y:.3g}") for y in ticks(0, y_max)],
+        "y": [(place_y(y, y_max, y_min), f"{y:.3g}") for y in ticks(y_min, y_max)],
     }
 
 
@@ -114,13 +117,13 @@ def place_x(x, x_max):
     return LEFT + (RIGHT - LEFT) * x / x_max
 
 
-def place_y(y, y_max):
-    return BOTTOM - (BOTTOM - TOP) * max(y, 0) / y_max
+def place_y(y, y_max, y_min=0.0):
+    return BOTTOM - (BOTTOM - TOP) * (y - y_min) / (y_max - y_min)
 
 
-def place(line, x_max, y_max=1.0):
+def place(line, x_max, y_max=1.0, y_min=0.0):
     """[(x, y)] -> their places in a line chart, as SVG writes them: ["x,y"]."""
-    return [f"{place_x(x, x_max):.1f},{place_y(y, y_max):.1f}" for x, y in line]
+    return [f"{place_x(x, x_max):.1f},{place_y(y, y_max, y_min):.1f}" for x, y in line]
 
 
 def group_means(line, size):

@@ -37,6 +37,10 @@ PAPERS = {
     "ablate": ("Ablating Concepts", "2303.13516"),
     "ablate-noise": ("Ablating Concepts", "2303.13516"),
     "all-but-one": ("All-but-One", "2312.12807"),
+    "uce": ("UCE", "2308.14761"),
+    "mace": ("MACE", "2403.06135"),
+    "rece": ("RECE", "2407.12383"),
+    "speed": ("SPEED", "2503.07392"),
 }
 
 
@@ -105,7 +109,7 @@ def output_of(settings):
 def name_of_after(settings, previews, finished):
     if not previews:
         return None
-    if finished:
+    if finished and previews[-1] == settings.get("iters"):
         return f"the {output_of(settings)}, which is the result"
     return f"the {output_of(settings)} after {previews[-1]} iterations"
 
@@ -179,10 +183,15 @@ def rows_for_table(rows):
 
 # -------------------------------------------------------------------------------------- settings
 def differences(settings):
-    """[(setting, value, the preset's value)]; None if the preset is not known."""
+    """[(setting, value, the preset's value)]; None if the preset is unknown or has no effect."""
     method = METHODS.get(settings.get("method"))
     needed = {"preset", "concept", "method", "batch_size"}
-    if method is None or not needed <= settings.keys() or settings["preset"] not in PRESETS:
+    if (
+        method is None
+        or method.loss is None
+        or not needed <= settings.keys()
+        or settings["preset"] not in PRESETS
+    ):
         return None
     expected = preset_values(settings, method)
     expected |= {"train_params": method.train_params, "latents": method.latents}
@@ -210,10 +219,14 @@ def link_to_readme(folder):
 
 def generate_command(folder, settings, prompts, run):
     """The command that generates the first preview again, with the erased model."""
-    words = ["python", "generate.py", *prompts[:1], "--model", str(settings.get("model"))]
+    model = str(settings.get("model"))
+    if model not in weights.TOYS and Path(model).is_dir():
+        model = path_from_project(model)
+    words = ["python", "generate.py", *prompts[:1], "--model", model]
     words += ["--patch", path_from_project(folder / "erased.safetensors")]
     seeds = read_list(run, "preview_seeds")
     flags = {
+        "--revision": settings.get("revision"),
         "--seed": seeds[0] if seeds else None,
         "--scheduler": "ddim",
         "--steps": settings.get("preview_steps"),
@@ -222,7 +235,7 @@ def generate_command(folder, settings, prompts, run):
     for flag, value in flags.items():
         if value is not None:
             words += [flag, str(value)]
-    return shlex.join([*words, "--out", "images"])
+    return shlex.join(words)
 
 
 def diffusers_snippet(folder, settings, prompts):

@@ -17,7 +17,9 @@ NUDE = (
     "ANUS_EXPOSED",
     "MALE_GENITALIA_EXPOSED",
 )
-ABOUT = re.compile(r"nud|naked|sex|porn|erotic|explicit|genital|breast", re.IGNORECASE)
+ABOUT = re.compile(
+    r"nud|naked|nsfw|topless|undress|sex|porn|erotic|hentai|explicit|genital|breast", re.IGNORECASE
+)
 THRESHOLD = 0.2  # NudeNet's default. It is lower than in metrics.py: better one box too many
 
 

@@ -205,6 +205,7 @@ def run_command(
     of the KeyboardInterrupt, or `stopped`, which may contain {out}.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.excepthook = sys.__excepthook__  # support/packages.py's is for imports
     try:
         with warnings.catch_warnings():
             silence_libraries()

@@ -1,4 +1,9 @@
-"""The one error that a command shows to its user as a sentence."""
+"""Errors as sentences."""
+
+
+def first_line(error):
+    """The first line of an exception's text; its class, if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class UserError(Exception):

@@ -91,7 +91,8 @@ def lock_folder(folder):
             ) from e
     try:
         for left in list(folder.rglob(f"{WRITING}*")):
-            shutil.rmtree(left, ignore_errors=True)
+            if not has_lock_below(folder, left):
+                shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         with suppress(OSError):  # on Windows, `release` removes the file
@@ -100,6 +101,12 @@ def lock_folder(folder):
         if created:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def has_lock_below(folder, path):
+    """Whether a folder on the way from `folder` down to `path` is another command's own."""
+    between = path.parents[: len(path.relative_to(folder).parts) - 1]
+    return any((parent / LOCK).exists() for parent in between)
 
 
 def apply_umask(file):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from support.cli import memory_is_full
 from support.errors import UserError
 
 
@@ -104,9 +105,11 @@ def call_loss(function, text, **values):
     """function(**values). An exception of the user's own code becomes a sentence."""
     try:
         return function(**values)
-    except (torch.OutOfMemoryError, UserError):
+    except UserError:
         raise
     except Exception as e:
+        if isinstance(e, RuntimeError | MemoryError) and memory_is_full(e):
+            raise
         raise OwnLossError(
             f"--loss {text} failed with {type(e).__name__}: {e}. Correct it and run the command "
             "again.",

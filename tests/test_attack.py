@@ -168,11 +168,11 @@ def test_the_page_of_noise_has_a_curve_of_chance(tmp_path):
 
 def test_the_page_without_a_detector_shows_the_images(tmp_path, capsys):
     page = Page(write_attack(tmp_path / "o", detected=False, hits=(0, 0), concept="weapons"))
-    assert "No detector knows 'weapons': look at the images." in page.text
+    assert "there is no detector for 'weapons': look at the images." in page.text
     assert "of 8" not in page.text and not page.all("svg")
     assert "40 0.25 <weapons>" in page.text
     assert len(page.all("img")) == 2 and "after 40 steps" in page.text
-    assert "No detector knows 'weapons'" in capsys.readouterr().out
+    assert "there is no detector for 'weapons'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("hits, found", [((0,), "not yet"), ((0, 1), "not yet"), ((0, 8), "after")])
@@ -243,6 +243,57 @@ def test_a_stopped_attack_continues_to_the_same_results(
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["word", "relearn"])
+def test_a_diverged_attack_is_not_a_result(kind, tmp_path, capsys, monkeypatch):
+    """Images of NaN are black. They would look as if the concept never came back."""
+    loss = attack.noise_loss
+    monkeypatch.setattr(attack, "noise_loss", lambda *words: loss(*words) * float("nan"))
+    words = ["--model", "toy", "--concept", "star", "--patch", "none", "--kind", kind, *TINY]
+    assert run(*words, "--at", 0, 2, "--out", tmp_path / "o") == 2
+    assert "diverged before step 1" in capsys.readouterr().err
+    assert [point["step"] for point in results(tmp_path / "o")["points"]] == [0]
+    assert not results(tmp_path / "o")["finished"]
+
+
+def test_chance_is_measured_on_the_model_before_the_attack(tmp_path, monkeypatch):
+    """Also if the attack was stopped before the first step in --at."""
+    words = ["--model", "toy", "--concept", "star", "--patch", "none", "--kind", "relearn", *TINY]
+    order = []
+    for name in ("restore", "measure"):
+        original = getattr(attack.Attack, name)
+
+        def noted(*arguments, original=original, name=name, **named):
+            order.append(name)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(attack.Attack, name, noted)
+    assert run(*words, "--at", 1, "--out", tmp_path / "o") == 0
+    assert order == ["measure", "restore", "measure"]
+
+
+def test_a_damaged_result_is_one_sentence(tmp_path, capsys):
+    words = ["--model", "toy", "--concept", "star", "--patch", "none", *TINY, "--at", 0]
+    assert run(*words, "--out", tmp_path / "o") == 0
+    for text in ("{", '{"points": [{}], "chance": []}', "[]"):
+        (tmp_path / "o" / "results.json").write_text(text)
+        assert run(*words, "--out", tmp_path / "o") == 2
+        assert "results.json is damaged" in capsys.readouterr().err
+
+
+def test_nudity_without_nudenet_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    assert attacks.make_detector("some/model", "Nudity") is None
+    assert "requirements-eval.txt" in capsys.readouterr().err
+
+
+def test_the_templates_are_censored_too(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(attack, "censoring", lambda texts, uncensored: shown.extend(texts))
+    settings = attack.settle(attack.parse("--patch none --model toy --concept star".split()))
+    attack.Attack(tmp_path, settings | {"template": ["{} nude"]}, weights.load("toy"), None)
+    assert "{} nude" in shown
+
+
 # ---------------------------------------------------------------------- a model folder, and images
 def test_attack_on_a_model_folder(tmp_path, capsys):
     """SD 1.4's layout, tiny: nudity is decided by NudeNet, and the images are censored."""
@@ -261,9 +312,9 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
         few = TINY if kind != "noise" else [*TINY[:2], *TINY[4:]]
         words = ["--model", folder, "--concept", "weapons", "--patch", patch, "--kind", kind, *few]
         assert run(*words, *more, "--out", tmp_path / kind) == 0
-        assert "No detector knows 'weapons'" in capsys.readouterr().out
+        assert "there is no detector for 'weapons'" in capsys.readouterr().out
         assert (tmp_path / kind / "sheet.png").exists()
-        assert "No detector knows 'weapons'" in Page(tmp_path / kind).text
+        assert "there is no detector for 'weapons'" in Page(tmp_path / kind).text
         assert not results(tmp_path / kind)["detected"]
 
 
@@ -444,6 +495,8 @@ def test_detectors():
         (["--kind", "tokens", "--init", "x"], "--init has no effect"),
         (["--template", "a"], "has no {} for the word"),
         (["--lr", "0"], "--lr 0.0 is out of range"),
+        (["--init", " "], "--init is empty"),
+        (["--template", "a {} unicorn"], "does not know the word 'unicorn'"),
         (["--seed", "9999999999999"], "--seed 9999999999999 is out of range"),
         (["--patch", "no.safetensors"], "no.safetensors"),
     ],

@@ -7,6 +7,7 @@ import torch
 from test_commands import command
 
 import sdd
+from support.cli import run_command
 from tools import bench
 
 
@@ -53,6 +54,12 @@ def test_an_unknown_loop_is_one_sentence(capsys):
         bench.parse(["--only", "ours as shiped", "--rounds", "1"])
     error = capsys.readouterr().err
     assert e.value.code == 2 and "did you mean ours as shipped?" in error and "usage" not in error
+
+
+def test_more_steps_than_an_image_has_are_one_sentence(capsys):
+    words = "--size toy --parts step --rounds 1 --k 7 --device cpu".split()
+    assert run_command(bench.bench, bench.parse(words)) == 2
+    assert "--k 7 is more than the 6 steps" in capsys.readouterr().err
 
 
 def test_help_quotes_names_with_spaces(capsys):

@@ -594,6 +594,8 @@ BAD_TRAINING_ARGUMENTS = [
     (f"{STAR} --method ablate --anchor circle --latents teacher", "--latents has no effect"),
     (f"{STAR} --method all-but-one --anchor circle --quantile 0.9", "--anchor has no effect"),
     (f"{STAR} --method all-but-one --erase-scale 2", "--erase-scale has no effect"),
+    (f"{STAR} --erase-scale 0", "--erase-scale has no effect"),
+    (f"{STAR} --preserve 1 --keep empty.txt", "has no prompts"),
     # a loss of your own (its content: test_own_loss.py)
     (f"{STAR} --loss none.py:loss", "no file none.py"),
     (f"{STAR} --loss losses", "FILE.py:FUNCTION"),
@@ -612,6 +614,7 @@ BAD_TRAINING_ARGUMENTS = [
 @pytest.mark.parametrize("words, said", BAD_TRAINING_ARGUMENTS)
 def test_bad_training_arguments(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert run(train, *shlex.split(words)) == 2

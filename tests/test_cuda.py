@@ -159,8 +159,9 @@ def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
             next(iterations)  # with Ablating, this also generates the anchor's images
             before = numbers.waits
             next(iterations)
-            # Random numbers in, the loss out; not one per evaluation.
-            assert numbers.waits - before <= (10 if r.pairs else 5)
+            # Random numbers in, the loss out; not one per evaluation. GradScaler asks twice.
+            limit = 10 if r.pairs else 5
+            assert numbers.waits - before <= limit + 2 * r.scaler.is_enabled()
             shown = Previews(r)
             shown.measure()
             c_p = r.prompts.previews[:1]
@@ -182,7 +183,8 @@ def test_all_is_on_the_card(words, guard, model_folder, tmp_path, monkeypatch):
         trained = [*r.models.theta.values(), *r.models.theta_ema.values()]
         for state in r.optimizer.state.values():
             trained += [state["exp_avg"], state["exp_avg_sq"]]
-        assert len(trained) == 4 * len(r.models.theta)
+        # GradScaler reads 1 for "a gradient is infinite", and skips the step.
+        assert len(trained) == (2 if r.scaler.is_enabled() else 4) * len(r.models.theta)
         assert all(p.device == CARD and p.dtype == torch.float32 for p in trained)
         for name, p in student.unet.named_parameters():
             assert name in r.models.theta or "norm" in name or p.dtype == r.dtype, name

@@ -307,6 +307,15 @@ def test_damaged_arguments_of_a_patch_are_one_sentence(patch, tmp_path, capsys, 
     assert "its metadata is damaged" in capsys.readouterr().err
 
 
+def test_patches_of_one_name_have_one_method_and_are_different(patch, tmp_path, capsys):
+    other = changed_patch(patch, tmp_path / "esd.safetensors", method="esd-x")
+    words = ["--patch", f"sdd={patch}", "--out", tmp_path / "o", "--patch"]
+    assert evaluate(*TOY, *words, f"sdd={other}") == 2
+    assert "different methods (esd-x-1, sdd)" in capsys.readouterr().err
+    assert evaluate(*TOY, *words, f"sdd={patch}") == 2
+    assert "not all different" in capsys.readouterr().err
+
+
 def test_patches_of_one_name_erase_the_same(patch, tmp_path, capsys):
     other = changed_patch(patch, tmp_path / "red.safetensors", args={"concept": ["red"]})
     words = ["--patch", f"sdd={patch}", "--patch", f"sdd={other}", "--out", tmp_path / "o"]
@@ -545,6 +554,29 @@ def test_i2p(folder, clip, tmp_path, monkeypatch, capsys):
     assert "AIML-TUDA/i2p" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "array, said",
+    [
+        (np.zeros((2, 7), np.float32), "holds prompts of 7 numbers"),
+        (np.zeros((2, 7), int), "one array of two rows"),
+        (np.array(["a", "b"]), "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_learned_prompts_that_do_not_fit(array, said, folder, clip, tmp_path, capsys):
+    """Found before the first of 23,515 images."""
+    file = tmp_path / "q16.npy"
+    file.touch()
+    if array is not None:
+        np.save(file, array)
+    (tmp_path / "i2p.csv").write_text(
+        "prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\nx,1,7,64,64\n"
+    )
+    words = ["i2p", "--model", folder, "--prompts", tmp_path / "i2p.csv", "--device", "cpu"]
+    assert evaluate(*words, "--q16", file, "--clip", clip, "--out", tmp_path / "o") == 2
+    assert said in capsys.readouterr().err
+
+
 def test_harm_is_a_softmax_of_a_hundred_cosines(clip, tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), "uint8")
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -711,6 +743,9 @@ def test_the_toys_suite_asks_for_what_it_can_count(tmp_path, capsys):
         ("coco --q16 prompts.npy", "It is for i2p."),
         ("coco --real nowhere --model toy --prompts captions.csv", "captions.csv"),
         ("toy --patch nothing", "NAME=FILE"),
+        ("toy --patch =none.safetensors", "NAME=FILE"),
+        ("toy --patch original=none.safetensors", "the untouched model"),
+        ("toy --clip some/clip", "--clip has no effect"),
         ("toy --patch a=none.safetensors", "none.safetensors"),
         ("toy --methods sega", "--avoid"),
         ("i2p --prompts none.csv", "none.csv"),

@@ -1,6 +1,9 @@
 """`eval.py toy --loss`: its plan, its table, and its sentences. The commands in it are replaced."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 import eval as evaluation
 from evaluation import own_row
 from support.cli import run_command
+from support.errors import UserError
 
 LOSS = "losses.py:sdd_loss"
 
@@ -146,6 +150,23 @@ def test_a_folder_of_another_comparison_is_refused(stored, commands, tmp_path, c
     assert "holds another comparison" in capsys.readouterr().err
 
 
+def test_a_stop_ends_the_commands(tmp_path, monkeypatch):
+    """SIGTERM reaches only this process, and a command can take minutes."""
+    (tmp_path / "sleep.py").write_text("import time\ntime.sleep(100)\n")
+    monkeypatch.setattr(own_row, "ROOT", tmp_path)
+    monkeypatch.setattr(own_row, "stopped", threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        asleep = pool.submit(own_row.command, "sleep.py")
+        while not own_row.running:
+            time.sleep(0.01)
+        own_row.stop_commands()
+        with pytest.raises(UserError, match="This command failed"):
+            asleep.result(timeout=50)
+    assert not own_row.running
+    with pytest.raises(UserError, match="was stopped"):
+        own_row.command("sleep.py")
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -157,6 +178,8 @@ def test_a_folder_of_another_comparison_is_refused(stored, commands, tmp_path, c
         (["toy", "--loss", LOSS, "--guidance-scale", "3"], "--guidance-scale has no effect"),
         (["toy", "--loss", LOSS, "--show-uncensored"], "--show-uncensored has no effect"),
         (["nudity", "--loss", LOSS], "--loss has no effect in the suite nudity"),
+        (["toy", "--loss", LOSS, "--train-flags", "--anchor 'a"], "cannot be read"),
+        (["toy", "--loss", LOSS, "--train-flags=--lr 1 --seed=9"], "has --seed"),
         (["toy", "--loss", "losses.py:nothing"], "does not name a function"),
         (["toy", "--loss", "losses.py:noise_ablation_loss"], "asks for 'n'"),
     ],

@@ -361,6 +361,20 @@ def test_settings_are_folded_and_compared_with_the_preset(tmp_path):
     assert "preset: " not in own.text and "Every setting" not in own.text
 
 
+def test_a_method_without_training_is_not_compared_with_the_preset(tmp_path):
+    """Most settings of the preset have no effect there."""
+    page = made(write_run(tmp_path / "uce", method="uce", iters=1, lr=0, batch_size=8))
+    assert "Differs from the preset" not in page.text
+    assert "Every setting has the value" not in page.text
+    assert "Paper of the method UCE" in page.text
+
+
+def test_images_of_an_earlier_iteration_are_not_the_result(tmp_path):
+    """After a full memory at the last preview."""
+    page = made(write_run(tmp_path / "a", made=(0, 2, 4)))
+    assert "the teacher after 4 iterations" in page.text and "which is the result" not in page.text
+
+
 def test_the_loss_has_a_running_mean(tmp_path):
     folder = write_run(tmp_path / "run", done=40)
     page = made(folder)
@@ -489,6 +503,19 @@ def test_a_damaged_evaluation_has_a_page(tmp_path):
     assert "results.json cannot be read" in page.text and "no table yet" in page.text
 
 
+@pytest.mark.parametrize("damage", ["points", "chance", "half", "settings"])
+def test_a_damaged_attack_has_a_page(damage, tmp_path):
+    folder = write_attack(tmp_path / "attack")
+    content = json.loads((folder / "results.json").read_text())
+    if damage in ("points", "chance"):
+        content[damage] = [{"step": 1}, 3, {"step": "x", "hits": 0, "n": 0}]
+    else:
+        content[damage] = "x"
+    (folder / "results.json").write_text(json.dumps(content))
+    page = made(folder)
+    assert ("Nothing is measured yet." in page.text) == (damage in ("points", "chance"))
+
+
 # ------------------------------------------------------------------------------------------ charts
 def test_a_chart_puts_figures_where_they_belong():
     chart = charts.line_chart("t", {"a": [(0, 0.0), (5, 2.0), (10, 1.0)]})
@@ -503,6 +530,14 @@ def test_a_chart_puts_figures_where_they_belong():
     assert "between 1 and 2" in long["in_words"]
     dots = charts.line_chart("t", {"a": [(0, 0.0)]})["lines"][0]["dots"]
     assert dots == [("60.0", "190.0", "")]
+
+
+def test_a_chart_of_negative_figures():
+    chart = charts.line_chart("t", {"a": [(0, -1.0), (10, -0.5)]})
+    assert chart["lines"][0]["points"] == "60.0,190.0 390.0,105.0"
+    assert [name for _, name in chart["y"]][0] == "-1" and chart["y"][-1][1] in ("0", "-0")
+    both = charts.line_chart("t", {"a": [(0, -1.0), (10, 1.0)]})
+    assert both["lines"][0]["points"] == "60.0,190.0 390.0,20.0"
 
 
 def test_a_chart_of_shares_has_wilson_intervals():
@@ -686,7 +721,7 @@ def test_training_writes_pages_and_survives_their_errors(tmp_path, monkeypatch, 
     words_of_command = shlex.split(command)
     assert words_of_command[:2] == ["python", "generate.py"]
     # The run was on the CPU, and a GPU rounds differently.
-    assert run(generate, *words_of_command[2:-1], tmp_path / "c", "--device", "cpu") == 0
+    assert run(generate, *words_of_command[2:], "--out", tmp_path / "c", "--device", "cpu") == 0
     generated = np.asarray(Image.open(tmp_path / "c" / "00000.png")).astype(int)
     (after,) = last.all("img", alt="star, after")
     # Another batch size, another rounding.

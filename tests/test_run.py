@@ -21,6 +21,7 @@ import weights
 from pipeline import InferenceUNet
 from report.previews import Previews
 from support.cuda_graph import CudaGraph
+from support.own_loss import OwnLossError
 from train import Run
 
 STAR = ["--model", "toy", "--concept", "star", *SHORT, "--device", "cpu"]
@@ -135,6 +136,89 @@ def test_a_diverged_loss_stops_the_run_before_the_step(
         len((tmp_path / "o" / "log.csv").read_text().splitlines()) == 1 + 3
         and not (tmp_path / "o" / "erased.safetensors").exists()
     )
+
+
+def test_a_mistake_in_a_loss_keeps_what_was_done(tmp_path, fails, capsys):
+    """Only a folder without an iteration is emptied (test_own_loss.py)."""
+    out = tmp_path / "o"
+    words = [*fails("raise ValueError('mine')"), "--save-every", "0", "--export-every", "1"]
+    assert run(train, *STAR, *words, "--out", out) == 2
+    said = capsys.readouterr().err
+    assert "mine" in said and f"{out} stays as it is" in said
+    assert len((out / "log.csv").read_text().splitlines()) == 1 + 3
+    assert (out / "exports" / "teacher-000003.safetensors").exists()
+
+
+@pytest.mark.parametrize("kept", ["anchors.safetensors", None])
+def test_a_mistake_in_a_loss_keeps_images_and_a_resumed_run(kept, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "o"
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "iterate", lambda *_: None)
+        assert run(train, *STAR, "--preview-every", "0", "--out", out) == 0
+
+    def mistake(*_):
+        raise OwnLossError("mine")
+
+    monkeypatch.setattr(train, "train_in", mistake)
+    words = ["--resume"]
+    if kept:
+        words = [*STAR]
+        for file in [path for path in out.iterdir() if path.name != "previews"]:
+            file.unlink()
+
+        def mistake_after_images(*_):
+            (out / kept).touch()
+            raise OwnLossError("mine")
+
+        monkeypatch.setattr(train, "train_in", mistake_after_images)
+    assert run(train, *words, "--out", out) == 2
+    assert "stays as it is" in capsys.readouterr().err
+    assert (out / (kept or "run.json")).exists()
+
+
+def test_a_full_memory_in_a_loss_of_your_own_saves_the_run(tmp_path, fails, capsys):
+    assert run(train, *STAR, *fails("raise MemoryError()"), "--out", tmp_path / "o") == 2
+    assert "3 iterations are saved" in capsys.readouterr().err
+
+
+def test_no_memory_for_a_preview_in_between(tmp_path, capsys, monkeypatch):
+    """The log and the checkpoint have the same iterations, and so has the log after --resume."""
+
+    def measure(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    out = tmp_path / "o"
+    with monkeypatch.context() as full:
+        full.setattr("train.Previews.measure", measure)
+        assert run(train, *STAR, "--preview-every", "2", "--out", out) == 2
+    assert "2 iterations are saved" in capsys.readouterr().err
+    assert len((out / "log.csv").read_text().splitlines()) == 1 + 2
+    assert run(train, "--resume", "--out", out) == 0
+    rows = (out / "log.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(len(rows)))
+
+
+def test_uncensored_previews_can_be_asked_for_later(tmp_path, monkeypatch):
+    out, asked = tmp_path / "o", []
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "iterate", lambda *_: None)
+        assert run(train, *STAR, "--preview-every", "0", "--out", out) == 0
+    monkeypatch.setattr(train, "train_in", lambda out, settings, args: asked.append(settings))
+    assert run(train, "--resume", "--out", out, "--show-uncensored") == 0
+    assert run(train, "--resume", "--out", out) == 0
+    assert [settings["show_uncensored"] for settings in asked] == [True, False]
+
+
+def test_an_interrupt_before_the_run_begins(tmp_path, capsys, monkeypatch):
+    """There is nothing to resume, so the sentence must not say so."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weights.load", interrupt)
+    assert run(train, *STAR, "--out", tmp_path / "o") == 130
+    said = capsys.readouterr().err
+    assert "nothing has been written" in said and "--resume" not in said
 
 
 def test_no_memory_for_the_last_preview(tmp_path, capsys, monkeypatch):

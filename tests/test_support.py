@@ -265,6 +265,22 @@ def test_a_patch_without_a_folder_has_the_name_of_the_current_one(tmp_path, monk
 
 
 @pytest.mark.parametrize(
+    "file, name",
+    [
+        ("../erased.safetensors", "0001-star"),
+        ("previews/../erased.safetensors", "deep"),
+        ("/erased.safetensors", "patch"),
+        ("...safetensors", "patch"),
+    ],
+)
+def test_the_name_of_a_patch_is_never_a_way_out_of_a_folder(file, name, tmp_path, monkeypatch):
+    """generate.py makes a folder of this name."""
+    (tmp_path / "0001-star" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "0001-star" / "deep")
+    assert weights.name_of_patch(file) == name
+
+
+@pytest.mark.parametrize(
     "method, warmup, fine",
     [
         ("sd", None, True),

@@ -146,6 +146,17 @@ def test_temporary_files_are_removed_and_the_users_files_stay(tmp_path):
         assert names == [files.LOCK, "deep", "mine.tmp.png"]
 
 
+def test_temporary_files_of_a_command_in_a_folder_below_stay(tmp_path):
+    """`train.py --out runs` must not disturb a training in runs/0001-star."""
+    below = tmp_path / "0001-star"
+    with files.lock_folder(below):
+        (below / "previews" / f"{files.WRITING}1").mkdir(parents=True)
+        with files.lock_folder(tmp_path):
+            assert (below / "previews" / f"{files.WRITING}1").exists()
+    with files.lock_folder(below):  # its own next command removes them
+        assert not (below / "previews" / f"{files.WRITING}1").exists()
+
+
 def test_a_file_system_without_locks_keeps_nothing_out(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     asked = []

@@ -127,8 +127,8 @@ def make_contender(name, size, device):
 
 # ------------------------------------------------------------------------------------------ time
 def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -404,6 +404,9 @@ def bench(args):
         ) from None
     device = pick_device(args.device)
     args.size = args.size or ("sd14" if device.type == "cuda" else "toy")
+    steps = SIZES[args.size][1]
+    if args.k and args.k > steps:
+        raise UserError(f"--k {args.k} is more than the {steps} steps of {args.size}.")
     machine = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
