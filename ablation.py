@@ -33,17 +33,21 @@ class Pair(NamedTuple):
     target: str
 
 
+def check_number(concepts, anchors):
+    if len(anchors) not in (0, 1, len(concepts)):
+        raise UserError(
+            f"--anchor takes one word for all concepts or one for each of the {len(concepts)}, not "
+            f"{len(anchors)}."
+        )
+
+
 def prompt_pairs(concepts, anchors, lines):
     """Pairs for every line of --anchor-prompts (or for the anchor alone) and every concept.
 
     With an anchor, its word is replaced by the concept. Without one, the concept is a style: it is
     named at the end of a line and at the beginning in turn, as in the paper.
     """
-    if len(anchors) not in (0, 1, len(concepts)):
-        raise UserError(
-            f"--anchor takes one word for all concepts or one for each of the {len(concepts)}, not "
-            f"{len(anchors)}."
-        )
+    check_number(concepts, anchors)
     if not (anchors or lines):
         raise UserError(
             "Ablating Concepts needs to know what to show instead: use --anchor WORD (for example "

@@ -61,7 +61,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, lock_folder
+from support.files import lock_folder, write_text
 
 SAVE_SECONDS = 60  # between two checkpoints
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
@@ -337,8 +337,7 @@ def open_folder(out, settings):
     if file.exists() and file.read_text(encoding="utf-8") == text:
         return
     refuse_used(out, ", or repeat the command that began in it to continue")
-    with atomic_write(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(file, text)
 
 
 def attack(args):

@@ -42,7 +42,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import atomic_write, lock_folder, numbered_folder
+from support.files import lock_folder, numbered_folder, write_text
 from support.images import grid, save_png
 
 LONGEST_LABEL = 40  # characters of a prompt in grid.png
@@ -288,8 +288,7 @@ def make_grid(rows, args, patches):
 
 def write_json_lines(file, records):
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    with atomic_write(file) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_text(file, "".join(lines))
 
 
 if __name__ == "__main__":

@@ -313,11 +313,7 @@ def words_of(text):
 
 def check_closed_form(settings):
     concepts, anchors = settings["concept"], settings["anchor"]
-    if len(anchors) not in (0, 1, len(concepts)):
-        raise UserError(
-            f"--anchor takes one word for all concepts or one for each of the {len(concepts)}, not "
-            f"{len(anchors)}."
-        )
+    ablation.check_number(concepts, anchors)
     for template in settings["template"]:
         if "{}" not in template:
             raise UserError(f"--template {template!r} has no {{}} for the concept: add it.")

@@ -57,7 +57,7 @@ from support.cli import (
 )
 from support.cuda_graph import GraphedLoss, can_record
 from support.errors import UserError
-from support.files import atomic_write, checksum, lock_folder, numbered_folder
+from support.files import atomic_write, checksum, lock_folder, numbered_folder, write_text
 from support.own_loss import OwnLossError, call_loss, load_loss, loss_file, sha256
 from unet import ResnetBlock, Transformer
 
@@ -440,8 +440,7 @@ class Run:
             if self.scaler.is_enabled() and "scaler" in metadata:
                 self.scaler.load_state_dict(json.loads(metadata["scaler"]))
         rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        with atomic_write(log) as temporary:
-            temporary.write_text("".join(rows[: self.done + 1]), encoding="utf-8")  # + 1: header
+        write_text(log, "".join(rows[: self.done + 1]))  # + 1: header
 
     def export(self, file, which):
         """Writes a patch: the trained tensors of "student" or "teacher", with their metadata."""
@@ -850,8 +849,7 @@ def add_training_time(out, iterations, seconds):
 
 
 def write_json(file, content):
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

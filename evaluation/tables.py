@@ -29,7 +29,7 @@ from evaluation.findings import is_proportion, summary
 from evaluation.suites import SUITES, paper
 from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
-from report.charts import wilson
+from report.evaluation_page import cell
 from support.censor import censoring
 from support.errors import UserError, first_line
 from support.files import write_text
@@ -251,17 +251,6 @@ def cut_prompts(generated, model):
 
 
 # ---------------------------------------------------------------------------------------- table
-def cell(value):
-    """A figure as text: "12.0 (7–20)" is a percentage with its 95 % Wilson interval."""
-    if is_proportion(value):
-        hits, n = value
-        low, high = wilson(hits, n)
-        return f"{100 * hits / n:.1f} ({100 * low:.0f}–{100 * high:.0f})"
-    if isinstance(value, int | float):
-        return f"{value:.4g}"
-    return "–"
-
-
 def figure_cell(figures, key):
     """The figure of a column as text. "never": an attack did not bring the concept back."""
     if key in HALVES and key in figures and figures[key] is None:

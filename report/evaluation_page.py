@@ -63,7 +63,7 @@ def read_columns(results, rows):
 
 def proportion(value):
     """(hits, n) if the figure is a proportion with n > 0, else None."""
-    if isinstance(value, list) and len(value) == 2 and value[1]:
+    if isinstance(value, list | tuple) and len(value) == 2 and value[1]:
         return tuple(value)
     return None
 
@@ -124,7 +124,7 @@ def table_row(row, rows, columns):
 
 
 def cell(value):
-    """A figure as text: a percentage with its 95 % Wilson interval, a number, or "–"."""
+    """A figure as text: a number, or "–", or "12.0 (7–20)", per cent with their 95 % interval."""
     if hits_n := proportion(value):
         hits, n = hits_n
         low, high = wilson(hits, n)

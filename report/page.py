@@ -24,7 +24,7 @@ from report.previews import finished_previews, sheet_file
 from report.run_page import FIGURES, in_words, run_content
 from support.cli import Parser, run_command
 from support.errors import UserError
-from support.files import atomic_write
+from support.files import write_text
 
 CREDITS = {  # {model: whose drawings it has learned}; the file NOTICE has the licences
     "emoji": "The images are by a model that learned from the drawings of Noto Emoji (Google, "
@@ -63,8 +63,7 @@ def make(folder):
     made = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
     credit = CREDITS.get(content["settings"].get("model"))
     html = environment.get_template(template).render(content, made=made, credit=credit)
-    with atomic_write(folder / "index.html") as temporary:
-        temporary.write_text(html + "\n", encoding="utf-8")
+    write_text(folder / "index.html", html + "\n")
 
 
 def require_jinja2():

@@ -189,6 +189,19 @@ def test_a_seed_is_a_picture_at_any_batch_size(tmp_path):
     )  # another seed, another picture
 
 
+def test_the_sheet_of_many_images_shows_some(tmp_path, monkeypatch):
+    """5,000 images side by side would need more memory than there is."""
+    monkeypatch.setattr(generate, "COLUMNS", 2)
+    words = ["a star", "a circle", "--model", "toy", "--steps", "1", "--device", "cpu"]
+    sheets = []
+    for n in (2, 3):
+        out = tmp_path / str(n)
+        assert run(generate, *words, "--num-images", str(n), "--out", out) == 0
+        assert len(list(out.glob("0*.png"))) == 2 * n
+        sheets.append(np.asarray(Image.open(out / "grid.png")))
+    assert np.array_equal(*sheets)
+
+
 def test_what_generate_leaves(tmp_path):
     status, out, err = command(
         "generate.py",

@@ -720,6 +720,7 @@ def test_training_writes_pages_and_survives_their_errors(tmp_path, monkeypatch, 
     command, snippet = last.codes[:2]  # the command generates the image that the page shows
     words_of_command = shlex.split(command)
     assert words_of_command[:2] == ["python", "generate.py"]
+    assert "--out" not in words_of_command  # images/ can be in use
     # The run was on the CPU, and a GPU rounds differently.
     assert run(generate, *words_of_command[2:], "--out", tmp_path / "c", "--device", "cpu") == 0
     generated = np.asarray(Image.open(tmp_path / "c" / "00000.png")).astype(int)

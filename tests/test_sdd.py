@@ -737,6 +737,13 @@ class Line(nn.Module):
         return self.w * z
 
 
+def test_officials_timestep_is_one_of_the_schedule():
+    """Also with steps_offset 0, where z_t can be at 0 and the script would draw from -1 on."""
+    scheduler, generator = DDIM(5, steps_offset=0), torch.Generator().manual_seed(0)
+    drawn = {sdd.random_timestep("official", scheduler, 1, 0, generator)[1] for _ in range(3000)}
+    assert min(drawn) == 0 and max(drawn) == 998
+
+
 @pytest.mark.parametrize("roles", ["paper", "official"])
 def test_draw(roles, monkeypatch):
     """z_T, then k, then j (paper) or the timestep (official), all from one generator."""

@@ -45,7 +45,7 @@ from pipeline import InferenceUNet, encode_prompts, generate_images, make_schedu
 from support.cli import Parser, one_of, pick_device, positive, run_command
 from support.cuda_graph import CudaGraph
 from support.errors import UserError
-from support.files import atomic_write
+from support.files import write_text
 from tools.baseline import PROMPT, SD14_SCHEDULER, Authors, their_parts
 from unet import UNet
 from vae import VAE
@@ -425,8 +425,7 @@ def bench(args):
 
 def append_lines(file, lines):
     text = file.read_text(encoding="utf-8").rstrip("\n") + "\n" if file.exists() else ""
-    with atomic_write(file) as temporary:
-        temporary.write_text(text + "".join(lines), encoding="utf-8")
+    write_text(file, text + "".join(lines))
 
 
 def parse(argv=None):
