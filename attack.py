@@ -86,8 +86,9 @@ class Attack:
         self.out, self.settings, self.model = out, settings, model
         self.device = pick_device(settings["device"])
         self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
-        if settings["dtype"] == "auto" and self.dtype == torch.float16:
-            self.dtype = torch.float32  # small gradients would become 0: a GPU without bfloat16
+        learns = settings["kind"] in KINDS
+        if learns and settings["dtype"] == "auto" and self.dtype == torch.float16:
+            self.dtype = torch.float32  # a GPU without bfloat16: small gradients would become 0
         for part in (model.unet, model.text_encoder, model.vae):
             part.to(self.device)
         self.scheduler = make_scheduler(model.scheduler, settings["steps"], "ddim")
@@ -154,7 +155,6 @@ class Attack:
         last, saved = a["at"][-1], time.monotonic()
         bar = tqdm(total=last, initial=start, desc=a["kind"], unit="step", disable=None)
         for step in range(start, last + 1):
-            stop_if_diverged(kind, step, loss)
             if step in a["at"]:
                 self.save(kind, generator, step, loss)
                 with torch.no_grad():
@@ -165,7 +165,6 @@ class Attack:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
             if time.monotonic() - saved > SAVE_SECONDS:
-                stop_if_diverged(kind, step + 1, loss)
                 self.save(kind, generator, step + 1, loss)
                 saved = time.monotonic()
         bar.close()
@@ -187,6 +186,7 @@ class Attack:
         return loss.item()
 
     def save(self, kind, generator, step, loss):
+        stop_if_diverged(kind, step, loss)
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
         metadata = {"step": str(step), "loss": json.dumps(loss)}
         file = self.out / "checkpoint.safetensors"
@@ -227,8 +227,8 @@ class Attack:
 
 def stop_if_diverged(kind, step, loss):
     """UserError if the loss or a learned tensor is not finite. Its images would show nothing."""
-    finite = all(x.isfinite().all() for x in kind.tensors.values())
-    if not finite or (loss is not None and not math.isfinite(loss)):
+    fine = loss is None or math.isfinite(loss)
+    if not fine or not all(x.isfinite().all() for x in kind.tensors.values()):
         raise UserError(
             f"The attack diverged before step {step} (loss {loss}): start again in another folder "
             "(--out) with a smaller --lr."
@@ -257,9 +257,9 @@ def encode_folder(model, folder, n, device):
     for file in files:
         try:
             image = np.asarray(Image.open(file).convert("RGB").resize(size))
-        except (
-            Exception
-        ) as e:  # Pillow's decoders raise OSError, SyntaxError, ValueError and others
+        except MemoryError:
+            raise
+        except Exception as e:  # of Pillow's decoders: OSError, SyntaxError, ValueError, others
             raise UserError(f"--images: {file} cannot be read ({e}): remove it.") from None
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
         latents.append(model.vae.encode(x.to(device)))

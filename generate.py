@@ -217,7 +217,8 @@ def write_images(args, model_name, patches):
 
     write_json_lines(args.out / "prompts.jsonl", lines)
     save_png(make_grid(rows, args, patches), args.out / "grid.png")
-    print(f"{len(lines)} images in {args.out}, side by side in {args.out / 'grid.png'}")
+    shown = "" if args.num_images <= COLUMNS else f"the first {COLUMNS} of each prompt "
+    print(f"{len(lines)} images in {args.out}, {shown}side by side in {args.out / 'grid.png'}")
 
 
 def check_resolution(resolution, model):

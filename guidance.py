@@ -58,7 +58,6 @@ def cfg(unet, c_0, c_p, s):
 
 # Safe Latent Diffusion (SLD; Schramowski et al. 2022, arXiv 2211.05105), table 1.
 # delta (δ): evaluations before it acts. s_S: scale. threshold (λ). s_m, beta_m (β_m): momentum.
-SEGA_WARMUP = 10  # evaluations before SEGA acts, by its paper
 # diffusers has s_S = 20 for "weak". The paper, which we follow, has 200.
 # fmt: off
 SLD = {
@@ -102,6 +101,9 @@ class SLDGuidance:
         e_0, e_p, e_S = evaluate(self.unet, z, t, *self.prompts)
         e, self.nu = sld_step(e_0, e_p, e_S, self.s, i, self.nu, **self.constants)
         return e
+
+
+SEGA_WARMUP = 10  # evaluations before SEGA acts, by its paper
 
 
 def sega_step(

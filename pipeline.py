@@ -17,8 +17,9 @@ import weights
 from clip_text import MAX_TOKENS, tokenize
 from guidance import GUIDANCE, SEGA_WARMUP, SLD, sample
 from scheduler import SAMPLERS
+from support.cli import memory_is_full
 from support.cuda_graph import CudaGraph, can_record
-from support.errors import UserError
+from support.errors import UserError, first_line
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
 DECODED = 2**20  # pixels that the VAE decodes at once: 4 images of 512 x 512. 32 need tens of GB
@@ -107,17 +108,38 @@ def initial_noise(shape, seeds):
     return torch.cat(noise)
 
 
+def compiled(unet):
+    """The UNet as torch.compile makes it; if that fails, a warning, and the UNet as it is."""
+    fast = torch.compile(unet, dynamic=False, fullgraph=True)
+    failed = []
+
+    def evaluate(*inputs):
+        if not failed:
+            try:
+                return fast(*inputs)
+            except Exception as e:
+                own = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
+                if not own or memory_is_full(e):
+                    raise
+                failed.append(e)
+                why = first_line(getattr(e, "inner_exception", e))
+                print(f"warning: torch.compile failed, so it is not used: {why}", file=sys.stderr)
+        return unet(*inputs)
+
+    return evaluate
+
+
 class InferenceUNet:
     """A UNet for sampling only: ε(z, t, c), float32 in and out, computed in `dtype` on `device`.
 
     It shares the tensors that already have this type and device, and copies the others once.
     (Autocast would cast every float32 weight in each evaluation and, on CUDA, the input and output
     of each norm.) On CUDA it replays a CUDA graph (support/cuda_graph.py).
-    compiled: on CUDA, the graph is made of torch.compile's kernels. One of them does the work of
+    compile: on CUDA, the graph is made of torch.compile's kernels. One of them does the work of
     several others, so fewer results travel through the GPU's memory (docs/benchmarks.md).
     """
 
-    def __init__(self, unet, device, dtype, compiled=False):
+    def __init__(self, unet, device, dtype, compile=False):
         self.device, self.dtype = device, dtype
         self.source, self.copies = [], []
         own = {}  # id of a parameter: the tensor that takes its place
@@ -137,8 +159,8 @@ class InferenceUNet:
             self.unet.to(memory_format=torch.channels_last)  # faster, see docs/benchmarks.md
         if can_record(device):
             unet = self.unet  # not `self`, so that this object is freed with its last reference
-            if compiled:
-                unet = torch.compile(unet, dynamic=False, fullgraph=True)
+            if compile:
+                unet = compiled(unet)
             self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
 
     def __call__(self, z, t, context):

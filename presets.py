@@ -394,7 +394,10 @@ def read_keep(given):
     """The prompts of --keep PROMPT… or --keep FILE."""
     if given and len(given) == 1 and (given[0].endswith(".txt") or Path(given[0]).is_file()):
         return read_prompts("keep", Path(given[0]))
-    return [prompt for prompt in given or [] if prompt.strip()]
+    prompts = [prompt for prompt in given or [] if prompt.strip()]
+    if given and not prompts:
+        raise UserError("--keep is empty: give one or more prompts, or a file with one per line.")
+    return prompts
 
 
 def read_prompts(flag, file):
@@ -450,9 +453,9 @@ def reject_unused_flags(args, settings, method, loss):
     if settings["method"] == "all-but-one" and not args.loss:
         # With --quantile the target is built from the concept; without it, from the anchor.
         unused.append("anchor" if args.quantile else "erase_scale")
+    # --erase-scale 0 is given, too.
     given = {key for key in unused if getattr(args, key)}
-    if "erase_scale" in unused and args.erase_scale is not None:  # 0 is a value, too
-        given.add("erase_scale")
+    given |= {key for key in unused if key == "erase_scale" and args.erase_scale is not None}
     flags = [f"--{key.replace('_', '-')}" for key in unused if key in given]
     if args.train_params == "embedding" and not images:
         flags.append("--train-params embedding")

@@ -44,7 +44,6 @@ from sdd import ROLES, Iteration, sdd
 from support.cli import (
     Parser,
     add_common_arguments,
-    failed_to_compile,
     finite,
     memory_is_full,
     natural,
@@ -67,6 +66,7 @@ VERSIONS = {
     "transformers": transformers.__version__,
 }
 OWN_LOSS = "own_loss.py"  # the run's copy of --loss FILE
+FREE = ("gradient_checkpointing", "show_uncensored", "preview_every")  # may change with --resume
 # gap: mean |e(c_s) − e(c_0)|². drift: mean |e(c_0) − e°(c_0)|². flat: the share of preview images
 # of nearly one colour, a sign of a broken model. See report/previews.py.
 LOG_COLUMNS = (
@@ -178,7 +178,9 @@ def parse(argv=None):
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="output folder (default: a new one in runs/)")
-    add("--resume", action="store_true", help="continue the run in --out, with its own arguments")
+    add("--resume", action="store_true",
+        help="continue the run in --out, with its own arguments. These may change: "
+             f"{', '.join('--' + key.replace('_', '-') for key in FREE)}")
     add("--save-every", type=natural, default=100, metavar="N",
         help="iterations between checkpoints; 0: only at the end (default: %(default)s)")
     add("--export-every", type=natural, default=0, metavar="N",
@@ -230,8 +232,6 @@ class Run:
         self.out, self.settings = out, settings
         self.device = pick_device(settings["device"])
         self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
-        if settings["compile"] and not can_record(self.device):
-            raise UserError("--compile needs a CUDA GPU: start a run without it.")
         if settings["deterministic"]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
             torch.use_deterministic_algorithms(True)
@@ -282,7 +282,7 @@ class Run:
         else:
             source = getattr(models, a["latents"])
             sampling_unet = InferenceUNet(source.unet, self.device, self.dtype, a["compile"])
-            if a["compile"]:
+            if a["compile"] and start < a["iters"]:
                 print("compiling the UNet that samples z_t: about a minute")
         iterations = sdd(
             models.student.unet,
@@ -662,6 +662,7 @@ def train(args):
             train_in(out, settings, args)
         except KeyboardInterrupt:
             if not (out / "run.json").exists():
+                empty_folder(out)
                 raise KeyboardInterrupt("nothing has been written.") from None
             raise
         except OwnLossError as e:
@@ -709,6 +710,7 @@ def resumed_run(args):
     given = vars(args).keys() - {"resume", "out"}
     try:
         settings = json.loads((args.out / "run.json").read_text(encoding="utf-8"))["args"]
+        settings.setdefault("compile", False)  # a run of an older version
         if missing := given - settings.keys():
             raise KeyError(min(missing))
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -717,16 +719,19 @@ def resumed_run(args):
             "cannot continue."
         ) from None
     advice = f"Use --resume --out {args.out} alone, or choose a new folder."
+    for key in FREE:
+        value = getattr(args, key)
+        if value is not None and value is not False:
+            settings[key] = value
     if args.concept:
-        wanted = settle(args)
+        wanted = settle(args) | {key: settings[key] for key in FREE}
         if args.preview is None:  # prompts that the model does not know were skipped
             wanted["preview"] = settings["preview"]
         if wanted != settings:
             raise UserError(f"{args.out} holds a run with other arguments. {advice}")
     else:
         defaults = vars(parse([]))
-        free = {"gradient_checkpointing", "show_uncensored"}
-        changed = [key for key in sorted(given - free) if getattr(args, key) != defaults[key]]
+        changed = [key for key in sorted(given - set(FREE)) if getattr(args, key) != defaults[key]]
         if changed:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
             raise UserError(f"A resumed run keeps its arguments: {flags} has no effect. {advice}")
@@ -735,13 +740,13 @@ def resumed_run(args):
             f"{args.out / OWN_LOSS} has changed since the run began. Start a new run with "
             f"--loss {settings['loss']}, or restore the file."
         )
-    for key in ("gradient_checkpointing", "show_uncensored"):  # the numbers stay the same
-        settings[key] |= getattr(args, key)
     return args.out, settings
 
 
 def train_in(out, settings, args):
     """The whole command, inside the locked output folder."""
+    if settings["compile"] and not can_record(pick_device(settings["device"])):
+        raise UserError("--compile needs a CUDA GPU: start a run without it.")
     model = weights.load(settings["model"], settings["revision"])
     if not args.resume and args.preview is None:
         settings["preview"] = skip_unknown_previews(model, settings["preview"])
@@ -776,23 +781,16 @@ def train_in(out, settings, args):
                 "--dtype fp32."
             ) from None
         except (RuntimeError, MemoryError) as e:
-            if memory_is_full(e):
-                memory_full = True
-            elif failed_to_compile(e):
-                raise UserError(
-                    "torch.compile failed, for the reason below: start again in another folder "
-                    "without --compile.",
-                    details=str(e),
-                ) from None
-            else:
+            if not memory_is_full(e):
                 raise
+            memory_full = True
         if memory_full:  # after the block above, because `e` keeps the memory of the iteration
             run.optimizer.zero_grad()  # drop the unfinished iteration
             run.save()
             raise UserError(
-                f"The memory is full; {run.done} iterations are saved. To continue with "
-                f"less: python train.py --resume --out {out} --gradient-checkpointing. Or start "
-                "again with a smaller --batch-size, --dtype bf16 or --preview-every 0."
+                f"The memory is full; {run.done} iterations are saved. To continue with less: "
+                f"python train.py --resume --out {out} --gradient-checkpointing --preview-every 0. "
+                "Or start again with a smaller --batch-size or --dtype bf16."
             )
         seconds = time.monotonic() - began
         if start < settings["iters"]:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from evaluation.metrics import is_nude
 from report import page
-from report.attack_page import finding, unit_of
+from report.attack_page import counts, finding, unit_of
+from report.inputs import read_json
 from support.errors import UserError
 from support.files import write_text
 from support.images import grid, save_png
@@ -97,14 +98,18 @@ class Results:
         self.points, self.chance, self.finished = [], [], False
         file = out / "results.json"
         if file.exists():
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                self.points, self.chance = content["points"], content["chance"]
-                steps_until(self.points)
-            except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            content = read_json(file, [])
+            self.points, self.chance = counts(content, "points"), counts(content, "chance")
+            if [self.points, self.chance] != [content.get("points"), content.get("chance")]:
                 raise UserError(
                     f"{file} is damaged: start the attack again in a new folder (--out)."
-                ) from None
+                )
+            if content.get("detected") is not detected:
+                then = "without" if detected else "with"
+                raise UserError(
+                    f"{out} holds images that were measured {then} a detector: start the attack "
+                    "again in a new folder (--out)."
+                )
 
     def add(self, step, images, found, **more):
         """One measurement: its counts, and a row of images/."""

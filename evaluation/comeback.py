@@ -74,16 +74,18 @@ def figures_of(kind, points, chance):
 def cost(patches):
     """{"seconds": the shortest time of a training, "megabytes": size of a patch}.
 
+    Without "seconds" if no training was timed, because a stop fell into its last iteration.
+
     patches: files erased.safetensors, each next to the run.json of its training. After a stop,
     run.json has the time of the iterations since then: the rest is taken to be as fast.
     """
     seconds = []
     for file in patches:
         about = json.loads((file.parent / "run.json").read_text(encoding="utf-8"))
-        timed = about["training"]
-        share = timed["iterations"] / about["args"]["iters"]
-        seconds.append(timed["seconds"] / share)
-    return {
-        "seconds": round(min(seconds)),
-        "megabytes": patches[0].stat().st_size / 1e6,
-    }
+        if timed := about.get("training"):
+            share = timed["iterations"] / about["args"]["iters"]
+            seconds.append(timed["seconds"] / share)
+    figures = {"megabytes": patches[0].stat().st_size / 1e6}
+    if seconds:
+        figures["seconds"] = round(min(seconds))
+    return figures

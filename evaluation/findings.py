@@ -2,11 +2,12 @@
 
 from evaluation.columns import REST
 from report.charts import wilson
+from report.evaluation_page import proportion
 
 
 def is_proportion(value):
     """Is a figure (hits, n) with n > 0? The other figures are numbers, or None."""
-    return isinstance(value, tuple | list) and value[1] > 0
+    return proportion(value) is not None
 
 
 def percent(value):

@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from evaluation.columns import all_columns
@@ -72,10 +72,13 @@ def own_row(args):
         work = [(table, args.loss, name, seeds, limit, train_flags, out) for table in CONCEPTS]
         with ThreadPoolExecutor(2) as pool:  # one thread per process, two processes at a time
             try:
-                rows = list(pool.map(lambda one: make_row(*one), work))
+                made = [pool.submit(make_row, *one) for one in work]
+                for future in as_completed(made):
+                    future.result()  # raises what failed first
             except BaseException:  # Ctrl-C, SIGTERM, or a command that failed
                 stop_commands()
                 raise
+        rows = [future.result() for future in made]
         write(out, name, dict(zip(CONCEPTS, rows)), stored)
 
 
@@ -180,7 +183,7 @@ stopped = threading.Event()
 def stop_commands():
     """Ends the commands that run, with SIGTERM, and starts no other."""
     stopped.set()
-    for process in running:
+    for process in list(running):
         process.terminate()
 
 
@@ -197,8 +200,10 @@ def command(*words):
     running.append(process)
     if stopped.is_set():  # since the question above
         process.terminate()
-    _, said = process.communicate()
-    running.remove(process)
+    try:
+        _, said = process.communicate()
+    finally:
+        running.remove(process)
     if process.returncode:
         raise UserError(
             "This command failed. Fix the cause, then repeat your command (with a new --out "

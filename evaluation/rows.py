@@ -74,10 +74,10 @@ def patch_files(patches):
     files = {}
     for text in patches:
         name, _, file = text.partition("=")
-        if not file or name in ("", "original"):
-            raise UserError(
-                f'--patch {text}: write NAME=FILE. "original" is the name of the untouched model.'
-            )
+        if not file or not name:
+            raise UserError(f"--patch {text}: write NAME=FILE.")
+        if name == "original":
+            raise UserError(f"--patch {text}: the untouched model has this name, choose another.")
         files.setdefault(name, []).append(file)
     return files
 
@@ -104,7 +104,10 @@ def patch_row(name, files):
         )
     contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
     if len(contents) < len(files):
-        raise UserError(f"The patches named {name} are not all different: name each file once.")
+        raise UserError(
+            f"Two patches named {name} hold the same weights, whose images would count twice: give "
+            "one of them."
+        )
     return Row(name, tuple(files), "sd", methods.pop(), concepts.pop())
 
 

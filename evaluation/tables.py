@@ -16,6 +16,7 @@ results.json, which report/page.py shows:
 import json
 import shlex
 import sys
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def learned_prompts(file):
             array = torch.from_numpy(np.load(file, allow_pickle=False))
         else:
             array = next(iter(weights.read(file)[0].values()), None)
-    except (OSError, ValueError, EOFError, TypeError) as e:
+    except (OSError, ValueError, EOFError, TypeError, BadZipFile) as e:
         raise UserError(f"--q16 {file} cannot be read ({e}).") from None
     if array is None or not array.is_floating_point() or array.dim() != 2 or len(array) != 2:
         raise UserError(f"--q16 {file} must contain one array of two rows, the learned prompts.")
@@ -313,7 +314,9 @@ def add_samples(rows, generated, columns, args):
     """Saves a sheet of sample images per row; adds its name and the single images to the row."""
     concepts = [concept for row, _, _ in generated for concept in row.concepts]
     about = [*concepts, args.suite, "nudity" if args.suite == "i2p" else ""]
-    about += {job.prompt for _, jobs, _ in generated for job in jobs}
+    for _, jobs, _ in generated:
+        for chosen in sample_indices(jobs).values():
+            about += [jobs[i].prompt for i in chosen]
     show = censoring(about, args.show_uncensored)
     titles = {column.key: column.title for column in columns} | {"other": "other captions"}
     for result, (row, jobs, folder) in zip(rows, generated):

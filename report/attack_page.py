@@ -71,7 +71,7 @@ def finding(results):
     settings, half = read_dict(results, "settings"), number(results.get("half"))
     if not results.get("detected"):
         return (
-            f"Nothing is counted, because there is no detector for {settings.get('concept')!r}: "
+            f"Nothing is counted, because no detector for {settings.get('concept')!r} was there: "
             "look at the images."
         )
     if half is not None:
@@ -96,22 +96,22 @@ def curve(points, chance, unit):
     series = {"with the attack": points}
     if len(chance) > 1:
         series[CHANCE] = chance
-    counts = {
+    shares = {
         name: [(point["step"], point["hits"], point["n"]) for point in line]
         for name, line in series.items()
     }
-    return share_chart("Images that show the concept", counts, unit)
+    return share_chart("Images that show the concept", shares, unit)
 
 
 def table_rows(points, chance, unit, detected):
     """[{title of a column: text}], a row per measurement."""
-    rows = []
-    for i, point in enumerate(points):
+    rows, by_step = [], {point["step"]: point for point in chance}
+    for point in points:
         row = {unit: str(point["step"])}
         if detected:
             row["images with the concept"] = share(point)
-        if detected and 1 < len(chance) > i:
-            row[CHANCE] = share(chance[i])
+        if detected and len(chance) > 1:
+            row[CHANCE] = share(by_step[point["step"]]) if point["step"] in by_step else "–"
         if unit == "attempt":
             row["noise"] = f"η = {point.get('eta')}, times {point.get('scale')}"
         else:

@@ -33,7 +33,7 @@ def ticks(low, high):
     wanted = (high - low) / 4
     power = 10 ** math.floor(math.log10(wanted))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(step - wanted))
-    first, last = math.ceil(low / step), math.floor(high / step + 1e-9)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 

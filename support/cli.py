@@ -188,12 +188,6 @@ def memory_is_full(error):
     return error.__context__ is not None and memory_is_full(error.__context__)
 
 
-def failed_to_compile(error):
-    """Whether an error comes from torch.compile."""
-    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and loaded if anything is compiled
-    return dynamo is not None and isinstance(error, dynamo.exc.TorchDynamoException)
-
-
 def run_command(
     main,
     args,
@@ -202,7 +196,8 @@ def run_command(
     """Runs main(args) and returns the exit status of the command.
 
     0: success. 2: one sentence says what the user can do. 130: Ctrl-C or SIGTERM, with the sentence
-    of the KeyboardInterrupt, or `stopped`, which may contain {out}.
+    of the KeyboardInterrupt, or `stopped`, which may contain {out}. Without a folder args.out,
+    nothing has been written.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.excepthook = sys.__excepthook__  # support/packages.py's is for imports
@@ -232,7 +227,9 @@ def run_command(
         )
         return 2
     except KeyboardInterrupt as e:
-        text = str(e) or stopped.format(out=getattr(args, "out", "")) + "."
+        text = str(e) or "nothing has been written."
+        if not str(e) and getattr(args, "out", None):
+            text = stopped.format(out=args.out) + "."
         print(f"stopped: {text}", file=sys.stderr)
         return 130
     finally:

@@ -68,7 +68,7 @@ def torchvision_problem():
 def stop_on_interrupt(kind, error, traceback):
     """sys.excepthook: Ctrl-C while the packages are imported is a sentence, not a traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        print("stopped: nothing has been written.", file=sys.stderr)
+        print("stopped.", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

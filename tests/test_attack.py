@@ -168,11 +168,11 @@ def test_the_page_of_noise_has_a_curve_of_chance(tmp_path):
 
 def test_the_page_without_a_detector_shows_the_images(tmp_path, capsys):
     page = Page(write_attack(tmp_path / "o", detected=False, hits=(0, 0), concept="weapons"))
-    assert "there is no detector for 'weapons': look at the images." in page.text
+    assert "no detector for 'weapons' was there: look at the images." in page.text
     assert "of 8" not in page.text and not page.all("svg")
     assert "40 0.25 <weapons>" in page.text
     assert len(page.all("img")) == 2 and "after 40 steps" in page.text
-    assert "there is no detector for 'weapons'" in capsys.readouterr().out
+    assert "no detector for 'weapons' was there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("hits, found", [((0,), "not yet"), ((0, 1), "not yet"), ((0, 8), "after")])
@@ -250,7 +250,7 @@ def test_a_diverged_attack_is_not_a_result(kind, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attack, "noise_loss", lambda *words: loss(*words) * float("nan"))
     words = ["--model", "toy", "--concept", "star", "--patch", "none", "--kind", kind, *TINY]
     assert run(*words, "--at", 0, 2, "--out", tmp_path / "o") == 2
-    assert "diverged before step 1" in capsys.readouterr().err
+    assert "diverged before step 2" in capsys.readouterr().err
     assert [point["step"] for point in results(tmp_path / "o")["points"]] == [0]
     assert not results(tmp_path / "o")["finished"]
 
@@ -259,25 +259,36 @@ def test_chance_is_measured_on_the_model_before_the_attack(tmp_path, monkeypatch
     """Also if the attack was stopped before the first step in --at."""
     words = ["--model", "toy", "--concept", "star", "--patch", "none", "--kind", "relearn", *TINY]
     order = []
-    for name in ("restore", "measure"):
+    for name in ("restore", "measure", "train_step"):
         original = getattr(attack.Attack, name)
 
         def noted(*arguments, original=original, name=name, **named):
             order.append(name)
+            if order.count("train_step") == 2 and name == "train_step":
+                raise KeyboardInterrupt
             return original(*arguments, **named)
 
         monkeypatch.setattr(attack.Attack, name, noted)
-    assert run(*words, "--at", 1, "--out", tmp_path / "o") == 0
-    assert order == ["measure", "restore", "measure"]
+    monkeypatch.setattr(attack, "SAVE_SECONDS", -1)
+    assert run(*words, "--at", 2, "--out", tmp_path / "o") == 130
+    assert run(*words, "--at", 2, "--out", tmp_path / "o") == 0
+    first = ["measure", "restore", "train_step", "train_step"]
+    assert order == [*first, "measure", "restore", "train_step", "measure"]
 
 
 def test_a_damaged_result_is_one_sentence(tmp_path, capsys):
     words = ["--model", "toy", "--concept", "star", "--patch", "none", *TINY, "--at", 0]
     assert run(*words, "--out", tmp_path / "o") == 0
-    for text in ("{", '{"points": [{}], "chance": []}', "[]"):
+    whole = results(tmp_path / "o")
+    broken = [json.dumps(whole | {key: [{}]}) for key in ("points", "chance")]
+    for text in ("{", "[]", *broken):
         (tmp_path / "o" / "results.json").write_text(text)
         assert run(*words, "--out", tmp_path / "o") == 2
         assert "results.json is damaged" in capsys.readouterr().err
+    # As if NudeNet had been installed since.
+    (tmp_path / "o" / "results.json").write_text(json.dumps(whole | {"detected": False}))
+    assert run(*words, "--out", tmp_path / "o") == 2
+    assert "measured without a detector" in capsys.readouterr().err
 
 
 def test_nudity_without_nudenet_says_so(monkeypatch, capsys):
@@ -312,9 +323,9 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
         few = TINY if kind != "noise" else [*TINY[:2], *TINY[4:]]
         words = ["--model", folder, "--concept", "weapons", "--patch", patch, "--kind", kind, *few]
         assert run(*words, *more, "--out", tmp_path / kind) == 0
-        assert "there is no detector for 'weapons'" in capsys.readouterr().out
+        assert "no detector for 'weapons' was there" in capsys.readouterr().out
         assert (tmp_path / kind / "sheet.png").exists()
-        assert "there is no detector for 'weapons'" in Page(tmp_path / kind).text
+        assert "no detector for 'weapons' was there" in Page(tmp_path / kind).text
         assert not results(tmp_path / kind)["detected"]
 
 

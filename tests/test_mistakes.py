@@ -434,4 +434,4 @@ def test_teaching_page_has_the_right_number_of_mistakes():
     root = Path(unet.__file__).parent
     pages = [root / "TEACHING.md", root / "docs" / "teaching.md"]
     text = "".join(page.read_text(encoding="utf-8") for page in pages if page.exists())
-    assert f"plants {len(MISTAKES)} mistakes" in text
+    assert f"`tests/test_mistakes.py` has {len(MISTAKES)} rows" in text

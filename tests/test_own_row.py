@@ -157,7 +157,7 @@ def test_a_stop_ends_the_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(own_row, "stopped", threading.Event())
     with ThreadPoolExecutor(1) as pool:
         asleep = pool.submit(own_row.command, "sleep.py")
-        while not own_row.running:
+        while not own_row.running and not asleep.done():
             time.sleep(0.01)
         own_row.stop_commands()
         with pytest.raises(UserError, match="This command failed"):

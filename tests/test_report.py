@@ -535,7 +535,8 @@ def test_a_chart_puts_figures_where_they_belong():
 def test_a_chart_of_negative_figures():
     chart = charts.line_chart("t", {"a": [(0, -1.0), (10, -0.5)]})
     assert chart["lines"][0]["points"] == "60.0,190.0 390.0,105.0"
-    assert [name for _, name in chart["y"]][0] == "-1" and chart["y"][-1][1] in ("0", "-0")
+    assert [name for _, name in chart["y"]][0] == "-1" and chart["y"][-1][1] == "0"
+    assert charts.ticks(-0.3, 0)[0] == pytest.approx(-0.3)
     both = charts.line_chart("t", {"a": [(0, -1.0), (10, 1.0)]})
     assert both["lines"][0]["points"] == "60.0,190.0 390.0,20.0"
 

@@ -409,6 +409,7 @@ def training(table, short, seed):
 def settings(words):
     """All settings of a training as JSON: its words, and the presets' numbers for the rest."""
     settled = presets.settle(train.parse(words))
+    del settled["compile"]  # for a GPU. Without it, older trainings are not repeated
     return json.dumps(settled, sort_keys=True, default=str)
 
 
