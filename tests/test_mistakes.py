@@ -62,7 +62,7 @@ def set_eps(cls, name, eps):
 
 
 def set_heads(channels_per_head):
-    """Attention takes the config's number for channels per head, not for the number of heads."""
+    """Attention takes a number for channels per head, and not for the number of heads."""
 
     def change(self):
         self.heads = self.to_q.in_features // channels_per_head
@@ -432,6 +432,5 @@ def test_planting_alone_changes_nothing(monkeypatch):
 
 def test_teaching_page_has_the_right_number_of_mistakes():
     root = Path(unet.__file__).parent
-    pages = [root / "TEACHING.md", root / "docs" / "teaching.md"]
-    text = "".join(page.read_text(encoding="utf-8") for page in pages if page.exists())
+    text = (root / "docs" / "teaching.md").read_text(encoding="utf-8")
     assert f"`tests/test_mistakes.py` has {len(MISTAKES)} rows" in text

@@ -275,6 +275,7 @@ WRONG_AVERAGES = {  # the body of the loop: the hint
     "return average.lerp_(p.detach(), 1 - m)": "only the first tensor",
     "average = average.lerp(p, 1 - m)": "θ* has not changed",
     "average.lerp_(p)": "TypeError",
+    "theta_ema[0] = average.lerp(p.detach(), 1 - m)": "θ* has not changed",
 }
 
 

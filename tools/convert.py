@@ -136,6 +136,8 @@ def fetch_tokenizer(where, folder, vocab_size):
             f"Cannot get the tokenizer {where} from the hub ({reason}): check the network, "
             f"or {advice}"
         ) from e
+    if not (folder / "tokenizer").is_dir() or not any((folder / "tokenizer").iterdir()):
+        raise UserError(f"There is no tokenizer in {where}: {advice}")
     tokenizer = weights.load_tokenizer(folder)
     words, tokens = len(tokenizer), tokenizer.model_max_length
     if (words, tokens) != (vocab_size, MAX_TOKENS):
@@ -170,6 +172,8 @@ def open_model(model, args, work):
         if args.format == "diffusers":
             embedding = networks["text_encoder"].text_model.embeddings.token_embedding
             fetch_tokenizer(args.tokenizer or TOKENIZER, folder, embedding.num_embeddings)
+        elif args.tokenizer:
+            raise UserError("--tokenizer has no effect with --format single-file: remove it.")
         return folder, networks
     if args.tokenizer:
         raise UserError(f"--tokenizer is for a single file: {model} has a tokenizer of its own.")

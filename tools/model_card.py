@@ -12,7 +12,8 @@ from support.errors import UserError
 LICENCES = {  # (name on the hub, name for people)
     weights.DEFAULT_MODEL: ("creativeml-openrail-m", "CreativeML OpenRAIL-M"),
     "toy": ("mit", "MIT"),
-    "emoji": ("cc-by-4.0", "CC BY 4.0"),  # the strictest licence of its drawings: see NOTICE
+    # the strictest licence of its drawings
+    "emoji": ("cc-by-4.0", "CC BY 4.0. The project's NOTICE names whose drawings it has learned"),
 }
 LAYOUTS = {
     "diffusers": "a folder in diffusers' layout",
@@ -84,14 +85,15 @@ concepts may suffer. It is a safer default, not a proof of safety: measure what 
 
 
 def figures(patch_file):
-    """The tables that eval.py wrote about this patch, next to it or in a folder next to it.
+    """The tables that eval.py wrote about this patch: next to it, one folder below, or in tables/.
 
     eval.py notes the file's hash in its settings.
     """
     digest = hashlib.sha256(patch_file.read_bytes()).hexdigest()[:16]
     folder = patch_file.parent
     tables = []
-    for file in sorted([*folder.glob("results.json"), *folder.glob("*/results.json")]):
+    places = [*folder.glob("results.json"), *folder.glob("*/results.json")]
+    for file in sorted([*places, *Path("tables").glob("*/results.json")]):
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
             if digest not in settings["files"].values():
@@ -101,7 +103,7 @@ def figures(patch_file):
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not eval.py's, or of an older version without hashes
         tables.append(f"`eval.py` ({about}):\n\n{table}")
-    return "\n\n".join(tables) or "None were measured."
+    return "\n\n".join(tables) or "No table of `eval.py` about this patch was found."
 
 
 def about_patch(base, patch_file, metadata):
@@ -109,6 +111,8 @@ def about_patch(base, patch_file, metadata):
     settings = {}
     try:
         for key, value in json.loads(metadata.get("args", "{}")).items():
+            if key == "loss" and value:
+                value = Path(value).name  # no path of this machine
             if key not in DETAILS:
                 settings[key] = value
     except (ValueError, AttributeError) as e:

@@ -27,11 +27,11 @@ that is cut short continues as if it had not been. What differs from Stable Diff
 
 import support.openmp  # noqa: F401
 
-import argparse
 import copy
 import csv
 import json
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -47,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import weights
 from clip_text import CLIPText, tokenize
 from scheduler import DDIM
+from support.cli import Parser, pick_device, run_command
 from support.files import write_text
 from toy import probe, worlds
 from unet import UNet
@@ -335,7 +336,8 @@ def fit(
                 f"{np.mean(losses[-save_every:]):.5f}",
                 f"{(time.time() - began) / len(losses):.3f}",
             )
-            with open(RUNS / f"{stage}.csv", "a", newline="") as f:
+            mode = "w" if len(losses) == step + 1 <= save_every else "a"  # a training from step 0
+            with open(RUNS / f"{stage}.csv", mode, newline="") as f:
                 csv.writer(f).writerow(row)  # step, mean loss since the last row, seconds a step
             print(f"{stage} {step + 1}/{steps}: loss {row[1]}, {row[2]} s a step", flush=True)
             if write:
@@ -491,7 +493,7 @@ def train_text(world, machine, size=256, lr=2e-3):
 
 @torch.no_grad()
 def latents(world):
-    """The scenes that the UNet learns from and their latents (N, 4, 16, 16).
+    """The scenes that the UNet learns from and their latents (N, 4, 64/f, 64/f).
 
     They are encoded once for each autoencoder.
     """
@@ -505,7 +507,8 @@ def latents(world):
         encoded.append(vae.encode(probe.to_tensor(images)).half())
         if i == 0 and file.exists():
             z = weights.read(file)[0]["z"]
-            if len(z) == n and torch.allclose(z[: len(images)], encoded[0], atol=0.01):
+            same_shape = z.shape == (n, *encoded[0].shape[1:])
+            if same_shape and torch.allclose(z[: len(images)], encoded[0], atol=0.01):
                 return scenes, z
     z = torch.cat(encoded)
     weights.save(file, {"z": z})
@@ -647,12 +650,10 @@ STAGES = {"vae": train_vae, "unet": train_unet}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser("python -m toy.pretrain", description=__doc__.split("\n\n")[0])
     parser.add_argument("world", choices=SETTINGS)
-    parser.add_argument(
-        "stages", nargs="*", help=f"some of {', '.join(STAGES)}; default: all that the world has"
-    )
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(STAGES)}; default: all")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--bf16",
         action="store_true",
@@ -664,14 +665,17 @@ def main():
         help="compile the UNet (torch.compile, needs g++): minutes at first, then faster steps",
     )
     args = parser.parse_args()
-    known = [stage for stage in STAGES if stage in SETTINGS[args.world].steps]
     for stage in args.stages:
-        if stage not in known:
-            parser.error(f"{args.world} has no stage {stage}: choose from {', '.join(known)}")
-    machine = Machine(args.device, args.bf16, args.compile)
-    for stage in args.stages or known:
+        if stage not in STAGES:
+            parser.error(f"there is no stage {stage}: choose from {', '.join(STAGES)}")
+    return run_command(pretrain, args, "the same command continues")
+
+
+def pretrain(args):
+    machine = Machine(pick_device(args.device), args.bf16, args.compile)
+    for stage in args.stages or STAGES:
         STAGES[stage](worlds.get(args.world), machine)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

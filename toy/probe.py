@@ -8,15 +8,14 @@ trains it again and prints its held-out accuracy.
 import support.openmp  # noqa: F401 (before torch)
 
 import json
-import os
 import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
+
+import weights
 
 
 class Probe(nn.Module):
@@ -69,9 +68,9 @@ def to_tensor(pictures):
 
 def load(file):
     """The trained probe, in eval mode."""
-    with safe_open(file, "pt") as f:
-        probe = Probe(json.loads(f.metadata()["attributes"]))
-    probe.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+    tensors, metadata = weights.read(file)
+    probe = Probe(json.loads(metadata["attributes"]))
+    probe.load_state_dict({k: v.float() for k, v in tensors.items()})
     return probe.eval().requires_grad_(False)
 
 
@@ -125,9 +124,7 @@ def main(name="shapes", batch_size=64, lr=2e-3):
         "attributes": json.dumps(world.ATTRIBUTES),
         "held_out_accuracy": json.dumps(accuracy),
     }
-    beside = world.PROBE.with_suffix(".tmp")
-    save_file({k: v.half() for k, v in probe.state_dict().items()}, beside, metadata=metadata)
-    os.replace(beside, world.PROBE)
+    weights.save(world.PROBE, {k: v.half() for k, v in probe.state_dict().items()}, metadata)
     print(
         "held out, 4,000 drawings:",
         "  ".join(f"{name} {100 * a:.2f} %" for name, a in accuracy.items()),
@@ -135,4 +132,6 @@ def main(name="shapes", batch_size=64, lr=2e-3):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    if sys.argv[1:] not in ([], ["shapes"], ["emoji"]):
+        sys.exit("error: name one world: python -m toy.probe shapes, or emoji.")
+    main(*sys.argv[1:])

@@ -111,7 +111,7 @@ def near(world, name, word, concepts):
 def words_in(world, text):
     """{attribute: word} of the words in `text` that the probe can see."""
     found = {}
-    for word in text.replace(",", " ").split():
+    for word in text.lower().replace(",", " ").split():
         for name, words in world.ATTRIBUTES.items():
             if word in words:
                 found[name] = word

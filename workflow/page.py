@@ -267,7 +267,8 @@ def claims_by_roles(tables):
         figures = figures_of(tables, table)
         if figures:
             claim = "Algorithm 1's roles leave less than the authors' script's"
-            found += compare(claim, "sdd", figures["sdd"], figures["sdd, official roles"], TARGET)
+            official = "sdd, official roles"
+            found += compare(claim, official, figures["sdd"], figures[official], TARGET)
     return found
 
 
