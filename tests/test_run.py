@@ -27,6 +27,7 @@ from support.own_loss import OwnLossError
 from train import Run
 
 STAR = ["--model", "toy", "--concept", "star", *SHORT, "--device", "cpu"]
+ONE_PREVIEW = ["--preview", "star", "--preview-steps", "1"]
 FAILS = '''
 from pathlib import Path
 import torch
@@ -143,7 +144,14 @@ def test_a_diverged_loss_stops_the_run_before_the_step(
 def test_a_mistake_in_a_loss_keeps_what_was_done(tmp_path, fails, capsys):
     """Only a folder without an iteration is emptied (test_own_loss.py)."""
     out = tmp_path / "o"
-    words = [*fails("raise ValueError('mine')"), "--save-every", "0", "--export-every", "1"]
+    words = [
+        *ONE_PREVIEW,
+        *fails("raise ValueError('mine')"),
+        "--save-every",
+        "0",
+        "--export-every",
+        "1",
+    ]
     assert run(train, *STAR, *words, "--out", out) == 2
     said = capsys.readouterr().err
     assert "mine" in said and f"{out} stays as it is" in said
@@ -179,7 +187,8 @@ def test_a_mistake_in_a_loss_keeps_images_and_a_resumed_run(kept, tmp_path, caps
 
 
 def test_a_full_memory_in_a_loss_of_your_own_saves_the_run(tmp_path, fails, capsys):
-    assert run(train, *STAR, *fails("raise MemoryError()"), "--out", tmp_path / "o") == 2
+    words = [*STAR, *ONE_PREVIEW, *fails("raise MemoryError()")]
+    assert run(train, *words, "--out", tmp_path / "o") == 2
     assert "3 iterations are saved" in capsys.readouterr().err
 
 
@@ -192,7 +201,7 @@ def test_no_memory_for_a_preview_in_between(tmp_path, capsys, monkeypatch):
     out = tmp_path / "o"
     with monkeypatch.context() as full:
         full.setattr("train.Previews.measure", measure)
-        assert run(train, *STAR, "--preview-every", "2", "--out", out) == 2
+        assert run(train, *STAR, *ONE_PREVIEW, "--preview-every", "2", "--out", out) == 2
     assert "2 iterations are saved" in capsys.readouterr().err
     assert len((out / "log.csv").read_text().splitlines()) == 1 + 2
     assert run(train, "--resume", "--out", out) == 0
@@ -253,7 +262,7 @@ def test_no_memory_for_the_last_preview(tmp_path, capsys, monkeypatch):
     out = tmp_path / "o"
     with monkeypatch.context() as full:
         full.setattr("train.Previews.finish", finish)
-        assert run(train, *STAR, "--out", out) == 2
+        assert run(train, *STAR, *ONE_PREVIEW, "--out", out) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert str(out / "erased.safetensors") in said and f"--resume --out {out}" in said
     trained, _ = weights.read(out / "erased.safetensors")
@@ -272,7 +281,7 @@ def test_a_mistake_in_the_last_preview_is_not_hidden(tmp_path, monkeypatch):
 
     monkeypatch.setattr("train.Previews.finish", finish)
     with pytest.raises(RuntimeError, match="a mistake"):
-        run(train, *STAR, "--out", tmp_path / "o")
+        run(train, *STAR, *ONE_PREVIEW, "--out", tmp_path / "o")
 
 
 def test_a_failure_of_torch_compile_is_a_warning(capsys, monkeypatch):
