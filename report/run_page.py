@@ -89,7 +89,10 @@ def in_words(value):
 
 
 def training_time(training):
-    """ "40 iterations in 1 min 5 s", from run.json; None before the end of the run."""
+    """ "40 iterations in 1 min 5 s", from run.json.
+
+    None before the end of the run, and if a kill came between the last checkpoint and the note.
+    """
     try:
         minutes, seconds = divmod(int(training["seconds"]), 60)
         iterations = int(training["iterations"])

@@ -128,10 +128,12 @@ def contents(folder):
             tensors, metadata = weights.read(file)
             return checksum(tensors), metadata
         content = file.read_bytes()
-        if file.suffix == ".html":  # it says when it was made, where, and how long training took
+        if file.suffix == ".html":  # it says when it was made, where, and how long training took.
+            # After a kill between the last checkpoint and run.json, nobody knows how long.
             content = content.decode().replace(str(folder), "FOLDER")
             content = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "DATE", content)
             content = re.sub(r"\d+ iterations in (\d+\smin\s)?\d+\ss", "TIME", content)
+            content = re.sub(r"(\d+) of \1 iterations", "TIME", content)
         if file.name == "run.json":
             run = json.loads(content)
             run.pop("training", None)  # how long it took
@@ -184,7 +186,7 @@ def kill(name, times, folder, rng):
             found["half files under a final name"] += len(readable(out))
         said = out.with_suffix(".txt").read_text(encoding="utf-8")
         done = (
-            status == 0 or status == 2 and "is there already" in said
+            status == 0 or status == 2 and "already exists" in said
         )  # an export that was complete when it was killed
         found["restarts that did not go on"] += not done and print(f"{name}: {said}") is None
         found["results that differ"] += done and different(whole, out)

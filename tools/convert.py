@@ -288,7 +288,7 @@ def convert(args):
         made = work / "made" / args.out.name
         write = write_single if single else write_folder
         write(made, folder, networks, args.dtype)
-        text = card(model, args.format, args.dtype, args.patch, metadata)
+        text = card(model, args.format, args.dtype, args.patch, metadata).rstrip() + "\n"
         (made.parent / card_file.relative_to(args.out.parent)).write_text(text, encoding="utf-8")
     print(f"{args.out}: {args.format}, {args.dtype}; its model card: {card_file}")
 
