@@ -453,10 +453,10 @@ def reject_unused_flags(args, settings, method, loss):
     if settings["method"] == "all-but-one" and not args.loss:
         # With --quantile the target is built from the concept; without it, from the anchor.
         unused.append("anchor" if args.quantile else "erase_scale")
-    # --erase-scale 0 is given, too.
-    given = {key for key in unused if getattr(args, key)}
-    given |= {key for key in unused if key == "erase_scale" and args.erase_scale is not None}
-    flags = [f"--{key.replace('_', '-')}" for key in unused if key in given]
+    if args.erase_scale is None:  # 0 is a value, too; the other flags are off at 0
+        unused = [key for key in unused if key != "erase_scale"]
+    given = [key for key in unused if getattr(args, key) or key == "erase_scale"]
+    flags = [f"--{key.replace('_', '-')}" for key in given]
     if args.train_params == "embedding" and not images:
         flags.append("--train-params embedding")
     check_additions(args, settings, images)

@@ -56,6 +56,10 @@ def fails(tmp_path):
     return write
 
 
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def lost_in_another_error(text):
     """An error on the way out of one about memory, as from a CUDA graph that was not recorded."""
     error = RuntimeError("the recording failed")
@@ -194,13 +198,9 @@ def test_a_full_memory_in_a_loss_of_your_own_saves_the_run(tmp_path, fails, caps
 
 def test_no_memory_for_a_preview_in_between(tmp_path, capsys, monkeypatch):
     """The log and the checkpoint have the same iterations, and so has the log after --resume."""
-
-    def measure(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     out = tmp_path / "o"
     with monkeypatch.context() as full:
-        full.setattr("train.Previews.measure", measure)
+        full.setattr("train.Previews.measure", out_of_memory)
         assert run(train, *STAR, *ONE_PREVIEW, "--preview-every", "2", "--out", out) == 2
     assert "2 iterations are saved" in capsys.readouterr().err
     assert len((out / "log.csv").read_text().splitlines()) == 1 + 2
@@ -255,13 +255,9 @@ def test_an_interrupt_before_the_run_begins(tmp_path, capsys, monkeypatch):
 
 def test_no_memory_for_the_last_preview(tmp_path, capsys, monkeypatch):
     """The training is over and saved, and the user must know it. --resume makes the preview."""
-
-    def finish(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     out = tmp_path / "o"
     with monkeypatch.context() as full:
-        full.setattr("train.Previews.finish", finish)
+        full.setattr("train.Previews.finish", out_of_memory)
         assert run(train, *STAR, *ONE_PREVIEW, "--out", out) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert str(out / "erased.safetensors") in said and f"--resume --out {out}" in said
