@@ -48,6 +48,8 @@ def prompt_pairs(concepts, anchors, lines):
     named at the end of a line and at the beginning in turn, as in the paper.
     """
     check_number(concepts, anchors)
+    if not all(anchor.strip() for anchor in anchors):
+        raise UserError("--anchor is empty: give one or more words that the model should show.")
     if not (anchors or lines):
         raise UserError(
             "Ablating Concepts needs to know what to show instead: use --anchor WORD (for example "
@@ -68,7 +70,7 @@ def replace_anchor(line, anchor, concept, number):
         if number % 2 == 0:
             return f"{line}, in the style of {concept}"
         return f"in {concept}'s style, {line}"
-    word = rf"\b{re.escape(anchor)}\b"
+    word = rf"(?<!\w){re.escape(anchor)}(?!\w)"  # unlike \b, this also finds "c++"
     if not re.search(word, line):
         raise UserError(
             f"The anchor {anchor!r} is not in the prompt {line!r}, so it cannot be replaced by "
@@ -108,7 +110,8 @@ def generate_anchors(file, model, unet, c_0, c_a, scheduler, n, guidance_scale, 
 
 
 def noised_anchors(z_0, concept_of, embed_targets, c_a, scheduler, batch_size, generator):
-    """A function that returns (batch, k, j) as `sdd.sdd` needs it, with k = None.
+    """A function that returns (batch, k, j) as `sdd.sdd` needs it. k is None; j is the concept of
+    the first latent.
 
     It picks images, their timesteps and the noise, in this order. concept_of: the index of each
     prompt's concept. embed_targets: indices of prompts -> embeddings (B, 77, D), which may carry

@@ -225,12 +225,10 @@ class Adversary:
     def __call__(self, e, e_original, z_t, t, c_s, i, j, **_):
         """c(v) (B, 77, D) for the concept j, after `steps` steps. i: the iteration."""
         B = self.words.shape[1]
-        # drawn in every iteration, so that the random numbers do not depend on B
-        fresh = int(torch.randint(len(self.table), (), generator=self.generator))
         v = self.words[j].clone()
         b = i // len(self.ids) % max(B, self.RESTART)
         if b < B:
-            v[b] = self.table[fresh]
+            v[b] = self.table[torch.randint(len(self.table), (), generator=self.generator)]
         with torch.no_grad():
             target = e_original(z_t, t, c_s)
         for _ in range(self.steps):

@@ -19,10 +19,10 @@ one R for all W; SPEED has one for each W.
 
 Where this file differs from the official codes:
 
-1. UCE's code reads one state of each prompt, that of the last word's last token (`states="last"`).
+1. UCE's code reads one state of each prompt, that of the last word's last token (`--states last`).
    In the empty prompt this position holds the *start token*, which all prompts share and which
    says nothing about an image. So UCE without an anchor may leave the concept: train.py prints a
-   warning. `states="all"` takes all 77 states of each pair. Then the empty prompt is an anchor.
+   warning. `--states all` takes all 77 states of each pair. Then the empty prompt is an anchor.
 2. UCE's code has an option for five templates ("painting by …", "image of …"): --template gives
    them here. The default is the word alone; the toy model has five templates.
 3. MACE's code keeps the captions of COCO. Here the prompts of --keep take their place. Its
@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import torch
 
-from clip_text import tokenize
+from clip_text import MAX_TOKENS, tokenize
 from pipeline import encode_prompts
 
 METHODS = ("uce", "mace", "rece", "speed")
@@ -87,7 +87,7 @@ def encode(model, prompts):
 def lengths(model, prompts):
     """The number of tokens of each prompt, with the start and the end of text, at most 77."""
     ids = model.tokenizer(prompts, verbose=False).input_ids if prompts else []
-    return [min(len(tokens), 77) for tokens in ids]
+    return [min(len(tokens), MAX_TOKENS) for tokens in ids]
 
 
 def last_states(model, prompts, states):
@@ -110,9 +110,9 @@ def shared_states(model, concepts, anchors, c, a):
         before = common_prefix(words_c, words_a)
         limit = min(end_c, end_a) - before
         after = min(common_prefix(words_c[::-1], words_a[::-1]), limit)
-        padding = 77 - max(end_c, end_a)
+        padding = MAX_TOKENS - max(end_c, end_a)
         for rows, states, end in ((rows_c, c[i], end_c), (rows_a, a[i], end_a)):
-            rows += [states[:before], states[end - after : end], states[77 - padding :]]
+            rows += [states[:before], states[end - after : end], states[MAX_TOKENS - padding :]]
     return torch.cat(rows_c), torch.cat(rows_a)
 
 
@@ -142,7 +142,8 @@ def multiply(weights, R):
 def uce(weights, states, ridge=0.5, erase=1.0, keep=1.0):
     """UCE: min over W of  erase Σ ‖W c − W° a‖² + keep Σ ‖W p − W° p‖² + ridge ‖W − W°‖².
 
-    weights: {name: W° (d, D)}. The gradient is 0 where W B = W° A, with
+    weights: {name: W° (d, D)}; in a round of RECE, the current W in the place of W°.
+    The gradient is 0 where W B = W° A, with
     A = erase Σ a cᵀ + keep Σ p pᵀ + ridge I and B = erase Σ c cᵀ + keep Σ p pᵀ + ridge I.
     """
     c, a, p, _ = states
@@ -157,8 +158,9 @@ def mace(weights, states, ridge=None, keep=1e-4):
     """MACE, stage 1: UCE's objective on the states that the prompts share (shared_states).
 
     The kept prompts are a prior with the weight `keep` (celebrities: 1e-4, nudity: 7e-7, for the
-    captions of COCO). Its ridge is 0 with a prior and 1000 without one. A ridge of 0 needs a prior
-    of at least D independent states, so here it is 1e-6 of the mean of the prior's diagonal.
+    captions of COCO). In MACE's code the ridge is 0 with a prior and 1000 without one. A ridge of 0
+    needs a prior of at least D independent states. So here it is 1e-6 of the mean of the prior's
+    diagonal.
     """
     if ridge is None and len(states.keep):
         ridge = 1e-6 * keep * gram(states.keep).diagonal().mean().item()

@@ -5,7 +5,8 @@ estimate of the noise in z, (B, 4, H, W). i counts the evaluations of the UNet: 
 the index into scheduler.timesteps (PNDM lists one timestep twice).
 
 Notation, as in the papers: e_0, e_p and e_S are the UNet's estimates for the empty prompt, the
-prompt and the prompt to avoid. One evaluation computes all of them in one batch.
+prompt and the prompt to avoid. One evaluation computes all of them in one batch. Their embeddings
+are c_0, c_p and c_S. (c_S is to avoid while sampling. The c_s of losses.py is to unlearn.)
 """
 
 from functools import partial
@@ -76,7 +77,7 @@ def sld_step(e_0, e_p, e_S, s, i, nu, *, delta, s_S, threshold, s_m, beta_m):
     by at least the threshold. γ is the whole correction, with momentum.
 
     Eq. 8 of the SDD paper differs: it prints max(1, |D|) and scales D before it compares D with the
-    threshold. Then μ would be at least 1 wherever SLD acts. We follow SLD's own paper.
+    threshold. Then μ would be at least 1 wherever SLD acts. We follow the code of SLD's authors.
     """
     D = e_p - e_S
     mu = torch.where(D >= threshold, 0.0, (s_S * D.abs()).clamp(max=1))
@@ -107,32 +108,24 @@ SEGA_WARMUP = 10  # evaluations before SEGA acts, by its paper
 
 
 def sega_step(
-    e_0, e_p, e_edits, s, i, nu, warmups=(SEGA_WARMUP,), s_e=5.0, quantile=0.9, s_m=0.1, beta_m=0.4
+    e_0, e_p, e_edits, s, i, nu, warmup=SEGA_WARMUP, s_e=5.0, quantile=0.9, s_m=0.1, beta_m=0.4
 ):
     """One evaluation of SEGA (Brack et al. 2023, arXiv 2301.12247), away from each concept.
 
-    e_edits (K, B, 4, H, W): the estimates of K concepts. warmups: the evaluations before a concept
-    acts, one number per concept or one for all. Returns the estimate and the momentum ν.
+    e_edits (K, B, 4, H, W): the estimates of K concepts. warmup: the evaluations before it acts.
+    Returns the estimate and the momentum ν.
 
     The guided estimate moves away from each concept by s_e (e_edit − e_0). Per image and channel,
-    only elements whose size is at least the quantile count (0.9: the largest tenth). While some
-    concepts are in their warm-up, γ is the mean of the others, without momentum, as in diffusers.
+    only elements whose size is at least the quantile count (0.9: the largest tenth).
     """
-    K = len(e_edits)
     g = -s_e * (e_edits - e_0)  # (K, B, 4, H, W): away from each concept
     limit = g.abs().float().flatten(3).quantile(quantile, dim=3)  # per concept, image and channel
     limit = limit[..., None, None]  # (K, B, 4, 1, 1)
     g = torch.where(g.abs() >= limit, g, 0.0)
     gamma = g.sum(0) + s_m * nu  # (B, 4, H, W)
-    nu = beta_m * nu + (1 - beta_m) * gamma  # of all concepts, also during their warm-up
-
-    if len(warmups) == 1:
-        warmups = warmups * K
-    acting = [direction for direction, warmup in zip(g, warmups, strict=True) if i >= warmup]
-    if not acting:
-        gamma = 0.0
-    elif len(acting) < K:
-        gamma = torch.stack(acting).mean(0)
+    nu = beta_m * nu + (1 - beta_m) * gamma  # also during the warm-up
+    if i < warmup:
+        gamma = 0
     return e_0 + s * (e_p - e_0) + gamma, nu
 
 
@@ -149,7 +142,7 @@ class SEGAGuidance:
     def __call__(self, z, t, i):
         e_0, e_p, *e_edits = evaluate(self.unet, z, t, *self.prompts)
         e_edits = torch.stack(e_edits)
-        e, self.nu = sega_step(e_0, e_p, e_edits, self.s, i, self.nu, warmups=(self.warmup,))
+        e, self.nu = sega_step(e_0, e_p, e_edits, self.s, i, self.nu, self.warmup)
         return e
 
 

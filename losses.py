@@ -8,7 +8,8 @@ it needs by name and ignores the rest with **_:
     z_t, t      latents (B, 4, H, W) and their timestep: one number, or a tensor (B,)
     c_s         embedding of what to unlearn: (1, 77, D), or (B, 77, D) with one per latent
     c_0         embedding of the empty prompt, (1, 77, D)
-    c_a         embedding of --anchor, what to show instead: (1, 77, D) or (B, 77, D)
+    c_a         embedding of --anchor, what to show instead: (1, 77, D) or (B, 77, D). Without
+                --anchor it is the empty prompt's
     c_k         preservation_loss only: embeddings of the prompts to keep, (1, 77, D) or (B, 77, D)
     n           the noise in z_t, (B, 4, H, W). Only where z_t is a noised image (Ablating Concepts)
     erase_scale, quantile   the flags of these names

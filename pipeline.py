@@ -23,9 +23,8 @@ from support.errors import UserError, first_line
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
 DECODED = 2**20  # pixels that the VAE decodes at once: 4 images of 512 x 512. 32 need tens of GB
-WARMUPS = {"sega": SEGA_WARMUP}  # evaluations before a method acts, by its paper
-for strength, numbers in SLD.items():
-    WARMUPS[f"sld-{strength}"] = numbers["delta"]
+# Evaluations before a method acts, by its paper.
+WARMUPS = {"sega": SEGA_WARMUP} | {f"sld-{name}": row["delta"] for name, row in SLD.items()}
 
 
 # ---------------------------------------------------------------------------------------- sampler
@@ -309,8 +308,10 @@ def patched(model, file):
 
 @contextmanager
 def added_word(model, file):
-    """The model with one more word, from a textual-inversion file; afterwards as it was.
+    """The model with one more word, from a textual-inversion file.
 
+    Afterwards the model's table of words is as it was. Its tokenizer keeps the word, so the same
+    word can be added again, but no other one.
     file: a safetensors file with one tensor, (D,) or (1, D), whose name is the word; None for none.
     attack.py writes such files, and diffusers' load_textual_inversion reads them.
     """
@@ -328,8 +329,10 @@ def added_word(model, file):
         )
     word = next(iter(tensors))
     if model.tokenizer.convert_tokens_to_ids(word) != len(table):  # not added by an earlier call
-        if word in model.tokenizer.get_vocab() or len(model.tokenizer) != len(table):
+        if word in model.tokenizer.get_vocab():
             raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
+        if len(model.tokenizer) != len(table):
+            raise UserError(f"This model had another word before {word!r}: load it again.")
         model.tokenizer.add_tokens([word])
     embedding.weight = torch.nn.Parameter(
         torch.cat([table, vectors[0].to(table)]), requires_grad=False

@@ -1,12 +1,14 @@
-"""All numbers of the papers in one table, the table of methods, and the checks of arguments.
+"""The numbers of the training methods in one table, and the checks of arguments.
 
-"Which learning rate does ESD use?" is answered here and nowhere else. Sources:
+"Which learning rate does ESD use?" is answered here and nowhere else. The numbers of SLD and SEGA
+are in guidance.py, those of UCE, MACE, RECE and SPEED in closed_form.py. Sources:
     B.1, A.1   appendices of the SDD paper (arXiv 2307.05977): settings and pseudo-code
     script     the training script that SDD's authors published
     toy        tuned on the toy model, see docs/results.md
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +95,7 @@ class Method(NamedTuple):
 
 # ESD (arXiv 2303.07345): Adam without weight decay, a constant rate. The toy preset keeps SDD's
 # weight decay, cosine and warm-up: only the rate and s_s were tuned there.
-ESD = dict(iters=1000, weight_decay=0.0, lr_schedule="constant", warmup=0)
+ESD = dict(iters=1000, lr=1e-5, weight_decay=0.0, lr_schedule="constant", warmup=0)
 # Ablating Concepts (arXiv 2303.13516), authors' script. Its learning rate is 2e-6 times the batch
 # size; `preset_values` multiplies.
 ABLATE = dict(
@@ -352,7 +354,7 @@ def settle_concepts(given):
     concepts = I2P if given == ["i2p"] else [concept.strip() for concept in given]
     if "" in concepts:
         raise UserError("A concept is empty: give --concept one or more words.")
-    if len(set(concepts)) < len(concepts):
+    if len({concept.lower() for concept in concepts}) < len(concepts):  # as the tokenizer reads
         raise UserError("A concept is given twice: give each concept once.")
     return concepts
 
@@ -392,7 +394,7 @@ def preset_values(settings, method):
 
 def read_keep(given):
     """The prompts of --keep PROMPT… or --keep FILE."""
-    if given and len(given) == 1 and (given[0].endswith(".txt") or Path(given[0]).is_file()):
+    if given and len(given) == 1 and (given[0].endswith(".txt") or os.path.isfile(given[0])):
         return read_prompts("keep", Path(given[0]))
     prompts = [prompt for prompt in given or [] if prompt.strip()]
     if given and not prompts:

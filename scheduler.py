@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x's noise schedule and its two samplers: DDIM, and PNDM (SD 1.4's default).
 
+diffusers calls a sampler a *scheduler*. So do this file's name, the variables and --scheduler.
+
 The schedule defines z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) n, with noise n ~ N(0, I) and t in 0 .. 999.
 ᾱ_t = (1 − β_0) (1 − β_1) .. (1 − β_t) is the part of the signal's variance that is left at t.
 
@@ -18,6 +20,8 @@ class DDIM:
 
     steps: the number of denoising steps, T in SDD. `timesteps` has steps + 1 entries. The last one
     is 0, the end. ValueError if the schedule is too short for that many steps.
+    As in diffusers, few steps start far below 999 (50 steps: 981; 6 steps: 831; 1 step: 1), though
+    z_T is pure noise. So images of one or two steps are poor.
     """
 
     def __init__(
@@ -28,8 +32,8 @@ class DDIM:
         first = (steps - 1) * self.stride + steps_offset
         if self.stride == 0 or first >= num_train_timesteps:
             raise ValueError(
-                f"{steps} sampling steps do not fit a schedule of {num_train_timesteps}: "
-                f"ask for 1 to {num_train_timesteps - steps_offset}."
+                f"{steps} sampling steps do not fit a schedule of {num_train_timesteps} timesteps: "
+                "ask for fewer, but at least 1."
             )
         self.timesteps = [i * self.stride + steps_offset for i in reversed(range(steps))] + [0]
         sqrt_betas = torch.linspace(
@@ -49,7 +53,7 @@ class DDIM:
     def step(self, z, e, i):
         """Latents z (B, 4, H, W) at timesteps[i] and their noise e -> latents at timesteps[i + 1].
 
-        The next timestep is t − stride. In the last step this is below 0, and ᾱ is ᾱ_0; so
+        The next timestep is t − stride. In the last step this is at most 0, and ᾱ is ᾱ_0; so
         `timesteps` ends with 0.
         """
         t = self.timesteps[i]

@@ -10,6 +10,8 @@
     return θ*
 
 N = iters (1500), T = sampling steps (50), timesteps t in 0..999, m = 0.999, sg: no gradient.
+T is not DDPM's 1000: the sampler visits 50 of the timesteps, 981, 961, .. 1. z_T is at 981, and
+k = 1 .. 50 steps lead to t = 961, .. 1, 0.
 
 The function `sdd` below is the loop of this listing. train.py makes θ* and c_s before it
 (make_models, encode_all) and saves θ* after it (Run.export). The other methods are variations of
@@ -60,7 +62,7 @@ class Iteration(NamedTuple):
     lr: float
     grad_norm: float  # before clipping
     k: int | None  # number of denoising steps that led to z_t; None for a noised image
-    j: int  # index of the concept
+    j: int  # index of the concept; with noised images, of the first one's
 
 
 def sdd(
@@ -97,11 +99,12 @@ def sdd(
     """Runs the iterations start .. iters − 1 and yields an Iteration after each of them.
 
     student, original: the UNets ε_θ and ε_θ°. They share every tensor that is not trained.
-    teacher: the UNet that samples z_t; in SDD ε_θ*, whose trained tensors are theta_ema (θ*).
+    teacher: the UNet that samples z_t; in SDD ε_θ*, whose trained tensors are theta_ema (θ*). If it
+    holds copies of them (pipeline.InferenceUNet), call its sync() after each iteration (train.py).
     optimizer: holds the trained parameters θ; theta_ema has the same order. scheduler: a DDIM of T
     steps.
     c_0 (1, 77, D), concepts (K, 77, D), joined (1, 77, D), c_a (1, 77, D): embeddings of the empty
-    prompt, of each concept, of all concepts joined, and of --anchor.
+    prompt, of each concept, of all concepts joined, and of --anchor (noised_anchors has its own).
     shape: of z_t, (B, 4, h, w). generator: a CPU generator, the only source of random numbers.
     noised_anchors: Ablating Concepts' source of z_t (ablation.py), used instead of sampling.
     loss: a function of losses.py, with erase_scale and quantile set if it takes them.

@@ -41,36 +41,36 @@ NETWORKS = {
     "text_encoder": (CLIPText, "model"),
 }
 
-# Config keys that change the arithmetic: key -> the values that our modules implement.
+# Config keys that change the arithmetic: key -> the value that our modules implement.
 ONLY = {
     "unet": dict(
-        act_fn=["silu"],
-        downsample_padding=[1],
-        flip_sin_to_cos=[True],
-        freq_shift=[0],
-        mid_block_scale_factor=[1],
-        norm_eps=[1e-5],
-        mid_block_type=["UNetMidBlock2DCrossAttn"],
-        resnet_time_scale_shift=["default"],
-        time_embedding_type=["positional"],
-        transformer_layers_per_block=[1],
-        conv_in_kernel=[3],
-        conv_out_kernel=[3],
-        attention_type=["default"],
-        resnet_out_scale_factor=[1],
+        act_fn="silu",
+        downsample_padding=1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        mid_block_scale_factor=1,
+        norm_eps=1e-5,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        resnet_time_scale_shift="default",
+        time_embedding_type="positional",
+        transformer_layers_per_block=1,
+        conv_in_kernel=3,
+        conv_out_kernel=3,
+        attention_type="default",
+        resnet_out_scale_factor=1,
     ),
     "vae": dict(
-        act_fn=["silu"],
-        mid_block_add_attention=[True],
-        use_quant_conv=[True],
-        use_post_quant_conv=[True],
+        act_fn="silu",
+        mid_block_add_attention=True,
+        use_quant_conv=True,
+        use_post_quant_conv=True,
     ),
-    "text_encoder": dict(hidden_act=["quick_gelu"], model_type=["clip_text_model"]),
+    "text_encoder": dict(hidden_act="quick_gelu", model_type="clip_text_model"),
     "scheduler": dict(
-        beta_schedule=["scaled_linear"],
-        prediction_type=["epsilon"],
-        timestep_spacing=["leading"],
-        skip_prk_steps=[True],
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+        skip_prk_steps=True,
     ),
 }
 # Config keys that list block types: key -> the types that our modules implement.
@@ -283,8 +283,8 @@ def weights_file(names, network, model):
                 "diffusers."
             )
     raise UserError(
-        f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout (see the "
-        "README)."
+        f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout "
+        "(docs/stable-diffusion.md)."
     )
 
 
@@ -322,7 +322,7 @@ def read_config(folder, part):
 def is_implemented(part, key, value):
     """Whether our modules compute what a config with this value asks for."""
     if key in ONLY[part]:
-        return value in ONLY[part][key]
+        return value == ONLY[part][key]
     if key in BLOCKS[part]:
         return isinstance(value, list) and all(
             isinstance(block, str) and block in BLOCKS[part][key] for block in value

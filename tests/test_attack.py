@@ -374,6 +374,12 @@ def test_a_word_is_there_only_while_it_is_added(tmp_path):
             expected = encode_prompts(model, ["a circle on sand"])
             assert torch.equal(encode_prompts(model, ["a <star> on sand"]), expected)
         assert model.text_encoder.text_model.embeddings.token_embedding.weight is table
+    weights.save(tmp_path / "other.safetensors", {"<other>": torch.zeros(64)})
+    with (
+        pytest.raises(UserError, match="load it again"),
+        added_word(model, tmp_path / "other.safetensors"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

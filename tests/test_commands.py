@@ -451,6 +451,8 @@ def test_anchor_prompts():
     ]
     with pytest.raises(UserError, match="'dog'.*'a cat'"):
         ablation.prompt_pairs(["wolf"], ["dog"], ["a cat"])
+    pairs = ablation.prompt_pairs(["go"], ["c++"], ["c++ and c++11"])  # words that \b does not end
+    assert pairs == [ablation.Pair(0, "c++ and c++11", "go and c++11")]
 
 
 def test_patch_fits_diffusers_and_changes_nothing_else(trained):
@@ -589,6 +591,7 @@ BAD_TRAINING_ARGUMENTS = [
     (f"{STAR} --preset fast --method esd-x", "belongs to SDD"),
     # Ablating Concepts and All-but-One
     (f"{STAR} --method ablate", "what to show instead"),
+    (f"{STAR} --method ablate --anchor ' '", "--anchor is empty"),
     (f"{STAR} --method ablate --anchor a b", "--anchor takes"),
     (f"{STAR} --method ablate --anchor-prompts none.txt", "none.txt"),
     (f"{STAR} moon --method ablate --anchor circle --anchor-images 1", "--anchor-images 2"),
@@ -609,6 +612,8 @@ BAD_TRAINING_ARGUMENTS = [
     (f"{STAR} --method all-but-one --erase-scale 2", "--erase-scale has no effect"),
     (f"{STAR} --erase-scale 0", "--erase-scale has no effect"),
     (f"{STAR} --preserve 1 --keep empty.txt", "has no prompts"),
+    (f"{STAR} --preserve 1 --keep '{'a zebra ' * 60}'", "does not know the word 'zebra'"),
+    (f"{STAR} Star", "given twice"),
     # a loss of your own (its content: test_own_loss.py)
     (f"{STAR} --loss none.py:loss", "no file none.py"),
     (f"{STAR} --loss losses", "FILE.py:FUNCTION"),

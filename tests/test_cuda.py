@@ -104,11 +104,11 @@ def on_the_card(part):
     "words",
     [
         [],
-        [*ABLATE, "--prior", "1", "--detach-start"],
         [*ABLATE, "--train-params", "embedding"],
         *(
             pytest.param(words, marks=pytest.mark.long)
             for words in (
+                [*ABLATE, "--prior", "1", "--detach-start"],
                 ["--dtype", "fp32"],
                 ["--dtype", "fp16", "--gradient-checkpointing"],
                 ["--roles", "official", "--preserve", "0.3"],

@@ -230,12 +230,19 @@ def test_one_inference_unet_at_a_time_and_none_without_work(patch, tmp_path, mon
     assert not alive
 
 
+@pytest.fixture(scope="module")
+def whole(patch, tmp_path_factory):
+    """The folder of an evaluation by one process, from its start to its end."""
+    out = tmp_path_factory.mktemp("evaluation") / "whole"
+    status, _, err = command("eval.py", *TOY, "--patch", f"sdd={patch}", "--out", out)
+    assert status == 0, err
+    return out
+
+
 @pytest.mark.parametrize("moments", [(12,), pytest.param((1, 12, 30), marks=pytest.mark.long)])
-def test_killed_and_repeated_gives_the_same_results(moments, patch, tmp_path):
+def test_killed_and_repeated_gives_the_same_results(moments, whole, patch, tmp_path):
     """kill -9 when so many images are there."""
     words = ["eval.py", *TOY, "--patch", f"sdd={patch}"]
-    status, _, err = command(*words, "--out", tmp_path / "whole")
-    assert status == 0, err
     for images in moments:
         process = subprocess.Popen(
             [sys.executable, *words, "--out", str(tmp_path / "killed")],
@@ -254,17 +261,16 @@ def test_killed_and_repeated_gives_the_same_results(moments, patch, tmp_path):
             assert "/.writing" in str(file) or Image.open(file).load()
     status, _, err = command(*words, "--out", tmp_path / "killed")
     assert status == 0, err
-    same(tmp_path / "whole", tmp_path / "killed")
+    same(whole, tmp_path / "killed")
     assert not list(tmp_path.rglob(".writing*"))
 
 
-def test_two_processes_give_the_same_results(patch, tmp_path):
+def test_two_processes_give_the_same_results(whole, patch, tmp_path):
     words = ["eval.py", *TOY, "--patch", f"sdd={patch}"]
-    assert command(*words, "--out", tmp_path / "one")[0] == 0
     two = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29531]
     status, _, err = command(*two, *words, "--out", tmp_path / "two")
     assert status == 0, err
-    same(tmp_path / "one", tmp_path / "two")
+    same(whole, tmp_path / "two")
 
 
 def files_in(folder):

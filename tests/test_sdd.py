@@ -664,10 +664,15 @@ OTHER_MISTAKES = {
 }
 
 
+SEEN_TO_PASS = set()  # ids of cases
+
+
 @pytest.mark.parametrize("name", OTHER_MISTAKES)
 def test_planted_mistakes_in_the_other_trainers_are_seen(name):
     case, comparison, mistake = OTHER_MISTAKES[name]
-    compare(CASE | case)
+    if id(case) not in SEEN_TO_PASS:
+        compare(CASE | case)
+        SEEN_TO_PASS.add(id(case))
     with pytest.raises(AssertionError, match=f"^{comparison}"):
         compare(CASE | case, mistake)
 

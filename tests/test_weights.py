@@ -243,7 +243,7 @@ OTHER = {
     "part, key", [(part, key) for part in weights.ONLY for key in weights.ONLY[part]]
 )
 def test_a_key_that_changes_the_arithmetic(folder, part, key):
-    value = weights.ONLY[part][key][0]
+    value = weights.ONLY[part][key]
     reconfigure(folder, part, **{key: value})
     weights.load(folder)
     reconfigure(folder, part, **{key: OTHER[type(value)](value)})

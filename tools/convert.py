@@ -59,9 +59,7 @@ def sd14_configs():
         config = {}
         for key, parameter in inspect.signature(make).parameters.items():
             config[key] = parameter.default
-        for key, values in weights.ONLY[network].items():
-            config[key] = values[0]
-        configs[network] = config
+        configs[network] = config | weights.ONLY[network]
     levels = len(configs["vae"]["block_out_channels"])
     configs["unet"] |= dict(_class_name="UNet2DConditionModel", sample_size=64)
     configs["vae"] |= dict(
