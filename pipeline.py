@@ -22,7 +22,7 @@ from support.cuda_graph import CudaGraph, can_record
 from support.errors import UserError, first_line
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
-DECODED = 2**20  # pixels that the VAE decodes at once: 4 images of 512 x 512. 32 need tens of GB
+DECODED = 2**18  # pixels that the VAE decodes at once: an image of 512 x 512. 32 need tens of GB
 # Evaluations before a method acts, by its paper.
 WARMUPS = {"sega": SEGA_WARMUP} | {f"sld-{name}": row["delta"] for name, row in SLD.items()}
 
@@ -109,18 +109,19 @@ def initial_noise(shape, seeds):
 
 def compiled(unet):
     """The UNet as torch.compile makes it; if that fails, a warning, and the UNet as it is."""
-    fast = torch.compile(unet, dynamic=False, fullgraph=True)
-    failed = []
+    fast, failed = None, False
 
     def evaluate(*inputs):
+        nonlocal fast, failed
         if not failed:
             try:
+                if fast is None:
+                    fast = torch.compile(unet, dynamic=False, fullgraph=True)
                 return fast(*inputs)
-            except Exception as e:
-                own = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
-                if not own or memory_is_full(e):
+            except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
+                if memory_is_full(e):
                     raise
-                failed.append(e)
+                fast, failed = None, True
                 why = first_line(getattr(e, "inner_exception", e))
                 print(f"warning: torch.compile failed, so it is not used: {why}", file=sys.stderr)
         return unet(*inputs)

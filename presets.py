@@ -21,6 +21,7 @@ import closed_form
 import losses
 import weights
 from clip_text import TOKEN_EMBEDDING
+from support.cli import why_no_gpu
 from support.errors import UserError
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 
@@ -511,6 +512,7 @@ def check_device(settings, work="training", advice="Use --model toy (minutes)"):
     toy = settings["model"] in weights.TOYS
     if not toy and settings["device"] == "auto" and not has_gpu:
         raise UserError(
-            f"There is no GPU on this machine, and {work} {settings['model']} on a CPU can take "
-            f"days. {advice}, or add --device cpu to use the CPU anyway."
+            f"There is no GPU that torch can use here ({why_no_gpu()}), and {work} "
+            f"{settings['model']} on a CPU can take days. {advice}, or add --device cpu to use the "
+            "CPU anyway."
         )

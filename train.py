@@ -567,11 +567,22 @@ def encode_all(model, settings, pairs):
     return Prompts(*embeddings.split([len(group) for group in groups]))
 
 
+class AdamW(torch.optim.AdamW):
+    """Knows whether its last step was cut off by an error. Then θ and its moments are half new."""
+
+    cut_off = False
+
+    def step(self, closure=None):
+        self.cut_off = True
+        super().step(closure)
+        self.cut_off = False
+
+
 def make_optimizer(theta, settings):
     decay = settings["weight_decay"]
     if TOKEN_EMBEDDING in theta:
         decay = 0.0  # it would shrink the rows of words that are not trained
-    return torch.optim.AdamW(theta.values(), settings["lr"], betas=(0.9, 0.999), weight_decay=decay)
+    return AdamW(theta.values(), settings["lr"], betas=(0.9, 0.999), weight_decay=decay)
 
 
 def mask_embedding_gradient(tokenizer, theta, concepts):
@@ -786,9 +797,13 @@ def train_in(out, settings, args):
             memory_full = True
         if memory_full:  # after the block above, because `e` keeps the memory of the iteration
             run.optimizer.zero_grad()  # drop the unfinished iteration
-            run.save()
+            kept = f"{run.done} iterations are saved"
+            if run.optimizer.cut_off:
+                kept = "the last checkpoint is kept, if there is one"
+            else:
+                run.save()
             raise UserError(
-                f"The memory is full; {run.done} iterations are saved. To continue with less: "
+                f"The memory is full; {kept}. To continue with less: "
                 f"python train.py --resume --out {out} --gradient-checkpointing --preview-every 0. "
                 "Or start again with a smaller --batch-size or --dtype bf16."
             )

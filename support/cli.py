@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.files import used_files
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,15 +133,27 @@ def pick_device(name):
             name = "cuda"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        # A sum starts a kernel. torch has none for a GPU that is older than its build supports.
+        torch.ones(2, device=device).sum().item()
     except (RuntimeError, AssertionError) as e:  # which of the two depends on the device
         raise UserError(
-            f"--device {name} cannot be used here ({str(e).splitlines()[0]}): use --device cpu, or "
-            "check the driver."
+            f"--device {name} cannot be used here ({first_line(e)}): use --device cpu, or a build "
+            "of torch for your GPU and driver (pytorch.org)."
         ) from e
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # for calls without a device: synchronize, memory, autocast
     return device
+
+
+def why_no_gpu():
+    """One line: why torch finds no NVIDIA GPU."""
+    if not (torch.version.cuda or torch.version.hip):
+        return "this torch is a build for the CPU only"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:  # for example: the driver is too old
+        return first_line(e)
+    return "its driver finds none"
 
 
 def pick_dtype(name, device, training=False):
@@ -182,10 +194,22 @@ def memory_is_full(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    if "can't allocate memory" in text or "out of memory" in text:
-        return True
+    # ALLOC_FAILED: cuBLAS and cuDNN have memory of their own.
+    for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED"):
+        if said in text:
+            return True
     # A CUDA graph that could not be recorded raises another error on the way out.
     return error.__context__ is not None and memory_is_full(error.__context__)
+
+
+def how_to_need_less(args):
+    """What a user can do if the memory is full, in the flags of this command."""
+    sizes = ("batch_size", "resolution")
+    advice = [f"a smaller --{name.replace('_', '-')}" for name in sizes if hasattr(args, name)]
+    if getattr(args, "dtype", None) == "fp32":
+        advice.append("--dtype bf16")
+    advice.append("a device with more free memory")
+    return "use " + ", or ".join(advice)
 
 
 def run_command(
@@ -213,11 +237,7 @@ def run_command(
     except (RuntimeError, MemoryError) as e:
         if not memory_is_full(e):
             raise  # a mistake in the program: the traceback is needed
-        print(
-            "error: the memory is full: use a smaller --batch-size or --resolution, or --dtype "
-            "bf16.",
-            file=sys.stderr,
-        )
+        print(f"error: the memory is full: {how_to_need_less(args)}.", file=sys.stderr)
         return 2
     except OSError as e:
         print(

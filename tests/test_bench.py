@@ -6,8 +6,10 @@ import pytest
 import torch
 from test_commands import command
 
+import pipeline
 import sdd
 from support.cli import run_command
+from support.cuda_graph import CudaGraph
 from tools import bench
 
 
@@ -60,6 +62,32 @@ def test_more_steps_than_an_image_has_are_one_sentence(capsys):
     words = "--size toy --parts step --rounds 1 --k 7 --device cpu".split()
     assert run_command(bench.bench, bench.parse(words)) == 2
     assert "--k 7 is more than the 6 steps" in capsys.readouterr().err
+
+
+def test_a_loop_for_a_gpu_is_one_sentence_on_a_cpu(capsys):
+    words = ["--size", "toy", "--only", "ours, --compile", "--device", "cpu"]
+    assert run_command(bench.bench, bench.parse(words)) == 2
+    assert "'ours, --compile' needs a CUDA GPU" in capsys.readouterr().err
+
+
+@torch.enable_grad()
+def test_the_flop_of_a_compiled_loop_are_counted(monkeypatch, capsys):
+    """As of the same loop without torch.compile, which still works afterwards."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda unet, **how: compile_(unet, backend="eager", **how)
+    )
+    monkeypatch.setattr(pipeline, "can_record", lambda device: True)
+    monkeypatch.setattr(CudaGraph, "__call__", lambda graph, *inputs: graph.function(*inputs))
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 1e9)
+    cpu, said = torch.device("cpu"), []
+    for words in ([], ["--compile"]):
+        contender = bench.Ours("toy", cpu, 2, 6, *words)
+        contender.iteration(1)
+        said.append(bench.flop_rate(contender, 1, [1.0], cpu))
+        contender.iteration(1)
+    assert said[0] == said[1] and float(said[0].split()[0]) > 0
+    assert "torch.compile failed" not in capsys.readouterr().err
 
 
 def test_help_quotes_names_with_spaces(capsys):

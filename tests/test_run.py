@@ -86,6 +86,37 @@ def test_the_unfinished_iteration_is_freed_before_the_checkpoint(
     assert left == [None]
 
 
+@pytest.mark.parametrize("full_in, kept", [(1, 0), (4, 2)])
+def test_out_of_memory_in_a_step_keeps_the_checkpoint_before(
+    full_in, kept, tmp_path, capsys, monkeypatch
+):
+    """Such a step has changed some tensors and not others. Without a checkpoint, it is iteration 0.
+
+    The resumed run has the bits of a run that was never interrupted.
+    """
+    words = [*STAR, "--preview-every", "0"]
+    assert run(train, *words, "--out", tmp_path / "whole") == 0
+    steps, change = [], torch.Tensor.addcdiv_
+
+    def full(*given, **how):  # called once for each trained tensor, after its moments have changed
+        steps.append(1)
+        if len(steps) == 55 * (full_in - 1) + 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return change(*given, **how)
+
+    monkeypatch.setattr(torch.Tensor, "addcdiv_", full)
+    assert run(train, *words, "--out", tmp_path / "o") == 2
+    assert "the last checkpoint is kept" in capsys.readouterr().err
+    file = tmp_path / "o" / "checkpoint.safetensors"
+    assert file.exists() == bool(kept)
+    if kept:
+        assert weights.read(file)[1]["iterations"] == str(kept)  # --save-every is 2
+    assert run(train, "--resume", "--out", tmp_path / "o") == 0
+    for name in ("erased.safetensors", "checkpoint.safetensors"):
+        (a, _), (b, _) = (weights.read(tmp_path / out / name) for out in ("o", "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_out_of_memory_saves_and_names_what_helps(tmp_path, fails, capsys, monkeypatch):
     """The run continues with checkpointing, to the bits of a run that was never interrupted."""
     blocks = []
@@ -304,6 +335,38 @@ def test_a_failure_of_torch_compile_is_a_warning(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda unet, **how: unet)
     with pytest.raises(ZeroDivisionError):
         compiled(mistake)(torch.ones(()))
+
+    def not_for_this_python(unet, **how):
+        raise RuntimeError("torch.compile is not supported on this Python")
+
+    monkeypatch.setattr(torch, "compile", not_for_this_python)
+    capsys.readouterr()
+    evaluate = compiled(lambda x: x + 1)
+    assert [evaluate(torch.ones(())).item() for _ in range(2)] == [2, 2]
+    assert capsys.readouterr().err.count("is not supported on this Python") == 1
+
+
+def test_a_unet_that_could_not_be_compiled_is_freed_with_its_last_reference(monkeypatch):
+    """Its weights can be a tenth of a GPU's memory, and the garbage collector may run late."""
+
+    class Doubled:
+        def __call__(self, x):
+            return 2 * x
+
+    def fails(x):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda unet, **how: fails)
+    unet = Doubled()
+    alive = weakref.ref(unet)
+    evaluate = compiled(unet)
+    gc.disable()
+    try:
+        evaluate(torch.ones(()))
+        del unet, evaluate
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_only_the_unet_that_samples_is_compiled(tmp_path, monkeypatch):

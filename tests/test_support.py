@@ -19,7 +19,7 @@ import generate
 import pipeline
 import support.packages
 import weights
-from support.cli import Parser, finite, natural, run_command
+from support.cli import Parser, finite, memory_is_full, natural, run_command, why_no_gpu
 from support.errors import UserError
 from tools import bench, convert
 
@@ -196,6 +196,59 @@ def test_ctrl_c_is_stopped_and_130(capsys):
 
     assert run_command(main, SimpleNamespace(out="here"), "look into {out}") == 130
     assert capsys.readouterr().err == "stopped: look into here.\n"
+
+
+@pytest.mark.parametrize(
+    "text, full",
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: no kernel image is available for execution on the device", False),
+    ],
+)
+def test_errors_about_memory_are_recognised(text, full):
+    assert memory_is_full(RuntimeError(text)) == full
+
+
+@pytest.mark.parametrize(
+    "flags, said, not_said",
+    [
+        (
+            dict(batch_size=1, resolution=512, dtype="auto"),
+            "--batch-size, or a smaller --reso",
+            "bf16",
+        ),
+        (dict(batch_size=1, dtype="fp32"), "--dtype bf16", "--resolution"),
+        (dict(rounds=1), "with more free memory", "--"),
+    ],
+)
+def test_a_full_memory_names_only_flags_that_the_command_has(flags, said, not_said, capsys):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert run_command(full, SimpleNamespace(**flags)) == 2
+    error = capsys.readouterr().err
+    assert said in error and not_said not in error
+
+
+@pytest.mark.parametrize(
+    "cuda, error, said",
+    [
+        (None, None, "a build for the CPU only"),
+        ("13.0", RuntimeError("The NVIDIA driver on your system is too old\nmore"), "is too old"),
+        ("13.0", None, "its driver finds none"),
+    ],
+)
+def test_why_there_is_no_gpu(cuda, error, said, monkeypatch):
+    def init():
+        if error:
+            raise error
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert why_no_gpu().endswith(said)
 
 
 def test_details_are_printed_below_the_sentence(capsys):

@@ -3,12 +3,14 @@
     python -m tools.bench                              SD 1.4 on a CUDA GPU; toy on a CPU
     python -m tools.bench --size sd14 --parts memory   on a CPU, about a minute: SD 1.4's memory
     python -m tools.bench --size sd14 --parts step --rounds 1 --k 2    on a CPU, many minutes: time
+    python -m tools.bench --only "ours as shipped" "ours, --compile"    these loops, on a GPU
     python -m tools.bench --rows docs/benchmarks.md    also adds what it prints to that file
 
 Weights are random at SD 1.4's sizes, because speed does not depend on values. The loops take turns,
 iteration by iteration, with the same k. On a GPU, memory is the allocator's. On a CPU it is
 counted: the bytes of all tensors that exist at the peak, without what a device adds (workspaces,
-rounding).
+rounding). All loops stay in memory while they are timed, at SD 1.4's sizes tens of GiB: on a small
+GPU choose one or two with --only.
 Needs diffusers (requirements-test.txt).
 """
 
@@ -60,9 +62,11 @@ OURS = {  # name: arguments of train.py
     "ours, bf16, checkpointing": ["--dtype", "bf16", "--gradient-checkpointing"],
     "ours, bf16": ["--dtype", "bf16"],
     "ours, with --preserve": ["--preserve", "0.3"],
+    "ours, --compile": ["--compile"],
     "ours as shipped": [],
 }
 NAMES = [*AUTHORS, *OURS]
+ON_A_GPU = ("ours, --compile",)
 
 
 # ------------------------------------------------------------------------------------ contenders
@@ -71,7 +75,8 @@ def our_model(size, device):
     if size == "toy":
         return weights.load("toy")
     with torch.device(device):
-        parts = dict(unet=UNet(), vae=VAE(), text_encoder=CLIPText())
+        parts = dict(unet=UNet(), text_encoder=CLIPText())
+    parts["vae"] = VAE()  # train.py moves it only for previews
     for part in parts.values():
         part.eval().requires_grad_(False)
     return weights.Model(
@@ -202,7 +207,11 @@ def flop_rate(contender, k, seconds, device):
     def eager(graph, *inputs):  # the counter does not see what a CUDA graph replays
         return graph.function(*inputs)
 
-    with FlopCounterMode(display=False) as counter, patch.object(CudaGraph, "__call__", eager):
+    with (
+        torch.compiler.set_stance("force_eager"),  # nor what torch.compile makes
+        FlopCounterMode(display=False) as counter,
+        patch.object(CudaGraph, "__call__", eager),
+    ):
         contender.iteration(k)
     flop = counter.get_total_flops()
     share = flop / statistics.median(seconds) / matmul_rate(device, contender.dtype)
@@ -404,6 +413,11 @@ def bench(args):
         ) from None
     device = pick_device(args.device)
     args.size = args.size or ("sd14" if device.type == "cuda" else "toy")
+    if args.only is None:
+        args.only = [name for name in NAMES if device.type == "cuda" or name not in ON_A_GPU]
+    for name in args.only:
+        if name in ON_A_GPU and device.type != "cuda":
+            raise UserError(f"{name!r} needs a CUDA GPU: leave it out of --only.")
     steps = SIZES[args.size][1]
     if args.k and args.k > steps:
         raise UserError(f"--k {args.k} is more than the {steps} steps of {args.size}.")
@@ -445,11 +459,10 @@ def parse(argv=None):
         "--only",
         nargs="+",
         type=one_of(NAMES)["type"],
-        default=NAMES,
         metavar="NAME",
         help="loops; the others are compared with the first one. Names: "
         + ", ".join(f'"{name}"' for name in NAMES)
-        + " (default: all)",
+        + " (default: all that the device can run)",
     )
     group.add_argument(
         "--rounds",
