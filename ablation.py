@@ -110,12 +110,12 @@ def generate_anchors(file, model, unet, c_0, c_a, scheduler, n, guidance_scale, 
 
 
 def noised_anchors(z_0, concept_of, embed_targets, c_a, scheduler, batch_size, generator):
-    """A function that returns (batch, k, j) as `sdd.sdd` needs it. k is None; j is the concept of
-    the first latent.
+    """A function that returns (batch, k, j) as `sdd.sdd` needs it.
 
-    It picks images, their timesteps and the noise, in this order. concept_of: the index of each
-    prompt's concept. embed_targets: indices of prompts -> embeddings (B, 77, D), which may carry
-    gradients. c_a (P, 77, D): the anchor's prompts.
+    k is None; j is the index of the first latent's concept. It picks images, their timesteps and
+    the noise, in this order. concept_of: the index of each prompt's concept. embed_targets: indices
+    of prompts -> embeddings (B, 77, D), which may carry gradients. c_a (P, 77, D): the anchor's
+    prompts.
     """
 
     def sample_batch():

@@ -70,6 +70,7 @@ def test_a_loop_for_a_gpu_is_one_sentence_on_a_cpu(capsys):
     assert "'ours, --compile' needs a CUDA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @torch.enable_grad()
 def test_the_flop_of_a_compiled_loop_are_counted(monkeypatch, capsys):
     """As of the same loop without torch.compile, which still works afterwards."""

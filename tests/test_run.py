@@ -622,7 +622,7 @@ def test_anchor_images_are_generated_once(tmp_path, monkeypatch):
         "circle",
         *SHORT,
         "--anchor-images",
-        5,
+        6,
         "--device",
         "cpu",
     ]
@@ -637,13 +637,13 @@ def test_anchor_images_are_generated_once(tmp_path, monkeypatch):
         generated.append(seeds)
         return generate(model, unet, c_0, c_p, seeds, *more, **how)
 
-    monkeypatch.setattr(ablation, "KEPT", 2)
+    monkeypatch.setattr(ablation, "KEPT", 4)
     monkeypatch.setattr(ablation, "generate_latents", watched)
     monkeypatch.setattr(ablation, "save", stop)
     assert run(train, *words, "--out", tmp_path / "o") == 130
     monkeypatch.setattr(ablation, "save", save)
     assert run(train, "--resume", "--out", tmp_path / "o") == 0
-    assert generated == [[0, 1], [2, 3], [4]]
+    assert generated == [[0, 1, 2, 3], [4, 5]]
     for file in ("anchors.safetensors", "erased.safetensors"):
         (a, _), (b, _) = (weights.read(tmp_path / folder / file) for folder in ("o", "whole"))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
