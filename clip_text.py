@@ -6,7 +6,11 @@ to 77 tokens with the end-of-text token.
 
 Attribute names are the checkpoint's names, so loading is `load_state_dict(strict=True)`.
 
-Letters in the shape comments: B batch, L = 77 tokens, C channels (768), h heads (12), d = C / h.
+Words: the *embedding* of a prompt is the output for it, 77 vectors. One of these vectors is a text
+*state* (closed_form.py). A *token embedding* is a row of the table at the input.
+
+Letters in the shape comments: B batch, L = 77 tokens, C channels (768; D in the other files), h
+heads (12), d = C / h.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Erasure without training: UCE, MACE's closed-form stage, RECE and SPEED.
 
 Cross-attention reads the prompt through two matrices per layer, to_k and to_v. Each matrix W
-(d × D) maps a text state c to a key or a value. A prompt has 77 text states, one per token, and
+(C × D) maps a text state c to a key or a value. A prompt has 77 text states, one per token, and
 each of them is a vector of D numbers. These methods change each W (SPEED: of to_v only) so that the
 states of the concept give the keys and values of another prompt (the anchor). They need no image
 and no gradient. The result is always
@@ -142,7 +142,7 @@ def multiply(weights, R):
 def uce(weights, states, ridge=0.5, erase=1.0, keep=1.0):
     """UCE: min over W of  erase Σ ‖W c − W° a‖² + keep Σ ‖W p − W° p‖² + ridge ‖W − W°‖².
 
-    weights: {name: W° (d, D)}; in a round of RECE, the current W in the place of W°.
+    weights: {name: W° (C, D)}; in a round of RECE, the current W in the place of W°.
     The gradient is 0 where W B = W° A, with
     A = erase Σ a cᵀ + keep Σ p pᵀ + ridge I and B = erase Σ c cᵀ + keep Σ p pᵀ + ridge I.
     """
@@ -227,7 +227,7 @@ def speed(weights, states, ridge=1.0, gamma=0.0, copies=10, limit=0.1, seed=0):
 
 
 def influenced(states, edit):
-    """The states that an edit Δ (d, D) changes more than the mean: rows r with a large ‖Δ r‖."""
+    """The states that an edit Δ (C, D) changes more than the mean: rows r with a large ‖Δ r‖."""
     if not len(states):
         return states
     change = (states @ edit.T).norm(dim=1)

@@ -1,7 +1,7 @@
 """The denoising loop, and how it combines noise estimates.
 
-An estimator is a function (z, t, i) -> e. z: latents (B, 4, H, W); t: their timestep; e: its
-estimate of the noise in z, (B, 4, H, W). i counts the evaluations of the UNet: 0, 1, .. It is also
+An estimator is a function (z, t, i) -> e. z: latents (B, 4, h, w); t: their timestep; e: its
+estimate of the noise in z, (B, 4, h, w). i counts the evaluations of the UNet: 0, 1, .. It is also
 the index into scheduler.timesteps (PNDM lists one timestep twice).
 
 Notation, as in the papers: e_0, e_p and e_S are the UNet's estimates for the empty prompt, the
@@ -20,7 +20,7 @@ def sample(estimator, scheduler, z, k=None):
     Without k, denoises z to the end.
     """
     if k is None:
-        k = len(scheduler.timesteps) - 1  # the last timestep is the end: no step starts there
+        k = scheduler.evaluations
     for i, t in enumerate(scheduler.timesteps[:k]):
         e = estimator(z, t, i)
         z = scheduler.step(z, e, i)
@@ -28,13 +28,13 @@ def sample(estimator, scheduler, z, k=None):
 
 
 def evaluate(unet, z, t, *prompts):
-    """The noise estimates for several prompts, in one batch: one tensor (B, 4, H, W) per prompt.
+    """The noise estimates for several prompts, in one batch: one tensor (B, 4, h, w) per prompt.
 
     prompts: embeddings, (1, 77, D) for one that all latents share, or (B, 77, D).
     """
     n, B = len(prompts), len(z)
     context = torch.cat([c.expand(B, -1, -1) for c in prompts])  # (n·B, 77, D)
-    e = unet(torch.cat([z] * n), t, context)  # (n·B, 4, H, W)
+    e = unet(torch.cat([z] * n), t, context)  # (n·B, 4, h, w)
     return e.chunk(n)
 
 
@@ -112,17 +112,17 @@ def sega_step(
 ):
     """One evaluation of SEGA (Brack et al. 2023, arXiv 2301.12247), away from each concept.
 
-    e_edits (K, B, 4, H, W): the estimates of K concepts. warmup: the evaluations before it acts.
+    e_edits (K, B, 4, h, w): the estimates of K concepts. warmup: the evaluations before it acts.
     Returns the estimate and the momentum ν.
 
     The guided estimate moves away from each concept by s_e (e_edit − e_0). Per image and channel,
     only elements whose size is at least the quantile count (0.9: the largest tenth).
     """
-    g = -s_e * (e_edits - e_0)  # (K, B, 4, H, W): away from each concept
+    g = -s_e * (e_edits - e_0)  # (K, B, 4, h, w): away from each concept
     limit = g.abs().float().flatten(3).quantile(quantile, dim=3)  # per concept, image and channel
     limit = limit[..., None, None]  # (K, B, 4, 1, 1)
     g = torch.where(g.abs() >= limit, g, 0.0)
-    gamma = g.sum(0) + s_m * nu  # (B, 4, H, W)
+    gamma = g.sum(0) + s_m * nu  # (B, 4, h, w)
     nu = beta_m * nu + (1 - beta_m) * gamma  # also during the warm-up
     if i < warmup:
         gamma = 0

@@ -3,15 +3,15 @@
 A loss is a function of keyword arguments that returns a scalar tensor. It takes the arguments that
 it needs by name and ignores the rest with **_:
 
-    e           the student ε_θ(z, t, c): a function that estimates the noise, (B, 4, H, W)
+    e           the student ε_θ(z, t, c): a function that estimates the noise, (B, 4, h, w)
     e_original  the frozen model ε_θ° that the student started from
-    z_t, t      latents (B, 4, H, W) and their timestep: one number, or a tensor (B,)
+    z_t, t      latents (B, 4, h, w) and their timestep: one number, or a tensor (B,)
     c_s         embedding of what to unlearn: (1, 77, D), or (B, 77, D) with one per latent
     c_0         embedding of the empty prompt, (1, 77, D)
     c_a         embedding of --anchor, what to show instead: (1, 77, D) or (B, 77, D). Without
                 --anchor it is the empty prompt's
     c_k         preservation_loss only: embeddings of the prompts to keep, (1, 77, D) or (B, 77, D)
-    n           the noise in z_t, (B, 4, H, W). Only where z_t is a noised image (Ablating Concepts)
+    n           the noise in z_t, (B, 4, h, w). Only where z_t is a noised image (Ablating Concepts)
     erase_scale, quantile   the flags of these names
 
 Here e and e_original are functions. Their values have an index: e_0 = e_original(z_t, t, c_0).

@@ -216,7 +216,7 @@ def generate_latents(
     size = size or model.resolution
     height, width = size if isinstance(size, tuple) else (size, size)
     shape = (4, height // model.vae.factor, width // model.vae.factor)
-    evaluations = len(scheduler.timesteps) - 1
+    evaluations = scheduler.evaluations
     starts = range(0, len(seeds), batch_size)
     with tqdm(
         total=len(starts) * evaluations, desc=bar, unit="step", disable=None if bar else True
@@ -274,7 +274,7 @@ def check_warmup(method, warmup, scheduler):
                 "sld-… or sega."
             )
         return
-    evaluations = len(scheduler.timesteps) - 1
+    evaluations = scheduler.evaluations
     used = WARMUPS[method] if warmup is None else warmup
     if used >= evaluations:
         raise UserError(

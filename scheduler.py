@@ -41,17 +41,22 @@ class DDIM:
         )
         self.alphas_cumprod = torch.cumprod(1 - sqrt_betas**2, dim=0)  # ᾱ (num_train_timesteps,)
 
+    @property
+    def evaluations(self):
+        """Their number from z_T to z_0. The last timestep is the end: no step starts there."""
+        return len(self.timesteps) - 1
+
     def alpha(self, t):
         """ᾱ_t. Below timestep 0 it stays ᾱ_0 (in the config: set_alpha_to_one false)."""
         return self.alphas_cumprod[max(t, 0)]
 
     def add_noise(self, z_0, noise, t):
-        """z_t for latents z_0 and noise, both (B, 4, H, W), at timesteps t (B,)."""
+        """z_t for latents z_0 and noise, both (B, 4, h, w), at timesteps t (B,)."""
         alpha = self.alphas_cumprod.to(z_0.device)[t].view(-1, 1, 1, 1)
         return alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
 
     def step(self, z, e, i):
-        """Latents z (B, 4, H, W) at timesteps[i] and their noise e -> latents at timesteps[i + 1].
+        """Latents z (B, 4, h, w) at timesteps[i] and their noise e -> latents at timesteps[i + 1].
 
         The next timestep is t − stride. In the last step this is at most 0, and ᾱ is ᾱ_0; so
         `timesteps` ends with 0.

@@ -177,7 +177,7 @@ def random_timestep(roles, scheduler, K, i, generator):
     k is drawn first. "official" then draws t near the timestep of z_t, and takes the concepts in
     turn. The others take the timestep of z_t, and then draw j.
     """
-    T = len(scheduler.timesteps) - 1  # sampling steps; training uses DDIM (PNDM has one entry more)
+    T = scheduler.evaluations  # training uses DDIM, which has one evaluation per step
     if roles == "official":
         k = int(torch.randint(0, T, (), generator=generator))
         # z_t is at low + 1; the script draws from low on. With steps_offset 0, z_t can be at 0.
@@ -195,7 +195,9 @@ def choose_prompts(roles, concept, joined):
         return joined, concept
     if roles == "each":
         return concept, concept
-    return concept, joined
+    if roles == "paper":
+        return concept, joined
+    raise ValueError(f"roles is {roles!r}, not one of {', '.join(ROLES)}")
 
 
 def prompts_kept(c_0, kept, B, generator):
@@ -221,7 +223,9 @@ def lr_factor(i, warmup, iters, schedule):
         return i / warmup
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iters - warmup)))
-    return 1.0
+    if schedule == "constant":
+        return 1.0
+    raise ValueError(f"the learning rate's schedule is {schedule!r}, not cosine or constant")
 
 
 def stop_if_diverged(i, value, grad_norm, scaler):

@@ -958,3 +958,10 @@ def test_a_cut_run_continues_as_if_uncut():
             torch.equal(v, whole.optimizer.state[q][key])
             for key, v in then.optimizer.state[p].items()
         )
+
+
+def test_a_misspelled_choice_is_not_another_method():
+    with pytest.raises(ValueError, match="offical.*official"):
+        sdd.choose_prompts("offical", None, None)
+    with pytest.raises(ValueError, match="cosin'"):
+        sdd.lr_factor(800, 500, 1500, "cosin")
