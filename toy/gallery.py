@@ -8,7 +8,6 @@ With --patch FILE, the erased model makes the images. All images begin from the 
 
 import support.openmp  # noqa: F401 (before torch)
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 
 import weights
 from pipeline import InferenceUNet, encode_prompts, generate_images, make_scheduler, patched
-from support.cli import natural, run_command
+from support.cli import Parser, natural, one_of, run_command
 from support.images import grid, save_png
 from toy import worlds
 
@@ -61,8 +60,8 @@ def gallery(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("world", choices=sorted(worlds.MODELS.values()))
+    parser = Parser(prog="python -m toy.gallery", description=__doc__)
+    parser.add_argument("world", **one_of(sorted(worlds.MODELS.values())))
     parser.add_argument("file", type=Path, metavar="FILE.png")
     parser.add_argument("--patch", metavar="FILE", help="an erased.safetensors")
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (default: 0)")

@@ -12,7 +12,6 @@ results/STUDY/results.md, the images that the page shows, and rows.json, all fig
       attacks   {kind: {"points", "halves"}}, see evaluation/comeback.py; only attacked rows
 """
 
-import argparse
 import csv
 import datetime
 import json
@@ -31,7 +30,7 @@ from evaluation.columns import COMEBACK, Column
 from evaluation.comeback import comeback, cost
 from evaluation.findings import overlap
 from evaluation.tables import markdown
-from support.cli import run_command
+from support.cli import Parser, one_of, positive, run_command
 from support.files import write_text
 from toy import worlds
 from workflow import plan
@@ -567,12 +566,11 @@ def write_page(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m workflow.page", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("study", choices=list(plan.STUDIES))
+    parser = Parser(prog="python -m workflow.page", description=__doc__)
+    parser.add_argument("study", **one_of(list(plan.STUDIES)))
     parser.add_argument(
         "--cores",
-        type=int,
+        type=positive,
         help="how many commands ran at a time, for the page (default: not known)",
     )
     return parser.parse_args(argv)
