@@ -89,7 +89,8 @@ def parse(argv=None):
     parser.add_argument(
         "suite",
         **one_of(SUITES),
-        help="what to generate and measure; all but toy are made for Stable Diffusion on a GPU",
+        help="what to generate and measure; toy and artists fit the toy models, the others are for "
+        "Stable Diffusion on a GPU",
     )
 
     group = parser.add_argument_group("rows of the table")

@@ -104,7 +104,7 @@ ABLATE = dict(
 )
 # All-but-One (arXiv 2312.12807): 200 steps. Its output (the student), its optimizer, its prompt of
 # joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains
-# `to_out` layers; its summary does not say which, so --train-params does not offer them.
+# `to_out` layers; its summary does not say which. "xattn" has those of cross-attention.
 ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
 
 METHODS = {

@@ -148,7 +148,8 @@ def parse(argv=None):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--iters", type=positive, metavar="N",
-        help=f"iterations ({default('iters')}; several concepts: 2000; rece: 1 + its rounds, 2)")
+        help=f"iterations ({default('iters')}; preset paper with several concepts: 2000; rece: 1 + "
+        "its rounds, 2)")
     add("--batch-size", type=positive, metavar="B",
         help=f"latents per iteration ({default('batch_size')})")
     add("--lr", type=finite,

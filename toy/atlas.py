@@ -19,6 +19,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from support.cli import Parser, run_command
+from support.errors import UserError
 from toy.emoji import ARTISTS, ATLAS, COLUMNS, THINGS, TILE
 
 SOURCES = dict(
@@ -129,8 +131,14 @@ def main(folder):
     index = {"tile": TILE, "columns": COLUMNS, "things": {t: ICONS.get(t, t) for t in THINGS}}
     index["artists"] = {}
     for artist in ARTISTS:
-        (package,) = Path(folder).glob(f"iconify-json-{SOURCES[artist]}-[0-9]*.tgz")
-        icons, version = read(package)
+        package = f"iconify-json-{SOURCES[artist]}"
+        packages = list(folder.glob(f"{package}-[0-9]*.tgz"))
+        if len(packages) != 1:
+            raise UserError(
+                f"{folder} has {len(packages)} files {package}-….tgz instead of one: make it with "
+                "the commands that --help shows."
+            )
+        icons, version = read(packages[0])
         rows = -(-len(THINGS) // COLUMNS)
         sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
         for i, icon in enumerate(index["things"].values()):
@@ -143,4 +151,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = Parser(prog="python -m toy.atlas", description=__doc__)
+    parser.add_argument("folder", type=Path, help="it has the six .tgz files")
+    sys.exit(run_command(lambda args: main(args.folder), parser.parse_args()))
