@@ -61,7 +61,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import lock_folder, write_text
+from support.files import lock_folder, used_files, write_text
 
 SAVE_SECONDS = 60  # between two checkpoints
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
@@ -95,6 +95,8 @@ class Attack:
         self.seeds = [settings["seed"] * 100_000 + 50_000 + i for i in range(settings["samples"])]
         self.detect = detect
         texts = [settings["concept"], settings["prompt"], *settings["template"]]
+        if settings["patch"] != "none":
+            texts.append(weights.read(settings["patch"])[1].get("concepts", ""))
         censor = censoring(texts, show_uncensored)
         self.results = Results(out, settings, detect is not None, censor)
 
@@ -247,14 +249,19 @@ def load_patch(model, patch):
 
 
 @torch.no_grad()
-def encode_folder(model, folder, n, device):
-    """The first n images of a folder as latents, resized to the model's resolution."""
+def image_files(folder, n):
+    """The first n images of a folder, by name. UserError if there are none."""
     kinds = (".png", ".jpg", ".jpeg", ".webp")
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in kinds)[:n]
     if not files:
         raise UserError(f"--images {folder} is not a folder with images (PNG, JPEG or WebP).")
+    return files
+
+
+def encode_folder(model, folder, n, device):
+    """The first n images of a folder as latents, resized to the model's resolution."""
     size, latents = (model.resolution, model.resolution), []
-    for file in files:
+    for file in image_files(folder, n):
         try:
             image = np.asarray(Image.open(file).convert("RGB").resize(size))
         except MemoryError:
@@ -289,11 +296,16 @@ def settle(args):
             raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
     if a["init"] is None:
         a["init"] = INIT.get(a["model"], "object")
+    if toy:
+        a["concept"] = a["concept"].lower()  # as its world writes words
     if a["prompt"] is None:
-        a["prompt"] = args.concept
+        a["prompt"] = a["concept"]
     a["words"] = args.words or 3
     a["template"] = args.template or ["{}"]
     a["images"] = str(args.images) if args.images else None
+    if args.images:
+        contents = [file.read_bytes() for file in image_files(args.images, a["num_images"])]
+        a["images_sha256"] = hashlib.sha256(b"".join(contents)).hexdigest()
     for text in a["template"]:
         if "{}" not in text:
             raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
@@ -336,7 +348,8 @@ def open_folder(out, settings):
     text = json.dumps(settings, indent=1, ensure_ascii=False)
     if file.exists() and file.read_text(encoding="utf-8") == text:
         return
-    refuse_used(out, ", or repeat the command that began in it to continue")
+    if used_files(out) != [file]:  # else nothing is lost
+        refuse_used(out, ", or repeat the command that began in it to continue")
     write_text(file, text)
 
 

@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -58,7 +59,7 @@ from support.cli import (
     run_command,
 )
 from support.errors import UserError
-from support.files import lock_folder, numbered_folder, used_files, write_text
+from support.files import checksum, lock_folder, numbered_folder, used_files, write_text
 from support.images import save_png
 
 SUITE_FLAGS = {  # flag: the suites that use it
@@ -235,6 +236,14 @@ def check_flags(args):
             )
     if args.clip != metrics.CLIP and args.suite != "coco" and not args.q16:
         raise UserError("--clip has no effect without --q16 or the suite coco: remove it.")
+    if args.suite == "i2p":
+        defaults = vars(parse(["i2p"]))
+        for flag in ("seed", "guidance_scale"):
+            if getattr(args, flag) != defaults[flag]:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} has no effect in the suite i2p, whose prompts "
+                    "bring their own: remove it."
+                )
     if (args.seeds or args.train_flags) and not args.loss:
         raise UserError("--seeds and --train-flags have no effect without --loss: add it.")
     if args.loss:
@@ -294,9 +303,13 @@ def check_width(args):
 
 
 # ---------------------------------------------------------------------------------------- folder
-def image_settings(args):
-    """What the images depend on: arguments, and the contents of the files that they name."""
+def image_settings(args, work, model):
+    """What the images depend on: arguments, the contents of files, the weights, the prompts."""
     settings = {key: str(value) for key, value in vars(args).items() if key not in MEASURING}
+    jobs = [[(job.prompt, job.seed, job.scale, job.size) for job in jobs] for _, jobs, _ in work]
+    settings["jobs"] = hashlib.sha256(repr(jobs).encode()).hexdigest()[:16]
+    for part in ("unet", "vae", "text_encoder"):
+        settings[part] = checksum(getattr(model, part).state_dict())[:16]
     files = [file for group in patch_files(args.patch).values() for file in group]
     if args.prompts:
         files.append(args.prompts)
@@ -306,9 +319,9 @@ def image_settings(args):
     return settings
 
 
-def open_folder(args):
+def open_folder(args, work, model):
     """Writes eval.json and returns its settings. UserError if the folder holds other images."""
-    settings = image_settings(args)
+    settings = image_settings(args, work, model)
     file = args.out / "eval.json"
     if read_settings(file) == settings:
         return settings
@@ -341,14 +354,30 @@ def batches(jobs, size):
         yield list(group)
 
 
+def turns(jobs, patches):
+    """For each job, the number of the patch that generates it.
+
+    The patches take turns at the images of each prompt. Different prompts begin with different
+    patches. (Turns by the job's index would always give a prompt that returns after a multiple of
+    `patches` jobs to the same patch.)
+    """
+    first, seen = {}, Counter()
+    found = []
+    for job in jobs:
+        start = first.setdefault(job.prompt, len(first))
+        found.append((start + seen[job.prompt]) % patches)
+        seen[job.prompt] += 1
+    return found
+
+
 def missing_batches(jobs, folder, n, patches, args, process):
     """The batches that this process generates with patch n of `patches`: lists of indices of jobs.
 
-    The patches take turns: patch n generates the images n, n + patches, … Each process and each
-    restart generates whole batches, so that an image does not depend on who generates it when.
+    Each process and each restart generates whole batches, so that an image does not depend on who
+    generates it when.
     """
     rank, processes = process
-    mine = list(range(n, len(jobs), patches))
+    mine = [i for i, turn in enumerate(turns(jobs, patches)) if turn == n]
     found = [[mine[i] for i in b] for b in batches([jobs[i] for i in mine], args.batch_size)]
     missing = []
     for batch in found[rank::processes]:
@@ -464,7 +493,7 @@ def generate_and_measure(args, work, model, device, dtype, process):
     work: [(row, its jobs, the folder of its images)]. process: (rank, number of processes).
     """
     rank, processes = process
-    settings = open_folder(args) if rank == 0 else None
+    settings = open_folder(args, work, model) if rank == 0 else None
     if processes > 1:  # the others wait here until the first has checked the folder
         timeout = timedelta(days=30)  # the slowest process may take long
         torch.distributed.init_process_group("gloo", timeout=timeout)

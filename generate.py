@@ -34,6 +34,7 @@ from support.cli import (
     add_common_arguments,
     finite,
     natural,
+    not_empty,
     one_of,
     pick_device,
     pick_dtype,
@@ -62,6 +63,7 @@ def parse(argv=None):
     )
     group.add_argument(
         "--patch",
+        type=not_empty,
         nargs="+",
         default=[],
         metavar="FILE",
@@ -69,6 +71,7 @@ def parse(argv=None):
     )
     group.add_argument(
         "--word",
+        type=not_empty,
         metavar="FILE",
         help="one more word for the prompts, from a word.safetensors of attack.py or another "
         "textual-inversion file; the prompts write it as the file does, for example <star>",
@@ -174,6 +177,9 @@ def check_arguments(args):
         raise UserError(
             "--method neg uses --avoid in place of --negative-prompt: give only one of them."
         )
+    if args.guidance_scale == 1 and (args.method == "neg" or args.negative_prompt):
+        flag = "--avoid" if args.method == "neg" else "--negative-prompt"
+        raise UserError(f"{flag} has no effect with --guidance-scale 1: use another scale.")
 
 
 def patches_by_name(files):
@@ -252,7 +258,11 @@ def generate_all(model, patch, name, args, scheduler, dtype):
         for n in range(args.num_images):
             prompts.append(prompt)
             seeds.append(args.seed + n)
-    with patched(model, patch), added_word(model, args.word):
+    with patched(model, patch), added_word(model, args.word) as word:
+        if word and not any(word in prompt for prompt in args.prompts):
+            raise UserError(
+                f"No prompt contains the word {word!r} of {args.word}: write it into one."
+            )
         texts = encode_prompts(model, [args.negative_prompt, *args.prompts, *avoid])
         c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
         images = generate_images(

@@ -220,8 +220,9 @@ def settle(args):
 
     args: the result of train.parse. Returns {argument: value}, the content of run.json.
     """
-    settings = {key: value for key, value in vars(args).items() if key not in ("resume", "out")}
-    settings["concept"] = settle_concepts(args.concept)
+    other = ("resume", "out", "given")
+    settings = {key: value for key, value in vars(args).items() if key not in other}
+    settings["concept"] = settle_concepts(args.concept, args.model)
     settings["preset"] = args.preset or ("toy" if args.model in weights.TOYS else "paper")
     method = METHODS[args.method]
     if method.loss is None:
@@ -347,12 +348,15 @@ def reject_closed_form_flags(args):
         )
 
 
-def settle_concepts(given):
+def settle_concepts(given, model):
     if not given:
         raise UserError(
             "No concept is given: use --concept nudity, or --resume --out FOLDER to continue a run."
         )
-    concepts = I2P if given == ["i2p"] else [concept.strip() for concept in given]
+    # One line each, because log.csv has one per iteration.
+    concepts = I2P if given == ["i2p"] else [" ".join(concept.split()) for concept in given]
+    if model in weights.TOYS:  # as their worlds write words
+        concepts = [concept.lower() for concept in concepts]
     if "" in concepts:
         raise UserError("A concept is empty: give --concept one or more words.")
     if len({concept.lower() for concept in concepts}) < len(concepts):  # as the tokenizer reads
@@ -408,7 +412,7 @@ def read_prompts(flag, file):
     if not file:
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # Notepad begins with a BOM
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--{flag} {file} cannot be read ({e}).") from None
     prompts = [line.strip() for line in lines if line.strip()]

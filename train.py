@@ -47,6 +47,7 @@ from support.cli import (
     finite,
     memory_is_full,
     natural,
+    not_empty,
     one_of,
     pick_device,
     pick_dtype,
@@ -66,7 +67,8 @@ VERSIONS = {
     "transformers": transformers.__version__,
 }
 OWN_LOSS = "own_loss.py"  # the run's copy of --loss FILE
-FREE = ("gradient_checkpointing", "show_uncensored", "preview_every")  # may change with --resume
+# These may change with --resume.
+FREE = ("gradient_checkpointing", "show_uncensored", "preview_every", "device")
 # gap: mean |e(c_s) − e(c_0)|². drift: mean |e(c_0) − e°(c_0)|². flat: the share of preview images
 # of nearly one colour, a sign of a broken model. See report/previews.py.
 LOG_COLUMNS = (
@@ -97,7 +99,7 @@ def parse(argv=None):
     add("--preset", **one_of(PRESETS),
         help="defaults of the flags below (default: paper; toy for the toy models). The defaults "
              "shown here are SDD's; METHODS in presets.py has those of other methods")
-    add("--loss", metavar="FILE:FUNCTION",
+    add("--loss", type=not_empty, metavar="FILE:FUNCTION",
         help="your own loss instead of the method's (see losses.py)")
     add("--train-params", **one_of(TRAIN_PARAMS),
         help="xattn: cross-attention; kv: its keys and values; v: its values; noxattn: all but "
@@ -197,7 +199,9 @@ def parse(argv=None):
         help="also write TensorBoard events into the folder tensorboard/ of the output")
     # fmt: on
     add_common_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = parser.given(argv)
+    return args
 
 
 # ---------------------------------------------------------------------------------------- a run
@@ -265,6 +269,7 @@ class Run:
 
         self.optimizer = make_optimizer(self.models.theta, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.noised_anchors = None  # Ablating Concepts' source of z_t
         self.done = 0  # iterations
         # after the last complete iteration:
         self.generator_state = self.generator.get_state()
@@ -279,7 +284,7 @@ class Run:
         noised_anchors = None
         sampling_unet = None
         if a["latents"] == "anchor":
-            noised_anchors = self.make_noised_anchors()
+            noised_anchors = self.noised_anchors or self.make_noised_anchors()
         else:
             source = getattr(models, a["latents"])
             sampling_unet = InferenceUNet(source.unet, self.device, self.dtype, a["compile"])
@@ -627,6 +632,8 @@ def due(done, every):
 def iterate(run, previews, reporter):
     """Algorithm 1 (Run.iterations) with log, previews, patches and checkpoints around it."""
     a, start = run.settings, run.done
+    if a["latents"] == "anchor":  # before interrupts are deferred, because it can take hours
+        run.noised_anchors = run.make_noised_anchors()
     bar = tqdm(total=a["iters"], initial=start, unit="it", smoothing=0, disable=None)
     with bar, deferred_interrupts() as interrupts, open_log(run.out / "log.csv") as log:
         for it in run.iterations(start):
@@ -719,22 +726,20 @@ def resumed_run(args):
             "--resume needs --out FOLDER with a run in it (a run.json). Runs without --out are in "
             "runs/."
         )
-    given = vars(args).keys() - {"resume", "out"}
     try:
         settings = json.loads((args.out / "run.json").read_text(encoding="utf-8"))["args"]
         settings.setdefault("compile", False)  # a run of an older version
-        if missing := given - settings.keys():
+        if missing := vars(args).keys() - settings.keys() - {"resume", "out", "given"}:
             raise KeyError(min(missing))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{args.out / 'run.json'} is damaged or from another version ({e!r}), so the run "
             "cannot continue."
         ) from None
     advice = f"Use --resume --out {args.out} alone, or choose a new folder."
-    for key in FREE:
-        value = getattr(args, key)
-        if value is not None and value is not False:
-            settings[key] = value
+    for key in args.given & set(FREE):
+        settings[key] = getattr(args, key)
+    settings["show_uncensored"] = args.show_uncensored  # images are covered unless this run says no
     if args.concept:
         wanted = settle(args) | {key: settings[key] for key in FREE}
         if args.preview is None:  # prompts that the model does not know were skipped
@@ -742,10 +747,9 @@ def resumed_run(args):
         if wanted != settings:
             raise UserError(f"{args.out} holds a run with other arguments. {advice}")
     else:
-        defaults = vars(parse([]))
-        changed = [key for key in sorted(given - set(FREE)) if getattr(args, key) != defaults[key]]
+        changed = args.given - {"resume", "out", *FREE}
         if changed:
-            flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
+            flags = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(changed))
             raise UserError(f"A resumed run keeps its arguments: {flags} has no effect. {advice}")
     if settings["loss"] and sha256(args.out / OWN_LOSS) != settings["loss_sha256"]:
         raise UserError(

@@ -102,6 +102,8 @@ def least_left(concepts, before, group, column):
     text += f" of {value[1]} images ({column.title}; original {percent(then)})"
     if overlap(value, then):
         return best, text + ", but its interval overlaps with the original's"
+    if share(best) > share(before):
+        return best, text + ", more than the original"
     rivals = []
     for row in group:
         if row is not best and overlap(row["figures"][column.key], value):

@@ -193,9 +193,9 @@ def command(*words):
         raise UserError("The comparison was stopped.")
     words = [str(word) for word in words]
     print(f"python {shlex.join(words)}", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     words[0] = str(ROOT / words[0])
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     process = subprocess.Popen([sys.executable, *words], env=environment, **pipes)
     running.append(process)
     if stopped.is_set():  # since the question above

@@ -26,7 +26,8 @@ class Row(NamedTuple):
     def title(self):
         """The name of the row's folder of images."""
         text = "-".join([self.name, *self.concepts])
-        return text.replace("/", "-").replace(" ", "-")[:100]
+        text = text.replace("/", "-").replace(" ", "-")
+        return text.encode()[:100].decode(errors="ignore")  # file systems count bytes
 
 
 def read_rows(args):
@@ -102,6 +103,17 @@ def patch_row(name, files):
             f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
             "give each its own name."
         )
+    recipes = [recipe(settings) for _, settings in about]
+    for other in recipes[1:]:
+        keys = []
+        for key in sorted(recipes[0].keys() | other):
+            if (recipes[0].get(key) or None) != (other.get(key) or None):
+                keys.append(key)
+        if keys:
+            raise UserError(
+                f"The patches named {name} were trained with different settings "
+                f"({', '.join(keys)}): give each its own name."
+            )
     contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
     if len(contents) < len(files):
         raise UserError(
@@ -128,6 +140,25 @@ def read_about(file):
     return metadata, settings
 
 
+# Arguments of train.py that do not change what a patch is, or that may differ between seeds.
+NO_RECIPE = (
+    "seed",
+    "device",
+    "revision",
+    "report_to",
+    "show_uncensored",
+    "deterministic",
+    "compile",
+)
+NO_RECIPE += ("save_every", "export_every", "preview", "preview_every", "preview_steps")
+NO_RECIPE += ("preview_guidance_scale", "gradient_checkpointing")
+
+
+def recipe(settings):
+    """The arguments of a training that patches of one row must have in common."""
+    return {key: value for key, value in settings.items() if key not in NO_RECIPE}
+
+
 def damaged(file, why):
     return UserError(f"{file}: its metadata is damaged ({why}): make it again with train.py.")
 
@@ -143,8 +174,13 @@ def erased_concepts(metadata, settings):
 
 
 def paper_name(metadata, settings):
-    """The method's name in the paper's tables. ESD's contains s_s: esd-x-3."""
+    """The method's name in the paper's tables. ESD's contains s_s: esd-x-3.
+
+    With a loss of the user's own it is this loss: no paper has a figure of it.
+    """
     method = metadata.get("method", "")
+    if settings.get("loss"):
+        return f"{method} with {settings['loss']}"
     if method.startswith("esd"):
         return f"{method}-{settings.get('erase_scale', 1.0):g}"
     return method

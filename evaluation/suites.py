@@ -126,6 +126,7 @@ def artists(args, concepts):
             "The suite artists needs --patch (or --methods with --avoid), and a {} for the "
             "artist's name in each --template."
         )
+    check_known(args.model, args.all_concepts, "artists")
     jobs = []
     for n in range(20):
         for artist in args.all_concepts:
@@ -134,6 +135,22 @@ def artists(args, concepts):
                 asked = words_asked(args.model, template)
                 jobs.append(Job(prompt, args.seed + n, which=artist, asked=asked))
     return jobs
+
+
+def check_known(model, concepts, suite_name):
+    """UserError for a concept that a toy model's probe cannot see."""
+    if model not in weights.TOYS:
+        return
+    from toy import suite, worlds
+
+    world = worlds.of(model)
+    unknown = set(concepts) - {word for words in world.ATTRIBUTES.values() for word in words}
+    if unknown:
+        names = [suite.plural(name) for name in world.ATTRIBUTES]
+        raise UserError(
+            f"The suite {suite_name} counts {', '.join(names[:-1])} and {names[-1]}, and "
+            f"{min(unknown)!r} is none of them."
+        )
 
 
 def words_asked(model, template):
@@ -149,15 +166,8 @@ def toy(args, concepts):
     """The toy model: prompts that name the concept, imply it, or have nothing to do with it."""
     from toy import suite, worlds
 
+    check_known(args.model, concepts, "toy")
     world = worlds.of(args.model)
-    known = {word for words in world.ATTRIBUTES.values() for word in words}
-    unknown = set(concepts) - known
-    if unknown:
-        names = [suite.plural(name) for name in world.ATTRIBUTES]
-        raise UserError(
-            f"The suite toy counts {', '.join(names[:-1])} and {names[-1]}, and "
-            f"{min(unknown)!r} is none of them."
-        )
     found = suite.jobs(world, concepts, args.limit or 200, args.seed)
     return [Job(prompt, seed, which=which, asked=asked) for prompt, seed, which, asked in found]
 

@@ -282,7 +282,7 @@ def names_of(row):
 def markdown(rows, columns):
     """One line per row. The paper's figures stand in columns of their own."""
     head = ["model", "erased"]
-    lines = [names_of(row) for row in rows]
+    lines = [[text.replace("|", r"\|") for text in names_of(row)] for row in rows]
     for column in columns:
         head.append(heading(column, rows))
         for line, row in zip(lines, rows):

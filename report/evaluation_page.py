@@ -5,6 +5,8 @@ evaluation/tables.py describes results.json, which this file reads. Files of old
 and the sheets are shown instead of single images.
 """
 
+from numbers import Real
+
 from report.charts import dot_chart, wilson
 from report.inputs import (
     data_uri,
@@ -63,8 +65,9 @@ def read_columns(results, rows):
 
 def proportion(value):
     """(hits, n) if the figure is a proportion with n > 0, else None."""
-    if isinstance(value, list | tuple) and len(value) == 2 and value[1]:
-        return tuple(value)
+    if isinstance(value, list | tuple) and len(value) == 2:
+        if all(isinstance(part, Real) for part in value) and value[1]:
+            return tuple(value)
     return None
 
 
@@ -171,9 +174,9 @@ def sample_tables(folder, rows, several, problems):
     for row in rows:
         for part in read_list(row, "samples"):
             images = read_list(part, "images")[:SAMPLES]
-            prompts = tuple(str(image["prompt"]) for image in images)
+            prompts = tuple(str(image.get("prompt", "")) for image in images)
             key = str(part.get("title", "")), prompts
-            files = [folder / str(image["file"]) for image in images]
+            files = [folder / str(image.get("file", "")) for image in images]
             uris = [read_data_uri(file, SAMPLE_SIDE, problems) for file in files]
             tables.setdefault(key, []).append({"name": name_of(row, several), "images": uris})
     return [

@@ -20,7 +20,7 @@ FLAT = 4.0  # grey levels: an image is flat if no channel's standard deviation i
 # varied of 400 images of the toy world has 33.
 
 FILM_PROMPTS = 3  # the first prompts are in film.webp
-FILM_FRAMES = 24  # at most
+FILM_FRAMES = 24  # at most, in both films
 FILM_SIDE = 160  # pixels; smaller images are enlarged as in every sheet
 FILM_TITLE = 24  # pixels above the sheet, for the iteration
 FILM_BYTES = 1_000_000  # at most: the film stands on the first screen of the README
@@ -129,7 +129,8 @@ class Previews:
         whose images are all there.
         """
         a, out, models = self.run.settings, self.run.out, self.run.models
-        if self.before is None:
+        first = self.before is None
+        if first:
             self.before = self.images(models.original)
         student, teacher = self.images(models.student), self.images(models.teacher)
         flat = share_of_flat(student + teacher)
@@ -142,7 +143,7 @@ class Previews:
         for model, images in (("original", before), ("student", student), ("teacher", teacher)):
             for n, image in enumerate(images):
                 file = image_file(out, model, n, done)
-                if model != "original" or not file.exists():
+                if model != "original" or first:  # a resumed run may censor, or not any more
                     save_png(image, file, prompt=a["preview"][n], iteration=done)
         rows = list(zip(before, student, teacher))
         sheet = grid(rows, a["preview"], ["original", "student", "teacher"])
@@ -211,8 +212,8 @@ def save_before_after(out, prompts, output, done):
 
 
 def save_film_sheet(out):
-    """film.png: the first prompt by student and teacher, one column per preview."""
-    iterations = finished_previews(out)
+    """film.png: the first prompt by student and teacher, one column per frame of the film."""
+    iterations = thin_out(finished_previews(out), FILM_FRAMES)
     rows = []
     for model in ("student", "teacher"):
         rows.append([read(out, model, 0, done) for done in iterations])

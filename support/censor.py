@@ -18,7 +18,10 @@ NUDE = (
     "MALE_GENITALIA_EXPOSED",
 )
 ABOUT = re.compile(
-    r"nud|naked|nsfw|topless|undress|sex|porn|erotic|hentai|explicit|genital|breast", re.IGNORECASE
+    r"nud|naked|nackt|nsfw|topless|undress|unclothed|without cloth|lingerie|sex|porn|erotic|hentai|"
+    r"explicit|genital|breast|nipple|\bboob|\btits?\b|penis|vagina|vulva|\borg(y|ies|asm)|masturbat|"
+    r"fellatio|blowjob|fetish|bdsm",
+    re.IGNORECASE,
 )
 THRESHOLD = 0.2  # NudeNet's default. It is lower than in metrics.py: better one box too many
 

@@ -31,12 +31,30 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **arguments,
         )
+        # On Windows a pipe may not know every letter: better a "?" than an error.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
 
     def parse_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if text.encode("utf-8", "ignore").decode() != text:
+                self.error(f"the argument {text!r} has characters that are not UTF-8")
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self.similar_flag(unknown[0])}")
         return found
+
+    def given(self, args=None):
+        """The names of the arguments that are really given, also those with their default value."""
+        defaults = [(action, action.default) for action in self._actions]
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            return set(vars(self.parse_known_args(args)[0]))
+        finally:
+            for action, default in defaults:
+                action.default = default
 
     def similar_flag(self, word):
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -80,6 +98,13 @@ def finite(text):
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
+
+
+def not_empty(text):
+    """An argument that names a file. An empty one is often a shell variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: name a file")
+    return text
 
 
 def one_of(names):

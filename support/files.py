@@ -57,8 +57,10 @@ def numbered_folder(parent, name):
     The folder is not created.
     """
     numbers = [0]
-    for folder in Path(parent).glob("[0-9][0-9][0-9][0-9]-*"):
-        numbers.append(int(folder.name[:4]))
+    for folder in Path(parent).glob("[0-9][0-9][0-9][0-9]*-*"):
+        number = folder.name.partition("-")[0]
+        if number.isdecimal():
+            numbers.append(int(number))
     short = re.sub(r"\W+", "-", name)[:40]
     return Path(parent) / f"{max(numbers) + 1:04d}-{short}"
 
@@ -90,7 +92,7 @@ def lock_folder(folder):
                 f"Cannot write into {folder} ({e}): choose another folder with --out."
             ) from e
     try:
-        for left in list(folder.rglob(f"{WRITING}*")):
+        for left in list(folder.rglob(f"{WRITING}[0-9]*")):
             if not has_lock_below(folder, left):
                 shutil.rmtree(left, ignore_errors=True)
         yield

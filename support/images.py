@@ -67,4 +67,4 @@ def save_png(image, file, **text):
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     with atomic_write(file) as temporary:
-        image.save(temporary, pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -37,7 +37,7 @@ def load_loss(text, file=None):
         spec = importlib.util.spec_from_file_location("own_loss", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except Exception as e:  # the user's own file can fail in any way
+    except (Exception, SystemExit) as e:  # the user's own file can fail in any way
         raise UserError(
             f"--loss {text}: {file} cannot be imported ({type(e).__name__}: {e}).",
             details=traceback.format_exc(),

@@ -16,7 +16,7 @@ import torch
 
 import weights
 from pipeline import InferenceUNet, encode_prompts, generate_images, make_scheduler, patched
-from support.cli import Parser, natural, one_of, run_command
+from support.cli import Parser, natural, not_empty, one_of, run_command
 from support.images import grid, save_png
 from toy import worlds
 
@@ -63,7 +63,7 @@ def parse(argv=None):
     parser = Parser(prog="python -m toy.gallery", description=__doc__)
     parser.add_argument("world", **one_of(sorted(worlds.MODELS.values())))
     parser.add_argument("file", type=Path, metavar="FILE.png")
-    parser.add_argument("--patch", metavar="FILE", help="an erased.safetensors")
+    parser.add_argument("--patch", type=not_empty, metavar="FILE", help="an erased.safetensors")
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (default: 0)")
     return parser.parse_args(argv)
 
