@@ -103,7 +103,7 @@ def patch_row(name, files):
             f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
             "give each its own name."
         )
-    recipes = [recipe(settings) for _, settings in about]
+    recipes = [recipe(settings) for _, settings in about if settings]
     for other in recipes[1:]:
         keys = []
         for key in sorted(recipes[0].keys() | other):

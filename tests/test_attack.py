@@ -329,6 +329,25 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
         assert not results(tmp_path / kind)["detected"]
 
 
+def test_a_patch_about_nudity_is_covered_whatever_should_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("support.censor.censor", np.zeros_like)
+    patch = zero_patch(tmp_path / "p.safetensors", "toy", concepts="nudity")
+    words = ["--model", "toy", "--concept", "moon", "--patch", patch, *TINY, "--at", 0, 1]
+    assert run(*words, "--out", tmp_path / "o") == 0
+    image = np.asarray(Image.open(tmp_path / "o" / "images" / "000000.png").convert("RGB"))
+    assert image[10, 10].max() == 0
+
+
+def test_a_corrected_attack_can_use_the_folder(tmp_path, capsys):
+    words = ["--model", "toy", "--concept", "Star", "--patch", "none", *TINY, "--at", 0, 1]
+    words += ["--out", tmp_path / "o"]
+    assert run(*words, "--device", "meta") == 2
+    capsys.readouterr()
+    assert run(*words) == 0
+    assert results(tmp_path / "o")["settings"]["concept"] == "star"
+    assert results(tmp_path / "o")["detected"]
+
+
 def test_own_images(tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -338,6 +357,9 @@ def test_own_images(tmp_path, capsys):
     words = ["--model", "toy", "--concept", "star", "--patch", "none", *TINY, "--at", 0, 1]
     assert run(*words, "--images", folder, "--out", tmp_path / "o") == 0
     assert not (tmp_path / "o" / "concept.safetensors").exists()
+    Image.fromarray(circle).save(folder / "a.png")
+    assert run(*words, "--images", folder, "--out", tmp_path / "o") == 2
+    assert "is not empty" in capsys.readouterr().err  # other images, another attack
     (folder / "c.png").write_bytes(b"no image")
     assert run(*words, "--images", folder, "--out", tmp_path / "p") == 2
     assert "c.png cannot be read" in capsys.readouterr().err

@@ -616,6 +616,7 @@ BAD_TRAINING_ARGUMENTS = [
     (f"{STAR} Star", "given twice"),
     # a loss of your own (its content: test_own_loss.py)
     (f"{STAR} --loss none.py:loss", "no file none.py"),
+    (f"{STAR} --loss exit.py:loss", "exit.py cannot be imported (SystemExit"),
     (f"{STAR} --loss losses", "FILE.py:FUNCTION"),
     (f"{STAR} --loss {ROOT / 'losses.py'}", f"--loss {ROOT / 'losses.py'}:sdd_loss"),
     (f"{STAR} --loss {ROOT / 'losses.py'}:nothing", f"--loss {ROOT / 'losses.py'}:sdd_loss"),
@@ -633,6 +634,7 @@ BAD_TRAINING_ARGUMENTS = [
 def test_bad_training_arguments(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
+    Path("exit.py").write_text("import sys; sys.exit(0)")
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert run(train, *shlex.split(words)) == 2
@@ -719,6 +721,12 @@ def test_warm_up_as_long_as_the_run_is_warned_about(tmp_path, capsys):
         (["a star", "--resolution", "63"], "multiple of 4"),
         (["a star", "--steps", "0"], "less than 1"),
         (["a star", "--revision", "main"], "--revision"),
+        (["a star", "--patch", ""], "it is empty"),
+        (["a star", "--guidance-scale", "1", "--negative-prompt", "red"], "use another scale"),
+        (
+            ["a star", "--guidance-scale", "1", "--method", "neg", "--avoid", "red"],
+            "--avoid has no",
+        ),
     ],
 )
 def test_bad_generation_arguments(words, said, tmp_path):

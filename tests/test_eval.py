@@ -28,6 +28,7 @@ from evaluation import columns, findings, metrics, plots, rows, suites, tables
 from report.charts import wilson
 from support import censor
 from support.cli import run_command
+from support.errors import UserError
 from support.files import checksum
 from toy import shapes
 from toy import suite as toy_suite
@@ -290,6 +291,38 @@ def same(a, b):
         assert contents[0] == contents[1], file
 
 
+def test_the_patches_take_turns_at_the_images_of_each_prompt():
+    """Also if a prompt returns after a multiple of the patches' number of images."""
+    jobs = [suites.Job(f"by {name}", n) for n in range(20) for name in ("a", "b", "c")]
+    found = evaluation.turns(jobs, 3)
+    for start in range(3):
+        counts = [found[start::3].count(patch) for patch in range(3)]
+        assert sum(counts) == 20 and min(counts) >= 6
+    assert evaluation.turns([suites.Job(str(n), n) for n in range(6)], 3) == [0, 1, 2, 0, 1, 2]
+    assert evaluation.turns([suites.Job("same", n) for n in range(6)], 3) == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_folder_with_images_of_other_weights_or_prompts_is_refused(tmp_path, capsys, monkeypatch):
+    words = ["toy", "--limit", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / "o"]
+    assert evaluate(*words) == 0
+    load, jobs = weights.load, toy_suite.jobs
+
+    def other_weights(*given):
+        model = load(*given)
+        model.unet.conv_out.weight.mul_(0.5)
+        return model
+
+    for module, name, other in (
+        (weights, "load", other_weights),
+        (toy_suite, "jobs", lambda *given: jobs(*given)[1:]),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, other)
+            assert evaluate(*words) == 2
+        assert "is not empty" in capsys.readouterr().err
+    assert evaluate(*words) == 0
+
+
 def test_batches_are_cut_by_index_size_and_scale():
     jobs = [suites.Job("a", i) for i in range(5)]
     jobs += [suites.Job("b", seed, 7.0, (512, 640)) for seed in (0, 1)]
@@ -304,6 +337,29 @@ def test_a_concept_with_a_comma_is_one_concept(patch, tmp_path):
     assert rows.patch_row("sdd", [file]).concepts == ("star, red",)
     changed_patch(patch, file, concepts="star, red", args={"concept": ["star", "red"]})
     assert rows.patch_row("sdd", [file]).concepts == ("star", "red")
+
+
+def test_patches_of_different_recipes_are_not_pooled(patch, tmp_path):
+    """Training seeds are: only what does not change the training may differ."""
+    second = second_seed(patch, tmp_path / "second.safetensors")
+    fine = changed_patch(second, tmp_path / "fine.safetensors", args={"seed": 9, "preview": ["x"]})
+    assert len(rows.patch_row("sdd", [patch, fine]).patches) == 2
+    other = changed_patch(second, tmp_path / "other.safetensors", args={"lr": 0.5, "iters": 3})
+    with pytest.raises(UserError, match=r"different settings \(iters, lr\)"):
+        rows.patch_row("sdd", [patch, other])
+
+
+def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch, tmp_path):
+    own = changed_patch(patch, tmp_path / "own.safetensors", args={"loss": "my_loss.py:l1"})
+    row = rows.patch_row("l1", [own])
+    assert row.method == "sdd with my_loss.py:l1"
+    assert suites.paper("nudity", row.method, ("nudity",)) == {}
+    assert suites.paper("nudity", "sdd", ("nudity",))
+
+
+def test_long_names_of_rows_are_names_of_folders():
+    title = rows.Row("語" * 100, (), "sd", "sdd", ("a/b",)).title
+    assert 90 < len(title.encode()) <= 100
 
 
 def test_a_patch_without_arguments_still_names_its_concepts(patch, tmp_path):
@@ -426,6 +482,13 @@ def test_the_summary_says_who_leaves_the_least():
     one = findings.summary("toy", [STAR[0], STAR[3]], columns.TOY)
     assert "neg leaves 97.0 % of “star”" in one and "overlaps with the original's" in one
     assert findings.summary("toy", STAR[:1], columns.TOY).startswith("The original model: ")
+    weak = {"model": "original", "erased": ["star"], "figures": {"named": [10, 100]}}
+    assert "more than the original" in findings.summary("toy", [weak, STAR[3]], columns.TOY)
+
+
+def test_a_name_with_a_bar_does_not_break_the_table():
+    text = tables.markdown([STAR[0] | {"model": "a|b", "paper": {}}], [])
+    assert "| a\\|b | star |" in text
 
 
 def test_the_summary_of_numbers():

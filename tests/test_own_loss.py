@@ -101,6 +101,8 @@ def test_flags_next_to_resume_are_rejected(tmp_path, capsys):
     capsys.readouterr()
     assert run(train, "--resume", "--iters", 300, "--out", out) == 2
     assert "--iters has no effect" in capsys.readouterr().err
+    assert run(train, "--resume", "--method", "sdd", "--seed", 0, "--out", out) == 2
+    assert "--method, --seed has no effect" in capsys.readouterr().err
 
 
 def test_a_preset_skips_preview_prompts_that_the_model_does_not_know(tmp_path, capsys):

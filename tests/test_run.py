@@ -3,13 +3,16 @@
 import copy
 import gc
 import json
+import re
 import signal
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from common import relative
+from PIL import Image
 from test_commands import SHORT, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -268,8 +271,34 @@ def test_a_resumed_run_can_leave_out_previews(tmp_path, capsys, monkeypatch):
     assert run(train, "--resume", "--out", out, "--preview-every", "0") == 0
     assert run(train, "--resume", "--out", out) == 0
     assert [(x["preview_every"], x["compile"]) for x in asked] == [(0, False), (2, False)]
+    assert run(train, "--resume", "--out", out, "--device", "cuda", "--show-uncensored") == 0
+    assert run(train, "--resume", "--out", out) == 0
+    assert [x["device"] for x in asked[2:]] == ["cuda", "cpu"]
+    assert [x["show_uncensored"] for x in asked[2:]] == [True, False]
     assert run(train, "--resume", "--out", out, "--compile") == 2
     assert "--compile has no effect" in capsys.readouterr().err
+
+
+def test_a_resumed_run_covers_or_shows_all_its_images(tmp_path, monkeypatch):
+    """Also those of the original, which are generated once."""
+    monkeypatch.setattr("support.censor.ABOUT", re.compile("star"))
+    monkeypatch.setattr("support.censor.censor", np.zeros_like)
+    words = ["--preview", "star", "--preview-every", "3", "--out", tmp_path / "o"]
+    assert run(train, *STAR, *words) == 0
+    for flags, covered in (([], True), (["--show-uncensored"], False), ([], True)):
+        assert run(train, "--resume", *words[-2:], *flags) == 0
+        for file in ("original-0.png", "000006/student-0.png"):
+            image = np.asarray(Image.open(tmp_path / "o" / "previews" / file))
+            assert (image.max() == 0) == covered
+
+
+def test_concepts_are_one_line_and_for_toy_models_in_small_letters():
+    def concepts(*given):
+        return presets.settle(train.parse(["--model", "toy", *given]))["concept"]
+
+    assert concepts("--concept", "Star\u2028 ", "RED\ngreen") == ["star", "red green"]
+    given = ["--concept", "Van  Gogh", "--model", "some/model", "--device", "cpu"]
+    assert concepts(*given) == ["Van Gogh"]
 
 
 def test_an_interrupt_before_the_run_begins(tmp_path, capsys, monkeypatch):
@@ -631,7 +660,7 @@ def test_anchor_images_are_generated_once(tmp_path, monkeypatch):
 
     def stop(*given):
         save(*given)
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
     def watched(model, unet, c_0, c_p, seeds, *more, **how):
         generated.append(seeds)

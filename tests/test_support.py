@@ -190,6 +190,30 @@ def test_warnings_of_libraries_do_not_reach_the_user(capsys):
     assert not seen and not capsys.readouterr().err
 
 
+def test_the_arguments_that_are_really_given():
+    parser = Parser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flag", action="store_true")
+    assert parser.given(["--seed", "0"]) == {"seed"} and parser.given([]) == set()
+    assert vars(parser.parse_args([])) == dict(seed=0, flag=False)  # the defaults are still there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names of Windows are Unicode")
+def test_arguments_that_are_not_utf8(capsys):
+    with pytest.raises(SystemExit) as e:
+        generate.parse(["a star", "--out", os.fsdecode(b"su\xff")])
+    assert e.value.code == 2 and "are not UTF-8" in capsys.readouterr().err
+
+
+def test_output_in_an_encoding_without_arrows():
+    """A pipe on Windows, for example."""
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert done.returncode == 0 and b"--preserve ?" in done.stdout
+
+
 def test_ctrl_c_is_stopped_and_130(capsys):
     def main(args):
         raise KeyboardInterrupt

@@ -114,6 +114,18 @@ def test_numbered_folders(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
     long = files.numbered_folder(tmp_path / "runs", "Vincent van Gogh: " * 9).name
     assert long.startswith("0013-Vincent-van-Gogh-Vincent") and len(long) == 45
+    for name in ("9999-x", "10000-y", "1234x-z"):
+        (tmp_path / "runs" / name).mkdir()
+    assert files.numbered_folder(tmp_path / "runs", "a").name == "10001-a"
+
+
+def test_only_our_own_temporary_folders_are_removed(tmp_path):
+    for name in (".writing-novel", ".writing-123"):
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        (tmp_path / "deep" / name / "chapter").touch()
+    with files.lock_folder(tmp_path):
+        pass
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [".writing-novel"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of Unix")
