@@ -670,6 +670,7 @@ def test_anchor_images_are_generated_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "generate_latents", watched)
     monkeypatch.setattr(ablation, "save", stop)
     assert run(train, *words, "--out", tmp_path / "o") == 130
+    assert generated == [[0, 1, 2, 3]]  # the signal is not deferred: a thousand images take long
     monkeypatch.setattr(ablation, "save", save)
     assert run(train, "--resume", "--out", tmp_path / "o") == 0
     assert generated == [[0, 1, 2, 3], [4, 5]]
