@@ -414,8 +414,10 @@ def write_model_folder(path, words=(), **unet_sizes):
     vocab_size = write_vocabulary(path, words)
     unet_sizes = UNETS["2 heads, plain first"] | dict(sample_size=8) | unet_sizes
     text_sizes = TEXT | dict(vocab_size=vocab_size, hidden_size=unet_sizes["cross_attention_dim"])
+    with torch.device("meta"):  # SD 1.4's size is not filled twice
+        unet = unet_twin(**unet_sizes)
     StableDiffusionPipeline(
-        unet=randomise(unet_twin(**unet_sizes), 1),
+        unet=randomise(unet.to_empty(device="cpu"), 1),
         vae=randomise(vae_twin(**VAE, sample_size=32), 2),
         text_encoder=randomise(text_twin(**text_sizes), 3),
         tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer"),
