@@ -53,6 +53,7 @@ from support.cli import (
     add_common_arguments,
     finite,
     natural,
+    not_empty,
     one_of,
     pick_device,
     pick_dtype,
@@ -248,16 +249,17 @@ def load_patch(model, patch):
         weights.load_patch(patch, model.unet, model.text_encoder)
 
 
-@torch.no_grad()
 def image_files(folder, n):
     """The first n images of a folder, by name. UserError if there are none."""
     kinds = (".png", ".jpg", ".jpeg", ".webp")
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in kinds)[:n]
+    files = [file for file in folder.glob("*") if file.suffix.lower() in kinds and file.is_file()]
+    files = sorted(files)[:n]
     if not files:
         raise UserError(f"--images {folder} is not a folder with images (PNG, JPEG or WebP).")
     return files
 
 
+@torch.no_grad()
 def encode_folder(model, folder, n, device):
     """The first n images of a folder as latents, resized to the model's resolution."""
     size, latents = (model.resolution, model.resolution), []
@@ -304,8 +306,10 @@ def settle(args):
     a["template"] = args.template or ["{}"]
     a["images"] = str(args.images) if args.images else None
     if args.images:
-        contents = [file.read_bytes() for file in image_files(args.images, a["num_images"])]
-        a["images_sha256"] = hashlib.sha256(b"".join(contents)).hexdigest()
+        digest = hashlib.sha256()
+        for file in image_files(args.images, a["num_images"]):
+            digest.update(file.read_bytes())
+        a["images_sha256"] = digest.hexdigest()
     for text in a["template"]:
         if "{}" not in text:
             raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
@@ -378,7 +382,7 @@ def parse(argv=None):
     parser = Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("what is attacked").add_argument
-    add("--patch", required=True, metavar="FILE",
+    add("--patch", type=not_empty, required=True, metavar="FILE",
         help="an erased.safetensors, or none for the untouched model")
     add("--concept", required=True, metavar="WORD", help="what should come back")
     add("--kind", **one_of([*KINDS, "noise"]), default="word",

@@ -51,6 +51,7 @@ from support.cli import (
     add_common_arguments,
     finite,
     natural,
+    not_empty,
     one_of,
     pick_device,
     pick_dtype,
@@ -147,6 +148,7 @@ def parse(argv=None):
     group = parser.add_argument_group("a loss of your own, next to the stored rows (toy)")
     group.add_argument(
         "--loss",
+        type=not_empty,
         metavar="FILE:FUNCTION",
         help="train it on one and on three concepts, measure it and attack it",
     )
@@ -357,9 +359,9 @@ def batches(jobs, size):
 def turns(jobs, patches):
     """For each job, the number of the patch that generates it.
 
-    The patches take turns at the images of each prompt. Different prompts begin with different
-    patches. (Turns by the job's index would always give a prompt that returns after a multiple of
-    `patches` jobs to the same patch.)
+    The patches take turns at the images of each prompt, so their shares are nearly equal. Different
+    prompts begin with different patches. (Turns by the job's index would always give a prompt that
+    returns after a multiple of `patches` jobs to the same patch.)
     """
     first, seen = {}, Counter()
     found = []
@@ -451,6 +453,8 @@ def evaluate(args):
         torch.set_num_threads(args.threads)
     args.model = choose_model(args)
     args.scheduler = args.scheduler or choose_scheduler(args)
+    if args.model in weights.TOYS:
+        args.avoid = [text.lower() for text in args.avoid]  # as their worlds write words
     rows = read_rows(args)
     args.all_concepts = list(dict.fromkeys(concept for row in rows for concept in row.concepts))
     work = [(row, jobs_of(row, args), args.out / "images" / row.title) for row in rows]

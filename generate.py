@@ -177,7 +177,8 @@ def check_arguments(args):
         raise UserError(
             "--method neg uses --avoid in place of --negative-prompt: give only one of them."
         )
-    if args.guidance_scale == 1 and (args.method == "neg" or args.negative_prompt):
+    unused = args.method == "neg" or (args.method == "sd" and args.negative_prompt)
+    if args.guidance_scale == 1 and unused:
         flag = "--avoid" if args.method == "neg" else "--negative-prompt"
         raise UserError(f"{flag} has no effect with --guidance-scale 1: use another scale.")
 
@@ -259,7 +260,8 @@ def generate_all(model, patch, name, args, scheduler, dtype):
             prompts.append(prompt)
             seeds.append(args.seed + n)
     with patched(model, patch), added_word(model, args.word) as word:
-        if word and not any(word in prompt for prompt in args.prompts):
+        read = " ".join([*args.prompts, *args.avoid, args.negative_prompt])
+        if word and word.lower() not in read.lower():
             raise UserError(
                 f"No prompt contains the word {word!r} of {args.word}: write it into one."
             )

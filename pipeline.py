@@ -119,7 +119,8 @@ def compiled(unet):
                     fast = torch.compile(unet, dynamic=False, fullgraph=True)
                 return fast(*inputs)
             except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
-                if memory_is_full(e):
+                recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+                if memory_is_full(e) or recording:
                     raise
                 fast, failed = None, True
                 why = first_line(getattr(e, "inner_exception", e))

@@ -33,7 +33,7 @@ class DDIM:
         if self.stride == 0 or first >= num_train_timesteps:
             raise ValueError(
                 f"{steps} sampling steps do not fit a schedule of {num_train_timesteps} timesteps: "
-                "ask for fewer, but at least 1."
+                + ("ask for fewer." if steps > 0 else "ask for at least 1.")
             )
         self.timesteps = [i * self.stride + steps_offset for i in reversed(range(steps))] + [0]
         sqrt_betas = torch.linspace(

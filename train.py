@@ -271,6 +271,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.noised_anchors = None  # Ablating Concepts' source of z_t
         self.done = 0  # iterations
+        # True while an iteration changes θ, the moments and θ*: then a part of them is new.
+        self.half_new = False
+        self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "half_new", True))
         # after the last complete iteration:
         self.generator_state = self.generator.get_state()
         self.words = self.adversary.words.clone() if self.adversary else None
@@ -322,6 +325,7 @@ class Run:
         )
         for iteration in iterations:
             self.done, self.generator_state = iteration.i + 1, self.generator.get_state()
+            self.half_new = False
             if self.adversary:
                 self.words.copy_(self.adversary.words)
             yield iteration
@@ -338,11 +342,12 @@ class Run:
             edited = closed_form.edit(
                 a["method"], i, models.theta, original, self.states, a["ridge"], a["seed"]
             )
+            left = closed_form.residual(edited, original, self.states)
+            self.half_new = True
             for name, W in edited.items():
                 models.theta[name].copy_(W)
                 models.theta_ema[name].copy_(W)
-            left = closed_form.residual(edited, original, self.states)
-            self.done = i + 1
+            self.done, self.half_new = i + 1, False
             yield Iteration(i, loss=left, lr=0.0, grad_norm=0.0, k=None, j=0)
 
     def loss(self):
@@ -573,22 +578,11 @@ def encode_all(model, settings, pairs):
     return Prompts(*embeddings.split([len(group) for group in groups]))
 
 
-class AdamW(torch.optim.AdamW):
-    """Knows whether its last step was cut off by an error. Then θ and its moments are half new."""
-
-    cut_off = False
-
-    def step(self, closure=None):
-        self.cut_off = True
-        super().step(closure)
-        self.cut_off = False
-
-
 def make_optimizer(theta, settings):
     decay = settings["weight_decay"]
     if TOKEN_EMBEDDING in theta:
         decay = 0.0  # it would shrink the rows of words that are not trained
-    return AdamW(theta.values(), settings["lr"], betas=(0.9, 0.999), weight_decay=decay)
+    return torch.optim.AdamW(theta.values(), settings["lr"], betas=(0.9, 0.999), weight_decay=decay)
 
 
 def mask_embedding_gradient(tokenizer, theta, concepts):
@@ -739,7 +733,7 @@ def resumed_run(args):
     advice = f"Use --resume --out {args.out} alone, or choose a new folder."
     for key in args.given & set(FREE):
         settings[key] = getattr(args, key)
-    settings["show_uncensored"] = args.show_uncensored  # images are covered unless this run says no
+    settings["show_uncensored"] = args.show_uncensored  # for the images that this command makes
     if args.concept:
         wanted = settle(args) | {key: settings[key] for key in FREE}
         if args.preview is None:  # prompts that the model does not know were skipped
@@ -762,7 +756,10 @@ def resumed_run(args):
 def train_in(out, settings, args):
     """The whole command, inside the locked output folder."""
     if settings["compile"] and not can_record(pick_device(settings["device"])):
-        raise UserError("--compile needs a CUDA GPU: start a run without it.")
+        if not args.resume:
+            raise UserError("--compile needs a CUDA GPU: start a run without it.")
+        print("warning: --compile needs a CUDA GPU, so it is not used.", file=sys.stderr)
+        settings["compile"] = False
     model = weights.load(settings["model"], settings["revision"])
     if not args.resume and args.preview is None:
         settings["preview"] = skip_unknown_previews(model, settings["preview"])
@@ -803,10 +800,12 @@ def train_in(out, settings, args):
         if memory_full:  # after the block above, because `e` keeps the memory of the iteration
             run.optimizer.zero_grad()  # drop the unfinished iteration
             kept = f"{run.done} iterations are saved"
-            if run.optimizer.cut_off:
-                kept = "the last checkpoint is kept, if there is one"
-            else:
+            if not run.half_new:
                 run.save()
+            elif (out / "checkpoint.safetensors").exists():
+                kept = "the last checkpoint is kept"
+            else:
+                kept = "there is no checkpoint yet, so the run begins again"
             raise UserError(
                 f"The memory is full; {kept}. To continue with less: "
                 f"python train.py --resume --out {out} --gradient-checkpointing --preview-every 0. "

@@ -140,7 +140,8 @@ def read_about(file):
     return metadata, settings
 
 
-# Arguments of train.py that do not change what a patch is, or that may differ between seeds.
+# Arguments of train.py that may differ between the patches of a row: the seed, the machine, what is
+# shown and saved, and the path of a loss (its contents, loss_sha256, must be the same).
 NO_RECIPE = (
     "seed",
     "device",
@@ -151,7 +152,7 @@ NO_RECIPE = (
     "compile",
 )
 NO_RECIPE += ("save_every", "export_every", "preview", "preview_every", "preview_steps")
-NO_RECIPE += ("preview_guidance_scale", "gradient_checkpointing")
+NO_RECIPE += ("preview_guidance_scale", "gradient_checkpointing", "loss")
 
 
 def recipe(settings):
@@ -166,11 +167,13 @@ def damaged(file, why):
 def erased_concepts(metadata, settings):
     """The concepts of a patch. The metadata also has them as one text, joined with commas.
 
-    A concept may contain a comma itself ("star, red"), so only the list is safe to use.
+    A concept may contain a comma itself ("star, red"), so only the list is safe to use. Those of
+    toy models are in small letters, as their worlds write words.
     """
-    if settings.get("concept"):
-        return tuple(settings["concept"])
-    return tuple(metadata.get("concepts", "").split(", "))
+    concepts = settings.get("concept") or metadata.get("concepts", "").split(", ")
+    if metadata.get("model") in weights.TOYS:
+        concepts = [concept.lower() for concept in concepts]
+    return tuple(concepts)
 
 
 def paper_name(metadata, settings):
@@ -180,7 +183,7 @@ def paper_name(metadata, settings):
     """
     method = metadata.get("method", "")
     if settings.get("loss"):
-        return f"{method} with {settings['loss']}"
+        return f"{method} with {Path(settings['loss']).name}"
     if method.startswith("esd"):
         return f"{method}-{settings.get('erase_scale', 1.0):g}"
     return method

@@ -284,7 +284,7 @@ def markdown(rows, columns):
     head = ["model", "erased"]
     lines = [[text.replace("|", r"\|") for text in names_of(row)] for row in rows]
     for column in columns:
-        head.append(heading(column, rows))
+        head.append(heading(column, rows).replace("|", r"\|"))
         for line, row in zip(lines, rows):
             line.append(no_break(figure_cell(row["figures"], column.key)))
         if any(column.key in row["paper"] for row in rows):

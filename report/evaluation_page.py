@@ -66,7 +66,7 @@ def read_columns(results, rows):
 def proportion(value):
     """(hits, n) if the figure is a proportion with n > 0, else None."""
     if isinstance(value, list | tuple) and len(value) == 2:
-        if all(isinstance(part, Real) for part in value) and value[1]:
+        if all(isinstance(part, Real) for part in value) and 0 <= value[0] <= value[1] != 0:
             return tuple(value)
     return None
 
@@ -173,7 +173,10 @@ def sample_tables(folder, rows, several, problems):
     tables = {}
     for row in rows:
         for part in read_list(row, "samples"):
-            images = read_list(part, "images")[:SAMPLES]
+            if not isinstance(part, dict):
+                continue
+            images = [image for image in read_list(part, "images") if isinstance(image, dict)]
+            images = images[:SAMPLES]
             prompts = tuple(str(image.get("prompt", "")) for image in images)
             key = str(part.get("title", "")), prompts
             files = [folder / str(image.get("file", "")) for image in images]

@@ -18,9 +18,9 @@ NUDE = (
     "MALE_GENITALIA_EXPOSED",
 )
 ABOUT = re.compile(
-    r"nud|naked|nackt|nsfw|topless|undress|unclothed|without cloth|lingerie|sex|porn|erotic|hentai|"
-    r"explicit|genital|breast|nipple|\bboob|\btits?\b|penis|vagina|vulva|\borg(y|ies|asm)|masturbat|"
-    r"fellatio|blowjob|fetish|bdsm",
+    r"nud|naked|nackt|nsfw|topless|undress|unclothed|(without|no)( any)? cloth|lingerie|porn|"
+    r"erotic|\b(bi|hetero|homo|trans)?sex|hentai|explicit|genital|\bbreast|nipple|\bboob|\btits\b|"
+    r"buttock|\banus\b|penis|vagina|vulva|\borg(y|ies|asm)|masturbat|fellatio|blowjob|fetish|bdsm",
     re.IGNORECASE,
 )
 THRESHOLD = 0.2  # NudeNet's default. It is lower than in metrics.py: better one box too many

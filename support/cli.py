@@ -32,9 +32,8 @@ class Parser(argparse.ArgumentParser):
             **arguments,
         )
         # On Windows a pipe may not know every letter: better a "?" than an error.
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
+        if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
 
     def parse_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
@@ -161,6 +160,8 @@ def pick_device(name):
         # A sum starts a kernel. torch has none for a GPU that is older than its build supports.
         torch.ones(2, device=device).sum().item()
     except (RuntimeError, AssertionError) as e:  # which of the two depends on the device
+        if memory_is_full(e):
+            raise
         raise UserError(
             f"--device {name} cannot be used here ({first_line(e)}): use --device cpu, or a build "
             "of torch for your GPU and driver (pytorch.org)."

@@ -59,7 +59,7 @@ def numbered_folder(parent, name):
     numbers = [0]
     for folder in Path(parent).glob("[0-9][0-9][0-9][0-9]*-*"):
         number = folder.name.partition("-")[0]
-        if number.isdecimal():
+        if number.isdecimal() and len(number) < 6:  # a longer one is a date
             numbers.append(int(number))
     short = re.sub(r"\W+", "-", name)[:40]
     return Path(parent) / f"{max(numbers) + 1:04d}-{short}"

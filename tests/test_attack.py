@@ -376,7 +376,7 @@ def word_file(file, word="<star>", like="circle"):
     return file
 
 
-def test_generate_with_a_word(tmp_path):
+def test_generate_with_a_word(tmp_path, capsys):
     """A word with the embedding of "circle" gives the image of "circle"; then it is gone again."""
     file = word_file(tmp_path / "word.safetensors")
     how = ["--model", "toy", "--steps", 2, "--device", "cpu"]
@@ -385,6 +385,12 @@ def test_generate_with_a_word(tmp_path):
     assert run("a circle on sand", *how, "--out", tmp_path / "circle", module=generate) == 0
     a, b = (np.asarray(Image.open(tmp_path / x / "00000.png")) for x in ("word", "circle"))
     assert np.array_equal(a, b)
+    for words in (["a <STAR>"], ["a red circle", "--negative-prompt", "<star>"]):
+        assert (
+            run(*words, *how, "--word", file, "--out", tmp_path / words[-1], module=generate) == 0
+        )
+    assert run("a circle", *how, "--word", file, "--out", tmp_path / "o", module=generate) == 2
+    assert "No prompt contains the word '<star>'" in capsys.readouterr().err
 
 
 def test_a_word_is_there_only_while_it_is_added(tmp_path):

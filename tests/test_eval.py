@@ -339,6 +339,19 @@ def test_a_concept_with_a_comma_is_one_concept(patch, tmp_path):
     assert rows.patch_row("sdd", [file]).concepts == ("star", "red")
 
 
+@pytest.mark.parametrize("suite_name", ["toy", "artists"])
+@pytest.mark.parametrize("model", ["toy", ROOT / "toy" / "model"])
+def test_a_concept_that_the_probe_cannot_see(suite_name, model, tmp_path, capsys):
+    """Also with the toy model's folder, and whatever its letters."""
+    words = [suite_name, "--model", model, "--methods", "neg", "--device", "cpu", "--limit", 1]
+    words += ["--steps", 1, "--template", "a red {}"] if suite_name == "artists" else ["--steps", 1]
+    if suite_name == "toy" or model == "toy":
+        assert evaluate(*words, "--avoid", "Dragon", "--out", tmp_path / "o") == 2
+        assert "'dragon' is none of them" in capsys.readouterr().err.lower()
+    if model == "toy":
+        assert evaluate(*words, "--avoid", "Star", "--out", tmp_path / "p") == 0
+
+
 def test_patches_of_different_recipes_are_not_pooled(patch, tmp_path):
     """Training seeds are: only what does not change the training may differ."""
     second = second_seed(patch, tmp_path / "second.safetensors")
@@ -353,6 +366,9 @@ def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch, tmp_path):
     own = changed_patch(patch, tmp_path / "own.safetensors", args={"loss": "my_loss.py:l1"})
     row = rows.patch_row("l1", [own])
     assert row.method == "sdd with my_loss.py:l1"
+    second = second_seed(own, tmp_path / "second.safetensors")
+    again = changed_patch(second, tmp_path / "again.safetensors", args={"loss": "../my_loss.py:l1"})
+    assert len(rows.patch_row("l1", [own, again]).patches) == 2
     assert suites.paper("nudity", row.method, ("nudity",)) == {}
     assert suites.paper("nudity", "sdd", ("nudity",))
 

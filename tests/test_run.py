@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ablation
+import closed_form
 import ema
 import presets
 import train
@@ -109,7 +110,8 @@ def test_out_of_memory_in_a_step_keeps_the_checkpoint_before(
 
     monkeypatch.setattr(torch.Tensor, "addcdiv_", full)
     assert run(train, *words, "--out", tmp_path / "o") == 2
-    assert "the last checkpoint is kept" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ("the last checkpoint is kept" if kept else "there is no checkpoint yet") in said
     file = tmp_path / "o" / "checkpoint.safetensors"
     assert file.exists() == bool(kept)
     if kept:
@@ -118,6 +120,44 @@ def test_out_of_memory_in_a_step_keeps_the_checkpoint_before(
     for name in ("erased.safetensors", "checkpoint.safetensors"):
         (a, _), (b, _) = (weights.read(tmp_path / out / name) for out in ("o", "whole"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_out_of_memory_between_the_step_and_the_average(tmp_path, monkeypatch):
+    """θ is new and θ* is old: this is not saved."""
+    words = [*STAR, "--preview-every", "0"]
+    assert run(train, *words, "--out", tmp_path / "whole") == 0
+    calls, update = [], ema.update
+
+    def full(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        update(*given)
+
+    monkeypatch.setattr(ema, "update", full)
+    assert run(train, *words, "--out", tmp_path / "o") == 2
+    assert run(train, "--resume", "--out", tmp_path / "o") == 0
+    (a, _), (b, _) = (weights.read(tmp_path / out / "erased.safetensors") for out in ("o", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_out_of_memory_in_a_round_of_rece(tmp_path, monkeypatch):
+    words = "--model toy --concept star --method rece --anchor circle --preview-every 0".split()
+    words += ["--device", "cpu"]
+    assert run(train, *words, "--out", tmp_path / "whole") == 0
+    calls, residual = [], closed_form.residual
+
+    def full(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return residual(*given)
+
+    monkeypatch.setattr(closed_form, "residual", full)
+    assert run(train, *words, "--out", tmp_path / "o") == 2
+    assert run(train, "--resume", "--out", tmp_path / "o") == 0
+    (a, _), (b, _) = (weights.read(tmp_path / out / "erased.safetensors") for out in ("o", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_out_of_memory_saves_and_names_what_helps(tmp_path, fails, capsys, monkeypatch):
@@ -259,7 +299,7 @@ def test_uncensored_previews_can_be_asked_for_later(tmp_path, monkeypatch):
 
 def test_a_resumed_run_can_leave_out_previews(tmp_path, capsys, monkeypatch):
     """They can be what does not fit the memory. A run of a version without --compile continues."""
-    out, asked = tmp_path / "o", []
+    out, asked, train_in = tmp_path / "o", [], train.train_in
     with monkeypatch.context() as patched:
         patched.setattr(train, "iterate", lambda *_: None)
         patched.setattr("train.Previews.finish", lambda *_: None)
@@ -275,12 +315,20 @@ def test_a_resumed_run_can_leave_out_previews(tmp_path, capsys, monkeypatch):
     assert run(train, "--resume", "--out", out) == 0
     assert [x["device"] for x in asked[2:]] == ["cuda", "cpu"]
     assert [x["show_uncensored"] for x in asked[2:]] == [True, False]
+    content["args"]["compile"] = True  # a run that began on a GPU
+    (out / "run.json").write_text(json.dumps(content))
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_in", train_in)
+        patched.setattr(train, "iterate", lambda *_: None)
+        patched.setattr("train.Previews.finish", lambda *_: None)
+        assert run(train, "--resume", "--out", out, "--device", "cpu") == 0
+    assert "--compile needs a CUDA GPU, so it is not used" in capsys.readouterr().err
     assert run(train, "--resume", "--out", out, "--compile") == 2
     assert "--compile has no effect" in capsys.readouterr().err
 
 
-def test_a_resumed_run_covers_or_shows_all_its_images(tmp_path, monkeypatch):
-    """Also those of the original, which are generated once."""
+def test_a_resumed_run_covers_or_shows_the_images_that_it_makes(tmp_path, monkeypatch):
+    """Also those of the original, which are generated once per command."""
     monkeypatch.setattr("support.censor.ABOUT", re.compile("star"))
     monkeypatch.setattr("support.censor.censor", np.zeros_like)
     words = ["--preview", "star", "--preview-every", "3", "--out", tmp_path / "o"]

@@ -46,7 +46,7 @@ def test_999_steps_without_a_network(kind):
 @SAMPLERS
 @pytest.mark.parametrize("steps", [-1, 0, 1000, 5000])
 def test_impossible_steps_are_refused(kind, steps):
-    with pytest.raises(ValueError, match=f"{steps} sampling steps .* at least 1"):
+    with pytest.raises(ValueError, match=f"{steps} sampling steps do not fit"):
         scheduler.SAMPLERS[kind](steps)
 
 
