@@ -144,7 +144,8 @@ class Previews:
             for n, image in enumerate(images):
                 file = image_file(out, model, n, done)
                 if model != "original" or first:  # a resumed run may censor, or not any more
-                    save_png(image, file, prompt=a["preview"][n], iteration=done)
+                    trained = 0 if model == "original" else done
+                    save_png(image, file, prompt=a["preview"][n], iteration=trained)
         rows = list(zip(before, student, teacher))
         sheet = grid(rows, a["preview"], ["original", "student", "teacher"])
         save_png(sheet, sheet_file(out, done), iteration=done)
