@@ -72,7 +72,8 @@ SUITE_FLAGS = {  # flag: the suites that use it
 }
 LOSS_FLAGS = ("suite", "loss", "seeds", "train_flags", "limit", "out")  # what --loss uses
 # Arguments that may change when a command is repeated. all_concepts follows from the others.
-# --prompts is compared by its contents. --device changes the images only by rounding.
+# --prompts is compared by its contents. The device, the batch size and the threads change the
+# images only by rounding; a smaller batch helps if the memory is full.
 MEASURING = (
     "out",
     "all_concepts",
@@ -81,6 +82,8 @@ MEASURING = (
     "clip",
     "prompts",
     "device",
+    "batch_size",
+    "threads",
     "show_uncensored",
 )
 

@@ -354,7 +354,9 @@ def settle_concepts(given, model):
             "No concept is given: use --concept nudity, or --resume --out FOLDER to continue a run."
         )
     # One line each, because log.csv has one per iteration.
-    concepts = I2P if given == ["i2p"] else [" ".join(concept.split()) for concept in given]
+    concepts = [" ".join(concept.split()) for concept in given]
+    if [concept.lower() for concept in concepts] == ["i2p"]:
+        concepts = I2P
     if model in weights.TOYS:  # as their worlds write words
         concepts = [concept.lower() for concept in concepts]
     if "" in concepts:
@@ -382,7 +384,7 @@ def preset_values(settings, method):
         if len(concepts) > 1:
             values["iters"] = 2000  # B.1, our inference
         values |= method.paper
-        if method.paper is ABLATE:
+        if method.latents == "anchor":
             values["lr"] *= settings["batch_size"] or values["batch_size"]
     if name == "toy":
         values |= method.toy

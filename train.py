@@ -35,7 +35,7 @@ import closed_form
 import ema
 import weights
 from adversaries import Adversary
-from clip_text import TOKEN_EMBEDDING, tokenize
+from clip_text import MAX_TOKENS, TOKEN_EMBEDDING, tokenize
 from pipeline import InferenceUNet, check_words, encode_prompts, make_scheduler
 from presets import METHODS, PRESETS, TRAIN_PARAMS, settle
 from report.page import Reporter, require_tensorboard
@@ -431,7 +431,7 @@ class Run:
 
     def save(self):
         """Writes the run as it was after its last complete iteration."""
-        metadata = {"iterations": str(self.done)}
+        metadata = {"iterations": str(self.done), "base_fingerprint": self.fingerprint}
         if self.scaler.is_enabled():
             metadata["scaler"] = json.dumps(self.scaler.state_dict())
         weights.save_checkpoint(
@@ -444,13 +444,19 @@ class Run:
         if file.exists():
             # fills θ, θ*, self.generator_state and self.words in place
             metadata = weights.load_checkpoint(file, self.checkpoint_groups(), self.optimizer)
+            if metadata.get("base_fingerprint", self.fingerprint) != self.fingerprint:
+                raise UserError(
+                    f"The weights of {self.settings['model']} have changed since the run in "
+                    f"{self.out} began, so it cannot continue: restore them, or start a new run."
+                )
             self.done = int(metadata["iterations"])
             self.generator.set_state(self.generator_state)
             if self.adversary:
                 self.adversary.words.copy_(self.words)
             if self.scaler.is_enabled() and "scaler" in metadata:
                 self.scaler.load_state_dict(json.loads(metadata["scaler"]))
-        rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        rows = [row for row in text.splitlines(keepends=True) if row.endswith("\n")]  # whole lines
         write_text(log, "".join(rows[: self.done + 1]))  # + 1: header
 
     def export(self, file, which):
@@ -470,7 +476,7 @@ class Run:
 
 def check_concepts_fit(model, concepts):
     for text in [*concepts, ", ".join(concepts)]:
-        if len(model.tokenizer(text, verbose=False).input_ids) > model.tokenizer.model_max_length:
+        if len(model.tokenizer(text, verbose=False).input_ids) > MAX_TOKENS:
             raise UserError(
                 "Each concept, and all concepts joined, must fit into 77 tokens; this text does "
                 f"not: {text[:60]!r}…"

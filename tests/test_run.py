@@ -344,9 +344,35 @@ def test_concepts_are_one_line_and_for_toy_models_in_small_letters():
     def concepts(*given):
         return presets.settle(train.parse(["--model", "toy", *given]))["concept"]
 
+    assert concepts("--concept", "I2P", "--preset", "paper") == list(presets.I2P)
     assert concepts("--concept", "Star\u2028 ", "RED\ngreen") == ["star", "red green"]
     given = ["--concept", "Van  Gogh", "--model", "some/model", "--device", "cpu"]
     assert concepts(*given) == ["Van Gogh"]
+
+
+def test_a_run_continues_only_with_the_weights_that_it_began_with(tmp_path, capsys, monkeypatch):
+    words = [*STAR, "--preview-every", "0", "--out", tmp_path / "o"]
+    assert run(train, *words) == 0
+    load = weights.load
+
+    def other_weights(*given):
+        model = load(*given)
+        for name, p in model.unet.named_parameters():
+            if "attn2" in name:
+                p.data.mul_(1.5)
+        return model
+
+    before = (tmp_path / "o" / "erased.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "load", other_weights)
+        assert run(train, "--resume", "--out", tmp_path / "o") == 2
+    assert "The weights of toy have changed" in capsys.readouterr().err
+    assert (tmp_path / "o" / "erased.safetensors").read_bytes() == before
+    log = tmp_path / "o" / "log.csv"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-10])  # half a line at its end
+    assert run(train, "--resume", "--out", tmp_path / "o") == 0
+    assert log.read_bytes() == whole[: whole[:-1].rindex(b"\n") + 1]
 
 
 def test_an_interrupt_before_the_run_begins(tmp_path, capsys, monkeypatch):
