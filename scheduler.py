@@ -43,7 +43,7 @@ class DDIM:
 
     @property
     def evaluations(self):
-        """Their number from z_T to z_0. The last timestep is the end: no step starts there."""
+        """How many estimates lead from z_T to z_0. At the last timestep, the end, none is made."""
         return len(self.timesteps) - 1
 
     def alpha(self, t):

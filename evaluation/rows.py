@@ -143,16 +143,9 @@ def read_about(file):
 # Arguments of train.py that may differ between the patches of a row: the seed, the machine, what is
 # shown and saved, and the path of a loss (its contents, loss_sha256, must be the same).
 NO_RECIPE = (
-    "seed",
-    "device",
-    "revision",
-    "report_to",
-    "show_uncensored",
-    "deterministic",
-    "compile",
-)
-NO_RECIPE += ("save_every", "export_every", "preview", "preview_every", "preview_steps")
-NO_RECIPE += ("preview_guidance_scale", "gradient_checkpointing", "loss")
+    "seed device revision report_to show_uncensored deterministic compile gradient_checkpointing "
+    "save_every export_every preview preview_every preview_steps preview_guidance_scale loss"
+).split()
 
 
 def recipe(settings):

@@ -225,9 +225,7 @@ def generate_command(folder, settings, prompts, run):
     model = str(settings.get("model"))
     if model not in weights.TOYS and Path(model).is_dir():
         model = path_from_project(model)
-    words = ["python", "generate.py", "--model", model]
-    if prompts and not prompts[0].startswith("-"):
-        words.insert(2, prompts[0])
+    words = ["python", "generate.py", *prompts[:1], "--model", model]
     words += ["--patch", path_from_project(folder / "erased.safetensors")]
     seeds = read_list(run, "preview_seeds")
     flags = {
@@ -240,8 +238,8 @@ def generate_command(folder, settings, prompts, run):
     for flag, value in flags.items():
         if value is not None:
             words += [flag, str(value)]
-    if prompts and prompts[0].startswith("-"):
-        words += ["--", prompts[0]]  # not a flag
+    if prompts and prompts[0].startswith("-"):  # it would be read as a flag
+        words = [*words[:2], *words[3:], "--", prompts[0]]
     return shlex.join(words)
 
 

@@ -316,9 +316,8 @@ def check_average(average):
     theta = [torch.full((2, 3), 2.0, requires_grad=True), torch.full((4,), 6.0, requires_grad=True)]
     theta_ema = [torch.full((2, 3), 10.0), torch.full((4,), 22.0)]
     try:
-        average(
-            list(theta_ema), theta, 0.75
-        )  # a copy: new tensors in the list are not the teacher's
+        # A copy of the list: new tensors in it are not the teacher's.
+        average(list(theta_ema), theta, 0.75)
     except Exception as e:
         return f"Not yet: my_average stops with {type(e).__name__}: {e}"
     if [p.mean().item() for p in theta] != [2.0, 6.0]:
