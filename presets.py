@@ -24,6 +24,7 @@ from clip_text import TOKEN_EMBEDDING
 from support.cli import why_no_gpu
 from support.errors import UserError
 from support.own_loss import check_loss, load_loss, loss_file, sha256
+from toy import worlds
 
 # Table 2 of the SDD paper: the 20 concepts of the I2P benchmark.
 I2P = (
@@ -61,11 +62,8 @@ NUMBERS = [
 # 10. The SDD paper runs ESD with s_s = 3.
 # Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip,
 # and All-but-One's is not known.
-PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
-    "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
-    "toy": ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"],
-    "emoji": ["a party", "a beer", "an orchard", "an owl by noto on mint"],
-}
+# Shown in addition to the concepts; our choice. The toy models' own are in their worlds.
+PREVIEW_PROMPTS = ["a photo of a mountain lake", "a portrait of a woman in a coat"]
 
 
 def preset_column(column):
@@ -89,9 +87,6 @@ class Method(NamedTuple):
     output: str  # which weights are the result: "teacher" (the average) or "student"
     paper: dict = {}  # numbers that differ from the preset paper
     toy: dict = {}  # numbers that differ from the preset toy
-    # The emoji model takes this share of a toy preset's learning rate. The presets were tuned on
-    # the shapes; workflow/page.py (TUNING) says how this share was found.
-    emoji_rate: float = 0.5
 
 
 # ESD (arXiv 2303.07345): Adam without weight decay, a constant rate. The toy preset keeps SDD's
@@ -132,7 +127,6 @@ METHODS = {
         output="student",
         paper=ABLATE,
         toy=dict(lr=2e-3),
-        emoji_rate=0.25,
     ),
     "ablate-noise": Method(
         losses.noise_ablation_loss,
@@ -157,42 +151,14 @@ METHODS = {
     "speed": Method(None, latents="", train_params="v", output="student"),
 }
 
-# Closed forms: prompts with {} for the concept and for the anchor, and prompts to keep. MACE's
-# sentences and all of the toy model's are our choice.
+# Closed forms: prompts with {} for the concept and for the anchor. MACE's sentences are our choice.
+# The toy models' templates, and what they keep, are in their worlds (toy/worlds.py).
 TEMPLATES = {
     "paper": ["{}"],
     "mace": [
         *("{} in a room", "a photo of {}", "a photo of {} outdoors", "a portrait of {}"),
         *("an image of {} at night", "a picture of {} on a street", "a painting of {}"),
         *("{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper"),
-    ],
-    "toy": ["{}", "a {}", "a picture of a {}", "a {} on sand", "a {} on snow"],
-    "emoji": ["{}", "a {}", "a picture of a {}", "a {} by noto", "a {} on mint"],
-}
-# Words that closed forms keep, without the concepts. {model: words}
-KEEP = {
-    "toy": (
-        "circle square triangle cross heart moon star red yellow green blue purple black "
-        "plain outlined dotted striped snow sand sky borealis"
-    ).split(),
-    "emoji": (
-        "animal bird bug swimmer fruit vegetable food dessert drink horror plant vehicle tool face "
-        "instrument sport clothing weather noto blob twemoji emojione flat fluent mint cream sky "
-        "lilac orchard"
-    ).split(),
-}
-
-# Prompts that the preset toy-hold keeps, without those that contain a concept. {model: prompts}
-KEEP_PROMPTS = {
-    "toy": [
-        *("circle", "square", "heart", "moon", "triangle, blue", "black, plain, sky", "borealis"),
-        *("a red cross", "a yellow square on sand", "a dotted green heart", "something striped"),
-        *("a purple shape on snow", "a outlined circle", "cascadia"),
-    ],
-    "emoji": [
-        *("a fox", "a bee by noto", "an owl on mint", "a bottle", "coffee, twemoji", "a pizza"),
-        *("a cake by blob on sky", "a car by flat", "a hammer, fluent, cream", "something by noto"),
-        *("a face by emojione on lilac", "a plant", "an orchard", "an apple, blob, mint"),
     ],
 }
 
@@ -236,7 +202,8 @@ def settle(args):
     settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
     settings["keep"] = read_keep(args.keep)
     if args.keep is None and settings["preset"] == "toy-hold" and settings["preserve"]:
-        settings["keep"] = without_concepts(KEEP_PROMPTS, settings)
+        prompts = worlds.of(settings["model"]).KEEP_PROMPTS
+        settings["keep"] = without_concepts(prompts, settings["concept"])
     loss = method.loss
     if args.loss:
         loss = load_loss(args.loss)
@@ -283,14 +250,15 @@ def settle_closed_form(args, settings, method):
     values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
     if args.method == "uce":
         values["states"] = "all" if toy else "last"
+    world = worlds.of(settings["model"])
     values["template"] = TEMPLATES["paper"]
     if toy:
-        values["template"] = TEMPLATES.get(settings["model"], TEMPLATES["toy"])
+        values["template"] = world.TEMPLATES
     if args.method == "mace" and not toy:
         values["template"] = TEMPLATES["mace"]
     values["keep"] = []
     if toy:
-        values["keep"] = without_concepts(KEEP, settings)
+        values["keep"] = without_concepts(world.KEEP, settings["concept"])
     for key, value in values.items():
         if settings[key] is None:
             settings[key] = value
@@ -304,11 +272,10 @@ def settle_closed_form(args, settings, method):
     return settings
 
 
-def without_concepts(prompts, settings):
-    """The prompts for this toy model that contain no word of a concept. prompts: {model: [text]}"""
-    erased = set(words_of(" ".join(settings["concept"])))
-    chosen = prompts.get(settings["model"], prompts["toy"])
-    return [prompt for prompt in chosen if erased.isdisjoint(words_of(prompt))]
+def without_concepts(prompts, concepts):
+    """The prompts that contain no word of a concept."""
+    erased = set(words_of(" ".join(concepts)))
+    return [prompt for prompt in prompts if erased.isdisjoint(words_of(prompt))]
 
 
 def words_of(text):
@@ -388,13 +355,13 @@ def preset_values(settings, method):
             values["lr"] *= settings["batch_size"] or values["batch_size"]
     if name == "toy":
         values |= method.toy
-    if name.startswith("toy") and settings["model"] == "emoji":
-        values["lr"] *= method.emoji_rate
     if name == "toy-hold" and len(concepts) > 1:
         values["iters"] = PRESETS["toy-several"]["iters"]
-    extra = PREVIEW_PROMPTS["paper"]
+    extra = PREVIEW_PROMPTS
     if name.startswith("toy"):
-        extra = PREVIEW_PROMPTS.get(settings["model"], PREVIEW_PROMPTS["toy"])
+        world = worlds.of(settings["model"])
+        values["lr"] *= world.RATES.get(settings["method"], world.RATE)
+        extra = world.PREVIEW_PROMPTS
     values["preview"] = concepts[:4] + [prompt for prompt in extra if prompt not in concepts]
     return values
 
