@@ -51,7 +51,7 @@ def preview_kinds(settings, world=None):
             kinds.append("member")
         elif names_any(prompt, implying):
             kinds.append("implied")
-        elif world or prompt in PREVIEW_PROMPTS["paper"]:
+        elif world or prompt in PREVIEW_PROMPTS:
             kinds.append("stay")
         else:
             kinds.append(None)
