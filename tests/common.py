@@ -6,18 +6,24 @@ test_parity and test_sampling check that each comparison is below TOLERANCE. tes
 one mistake to our code at a time and checks that a comparison fails.
 """
 
+import errno
 import importlib
+import inspect
 import json
 import math
+import pkgutil
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -34,6 +40,7 @@ import clip_text
 import guidance
 import presets
 import scheduler
+import sdd
 import unet
 import vae
 import weights
@@ -514,3 +521,64 @@ def differences(a, b):
     """The names of the files in which two folders differ."""
     a, b = contents(a), contents(b)
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+# ---------------------------------------------------------------------- trainings
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+STOPS = {
+    "Ctrl-C": lambda: signal.raise_signal(signal.SIGINT),
+    "SIGTERM": lambda: signal.raise_signal(signal.SIGTERM),
+    "full memory": out_of_memory,
+    "full disk": disk_full,
+}
+
+
+@contextmanager
+def stopped(how, where, number):
+    """Stops a command before a call of a function: where="ema.update", number=3: the third call."""
+    function, calls = pkgutil.resolve_name(where), []
+
+    def counted(*given, **named):
+        calls.append(1)
+        if len(calls) == number:
+            STOPS[how]()
+        return function(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, counted)
+        yield
+    assert len(calls) >= number, f"{where} was called {len(calls)} times"
+
+
+class Captured(Exception):
+    """Ends train.main, when all is ready for the loop."""
+
+
+def training(line, out):
+    """What train.py passes to sdd.sdd, as {argument: value}: a training to drive step by step."""
+    found = {}
+
+    def capture(*given, **named):
+        found.update(inspect.signature(sdd.sdd).bind(*given, **named).arguments)
+        raise Captured
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Captured):
+        patch.setattr("train.sdd", capture)
+        run(f"{line} --preview-every 0", out)
+    return found
+
+
+def trained(loop):
+    """θ of a `training`, in the order of theta_ema."""
+    return [p for group in loop["optimizer"].param_groups for p in group["params"]]
+
+
+def flat(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
