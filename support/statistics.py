@@ -31,6 +31,10 @@ class Figure(tuple):
         return self.hits / self.n
 
     @property
+    def percent(self):
+        return 100 * self.hits / self.n
+
+    @property
     def interval(self):
         """(low, high) in 0..1: the 95 % interval of the share, with the trainings added up."""
         return wilson(self.hits, self.n)
@@ -75,22 +79,22 @@ def figure(value):
 
 
 # ---------------------------------------------------------------------------------------- as text
-def percent(figure):
+def in_percent(figure):
     """ "12.5 %"."""
-    return f"{100 * figure.share:.1f} %"
+    return f"{figure.percent:.1f} %"
 
 
 def in_words(figure):
     """ "12.5 % (4 to 31 %)", with the 95 % interval."""
     low, high = figure.interval
-    return f"{percent(figure)} ({100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{in_percent(figure)} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def cell(value, digits=1):
     """A value in a table: "12.5 (4–31)", per cent with their interval; a number; or "–"."""
     if found := figure(value):
         low, high = found.interval
-        return f"{100 * found.share:.{digits}f} ({100 * low:.0f}–{100 * high:.0f})"
+        return f"{found.percent:.{digits}f} ({100 * low:.0f}–{100 * high:.0f})"
     if isinstance(value, Real) and math.isfinite(value):
         return f"{value:.4g}"
     return "–"
