@@ -47,7 +47,6 @@ from pipeline import (
     noise_schedule,
     patched,
 )
-from support.censor import censoring
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -63,6 +62,7 @@ from support.cli import (
 )
 from support.errors import UserError
 from support.files import lock_folder, used_files, write_text
+from support.nudity import censoring
 
 SAVE_SECONDS = 60  # between two checkpoints
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
