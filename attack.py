@@ -46,7 +46,6 @@ from pipeline import (
     patched,
     saved_latents,
 )
-from support.censor import censoring
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -62,6 +61,7 @@ from support.cli import (
 )
 from support.errors import UserError
 from support.files import lock_folder, used_files, write_text
+from support.nudity import censoring
 from toy import worlds
 
 SAVE_SECONDS = 60  # between two checkpoints
