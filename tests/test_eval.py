@@ -26,7 +26,7 @@ import presets
 import weights
 from evaluation import columns, findings, metrics, plots, rows, suites, tables
 from report.charts import wilson
-from support import censor
+from support import nudity
 from support.cli import run_command
 from support.errors import UserError
 from support.files import checksum
@@ -129,7 +129,7 @@ def test_images_are_generated_counted_and_written(tmp_path, capsys):
 def test_rows_of_patches_and_methods(patch, tmp_path):
     second = second_seed(patch, tmp_path / "second.safetensors")
     words = [*TOY, "--patch", f"sdd@6={patch}", "--patch", f"twice={patch}"]
-    words += ["--patch", f"twice={second}", "--methods", "neg", "sega", "--avoid", "star"]
+    words += ["--patch", f"twice={second}", "--guidance", "neg", "sega", "--avoid", "star"]
     assert evaluate(*words, "--guidance-warmup", 0, "--out", tmp_path / "o") == 0
     found = result(tmp_path / "o")["rows"]
     assert [row["model"] for row in found] == ["original", "sdd@6", "twice", "neg", "sega"]
@@ -327,7 +327,7 @@ def test_batches_are_cut_by_index_size_and_scale():
     jobs = [suites.Job("a", i) for i in range(5)]
     jobs += [suites.Job("b", seed, 7.0, (512, 640)) for seed in (0, 1)]
     jobs += [suites.Job("c", 0, 8.0, (512, 640))]
-    assert list(evaluation.batches(jobs, 4)) == [[0, 1, 2, 3], [4], [5, 6], [7]]
+    assert list(evaluation.batches(jobs, range(8), 4)) == [[0, 1, 2, 3], [4], [5, 6], [7]]
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -343,7 +343,7 @@ def test_a_concept_with_a_comma_is_one_concept(patch, tmp_path):
 @pytest.mark.parametrize("model", ["toy", ROOT / "toy" / "model"])
 def test_a_concept_that_the_probe_cannot_see(suite_name, model, tmp_path, capsys):
     """Also with the toy model's folder, and whatever its letters."""
-    words = [suite_name, "--model", model, "--methods", "neg", "--device", "cpu", "--limit", 1]
+    words = [suite_name, "--model", model, "--guidance", "neg", "--device", "cpu", "--limit", 1]
     words += ["--steps", 1, "--template", "a red {}"] if suite_name == "artists" else ["--steps", 1]
     if suite_name == "toy" or model == "toy":
         assert evaluate(*words, "--avoid", "Dragon", "--out", tmp_path / "o") == 2
@@ -462,8 +462,8 @@ def test_the_examples_in_help_are_commands():
     assert len(examples) == 4
     for words in examples:
         args = evaluation.parse(words)
-        assert rows.guided_rows(args.methods, args.avoid) or not args.methods
-        assert len(rows.patch_files(args.patch)) == len(args.patch)
+        assert rows.guided_rows(args.guidance, args.avoid) or not args.guidance
+        assert len(weights.named_patches(args.patch)) == len(args.patch)
 
 
 def test_help_has_groups_and_defaults(capsys):
@@ -584,7 +584,7 @@ def black(sheet):
 
 def test_nudity(folder, tmp_path):
     """With the real NudeNet, on noise: it finds nothing, and the table says what was counted."""
-    words = ["--methods", "sld-max", "neg", "--avoid", "nudity", "sexual", "--out", tmp_path / "o"]
+    words = ["--guidance", "sld-max", "neg", "--avoid", "nudity", "sexual", "--out", tmp_path / "o"]
     assert sd(folder, "nudity", "--limit", 6, *words) == 0
     text = table(tmp_path / "o")
     assert [row["figures"]["nude"] for row in result(tmp_path / "o")["rows"]] == [[0, 6]] * 3
@@ -598,7 +598,7 @@ def test_nudity_without_nudenet_is_a_note(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(metrics, "nude", missing)
     monkeypatch.setattr(metrics, "version", missing)
-    monkeypatch.setattr(censor, "censor", np.zeros_like)
+    monkeypatch.setattr(nudity, "censor", np.zeros_like)
     assert sd(folder, "nudity", "--limit", 2, "--out", tmp_path / "o") == 0
     assert black(tmp_path / "o" / "original.png")
     assert "nudenet is missing: python -m pip install -r requirements-eval.txt" in table(
@@ -630,7 +630,7 @@ def test_i2p(folder, clip, tmp_path, monkeypatch, capsys):
         lines.writerow(["a portrait of a woman " * 30, 12, 9.5, 64, 32])
     learned = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
     weights.save(tmp_path / "q16.safetensors", {"prompts": learned})
-    monkeypatch.setattr(censor, "censor", np.zeros_like)
+    monkeypatch.setattr(nudity, "censor", np.zeros_like)
     words = ["--prompts", tmp_path / "i2p.csv", "--q16", tmp_path / "q16.safetensors"]
     assert sd(folder, "i2p", *words, "--clip", clip, "--out", tmp_path / "o") == 0
     (row,) = result(tmp_path / "o")["rows"]
@@ -691,10 +691,10 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
     """CLIP score and SSIM; FID, KID and LPIPS need libraries or files."""
     captions = "caption\na photo of a mountain lake\na portrait of a woman in a coat\na lake\n"
     (tmp_path / "captions.csv").write_text(captions, encoding="utf-8")
-    words = ["coco", "--prompts", tmp_path / "captions.csv", "--methods", "neg", "--avoid"]
+    words = ["coco", "--prompts", tmp_path / "captions.csv", "--guidance", "neg", "--avoid"]
     words += ["nudity", "--out", tmp_path / "o", "--clip"]
     monkeypatch.setattr(metrics, "lpips", lambda files, others: 0.25)
-    monkeypatch.setattr(censor, "censor", np.zeros_like)
+    monkeypatch.setattr(nudity, "censor", np.zeros_like)
     assert sd(folder, *words, clip) == 0
     original, neg = (row["figures"] for row in result(tmp_path / "o")["rows"])
     assert set(original) == {"clip_score"} and set(neg) == {"clip_score", "lpips", "ssim"}
@@ -753,7 +753,7 @@ def test_artists(folder, tmp_path, monkeypatch):
         return float(np.abs(difference).mean())
 
     monkeypatch.setattr(metrics, "lpips", distance)
-    words = ["--template", "a portrait in the style of {}", "--methods", "neg", "sega"]
+    words = ["--template", "a portrait in the style of {}", "--guidance", "neg", "sega"]
     words += ["--avoid", "violence", "blood", "--out", tmp_path / "o"]
     assert sd(folder, "artists", "--limit", 8, *words) == 0
     found = result(tmp_path / "o")["rows"]
@@ -796,7 +796,7 @@ def test_nudity_asks_for_fifty_countries():
 
 # ---------------------------------------------------------------------------------------- refusals
 def test_rows_that_would_share_images_are_refused(patch, tmp_path, capsys):
-    words = ["--patch", f"neg={patch}", "--methods", "neg", "--avoid", "star"]
+    words = ["--patch", f"neg={patch}", "--guidance", "neg", "--avoid", "star"]
     assert evaluate(*TOY, *words, "--out", tmp_path / "o") == 2
     assert "neg-star" in capsys.readouterr().err
 
@@ -822,7 +822,7 @@ def test_a_command_that_failed_at_once_can_be_corrected(tmp_path, capsys):
 
 
 def test_the_toys_suite_asks_for_what_it_can_count(tmp_path, capsys):
-    assert evaluate(*TOY, "--methods", "neg", "--avoid", "a star", "--out", tmp_path / "o") == 2
+    assert evaluate(*TOY, "--guidance", "neg", "--avoid", "a star", "--out", tmp_path / "o") == 2
     assert "'a star' is none of them" in capsys.readouterr().err
     for prompt, _, which, _ in toy_suite.jobs(shapes, ("moon",), 100, 0):
         assert which != "other" or "moon" not in prompt.split()
@@ -832,19 +832,19 @@ def test_the_toys_suite_asks_for_what_it_can_count(tmp_path, capsys):
     "words, message",
     [
         ("artists --model toy", "--patch"),
-        ("artists --model toy --methods neg --avoid star --template star", "{}"),
-        ("toy --avoid star", "--avoid has no effect without --methods"),
+        ("artists --model toy --guidance neg --avoid star --template star", "{}"),
+        ("toy --avoid star", "--avoid has no effect without --guidance"),
         ("toy --guidance-warmup 1", "--guidance-warmup has no effect"),
         ("toy --template {}", "--template has no effect in the suite toy"),
-        ("nudity --real images", "It is for coco."),
-        ("coco --q16 prompts.npy", "It is for i2p."),
+        ("nudity --real images", "--real has no effect in the suite nudity"),
+        ("coco --q16 prompts.npy", "--q16 has no effect in the suite coco"),
         ("coco --real nowhere --model toy --prompts captions.csv", "captions.csv"),
-        ("toy --patch nothing", "NAME=FILE"),
+        ("toy --patch nothing", "no file nothing"),
         ("toy --patch =none.safetensors", "NAME=FILE"),
         ("toy --patch original=none.safetensors", "the untouched model"),
         ("toy --clip some/clip", "--clip has no effect"),
         ("toy --patch a=none.safetensors", "none.safetensors"),
-        ("toy --methods sega", "--avoid"),
+        ("toy --guidance sega", "--avoid"),
         ("i2p --prompts none.csv", "none.csv"),
         ("coco --prompts none.csv", "none.csv"),
     ],
