@@ -5,13 +5,8 @@ Then the same folder continues, and is compared with the folder of a whole run, 
 Kills (kill -9) come at random moments, in test_kill.py.
 """
 
-import json
-from argparse import Namespace
-
 import pytest
-import torch
 from common import SHORT, differences, run, stopped
-from PIL import Image
 
 import pipeline
 import presets
@@ -54,7 +49,7 @@ ROWS = [
     ("sdd",       "full disk",   "weights.save_checkpoint", 2,          "No space left on device"),
     ("fp16",      "Ctrl-C",      "ema.update", 3,                       f"3 {SAVED}"),
     ("adversary", "Ctrl-C",      "ema.update", 3,                       f"3 {SAVED}"),
-    ("images",    "SIGTERM",     "weights.save", 2,                     "files that are written"),
+    ("images",    "SIGTERM",     "pipeline.generate_latents", 2,        "files that are written"),
     ("images",    "Ctrl-C",      "ema.update", 3,                       f"3 {SAVED}"),
     ("embedding", "SIGTERM",     "ema.update", 5,                       f"5 {SAVED}"),
     ("esd-x",     "Ctrl-C",      "ema.update", 2,                       f"2 {SAVED}"),
@@ -93,7 +88,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
     assert differences(out, whole(name)) == []
 
 
-def test_images_are_generated_once(tmp_path, monkeypatch):
+def test_the_anchors_images_are_generated_once(tmp_path, monkeypatch):
     """A thousand images take hours: the signal does not wait for the rest of them."""
     generate, seeds = pipeline.generate_latents, []
 
@@ -103,9 +98,11 @@ def test_images_are_generated_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "SAVED", 4)
     monkeypatch.setattr(pipeline, "generate_latents", watched)
-    with stopped("SIGTERM", "sdd.adamw_step", 1), stopped("SIGTERM", "pipeline.torch.cat", 2):
-        run(COMMANDS["images"], tmp_path / "o")
-    assert seeds[0] == [0, 1, 2, 3]
+    with stopped("SIGTERM", "pipeline.generate_latents", 2):
+        assert run(COMMANDS["images"], tmp_path / "o") == 130
+    assert seeds == [[0, 1, 2, 3]]
+    assert run("train.py --resume", tmp_path / "o") == 0
+    assert seeds == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_a_run_continues_only_with_the_weights_that_it_began_with(whole, capsys, monkeypatch):
@@ -147,10 +144,3 @@ def test_what_may_change_in_a_resumed_run(flags, changed, tmp_path):
     runs.write_json(tmp_path / "run.json", {"args": settings})
     args = train.parse(["--resume", "--out", str(tmp_path), *flags.split()])
     assert runs.resumed(args, train.FREE, presets.settle) == settings | changed
-
-
-def test_a_run_with_compile_continues_without_a_gpu(capsys):
-    a = Namespace(report_to=None, deterministic=False, device="cpu", compile=True)
-    train.prepare(a, Namespace(resume=True))
-    assert not a.compile
-    assert "--compile needs a CUDA GPU, so it is not used" in capsys.readouterr().err
