@@ -43,7 +43,7 @@ ROWS = [
     ("previews",  "full disk",   "os.replace", 9,                       "No space left on device"),
     ("previews",  "full disk",   "csv.DictWriter.writerow", 4,          "No space left on device"),
     ("sdd",       "SIGTERM",     "ema.update", 1,                       f"1 {SAVED}"),
-    ("sdd",       "full memory", STEP, 3,                               "use a smaller --batch-size"),
+    ("sdd",       "full memory", STEP, 3,                               "a smaller --batch-size"),
     ("sdd",       "full memory", STEP, 3 * 55 + 3,                      KEPT),
     ("sdd",       "full memory", "ema.update", 4,                       KEPT),
     ("sdd",       "full disk",   "weights.save_checkpoint", 2,          "No space left on device"),
@@ -53,7 +53,7 @@ ROWS = [
     ("images",    "Ctrl-C",      "ema.update", 3,                       f"3 {SAVED}"),
     ("embedding", "SIGTERM",     "ema.update", 5,                       f"5 {SAVED}"),
     ("esd-x",     "Ctrl-C",      "ema.update", 2,                       f"2 {SAVED}"),
-    ("esd-x",     "full memory", "ema.update", 5,                       "use a smaller --batch-size"),
+    ("esd-x",     "full memory", "ema.update", 5,                       "a smaller --batch-size"),
     ("rece",      "full memory", "closed_form.edit", 3,                 KEPT),
 ]
 # fmt: on
