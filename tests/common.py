@@ -551,6 +551,7 @@ def stopped(how, where, number):
             STOPS[how]()
         return function(*given, **named)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(where, counted)
         yield

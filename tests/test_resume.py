@@ -14,7 +14,7 @@ import train
 import weights
 from support import runs
 
-SDD = f"{SHORT} --concept star"
+SDD = f"{SHORT} --steps 1 --batch-size 1 --preview-steps 1 --concept star"
 QUIET = f"{SDD} --preview-every 0"
 ABLATE = f"{QUIET} --method ablate --anchor circle"
 COMMANDS = {
