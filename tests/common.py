@@ -491,12 +491,12 @@ def pictures(folder):
 
 
 def contents(folder):
-    """{file: its content}, without dates, times and the folder's name.
+    """{file: its content} of a folder or file, without dates, times and the folder's name.
 
     Of weights it is the checksum and the metadata, because their bytes have no fixed order.
     """
     found = {}
-    for file in folder.rglob("*"):
+    for file in [folder, *folder.rglob("*")]:
         if file.is_dir():
             continue
         content = file.read_bytes()
