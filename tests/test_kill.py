@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from common import differences, run  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import eval as _  # noqa: E402, F401 (before the forks)
+import eval  # noqa: E402, F401 (before the forks)
 import train  # noqa: E402, F401
 import weights  # noqa: E402
 from support.files import LOCK  # noqa: E402
