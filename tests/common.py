@@ -7,7 +7,10 @@ one mistake to our code at a time and checks that a comparison fails.
 """
 
 import math
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,9 +31,11 @@ import presets
 import scheduler
 import unet
 import vae
+from support.cli import run_command
 from toy import shapes
 from toy.pretrain import write_tokenizer
 
+ROOT = Path(__file__).parent.parent
 # The words of the README's prompts for Stable Diffusion
 SD_WORDS = " ".join([*presets.I2P, *presets.PREVIEW_PROMPTS["paper"]]).split()
 
@@ -430,3 +435,23 @@ def write_model_folder(path, words=(), **unet_sizes):
     shutil.rmtree(path / "tokenizer")
     write_vocabulary(path, words)
     return path
+
+
+# ---------------------------------------------------------------------- commands
+def command(words, **options):
+    """(exit status, stdout, stderr) of `python WORDS` in the repository's folder."""
+    words = [sys.executable, *shlex.split(words)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run(module, words, out=None):
+    """The exit status of a command in this process. words: its arguments in one string."""
+    words = shlex.split(words) + ([] if out is None else ["--out", str(out)])
+    name = module.__name__.rpartition(".")[2]
+    try:
+        args = module.parse(words)
+    except SystemExit as e:  # the parser's own errors
+        return e.code
+    with torch.enable_grad():
+        return run_command(getattr(module, {"eval": "evaluate"}.get(name, name)), args)

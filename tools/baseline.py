@@ -19,7 +19,7 @@ SD14_SCHEDULER = dict(
 
 
 def their_parts(size, device):
-    """(unet, vae, text_encoder, tokenizer) by diffusers and transformers.
+    """{unet, vae, text_encoder, tokenizer} by diffusers and transformers.
 
     size: "toy" for the toy model; "sd14" for random weights with SD 1.4's sizes.
     """
@@ -28,11 +28,13 @@ def their_parts(size, device):
 
     tokenizer = CLIPTokenizer.from_pretrained(weights.TOY / "tokenizer")
     if size == "toy":
-        unet = UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device)
-        vae = AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device)
-        text_encoder = CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device)
-        return unet, vae, text_encoder, tokenizer
-    config = CLIPTextConfig(
+        return dict(
+            unet=UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device),
+            vae=AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device),
+            text_encoder=CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device),
+            tokenizer=tokenizer,
+        )
+    text = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=768,
         intermediate_size=3072,
@@ -40,17 +42,19 @@ def their_parts(size, device):
         num_attention_heads=12,
     )
     with torch.device(device):
-        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
-        vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            sample_size=512,
-            block_out_channels=[128, 256, 512, 512],
-            layers_per_block=2,
-            latent_channels=4,
+        return dict(
+            unet=UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
+            vae=AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4,
+                sample_size=512,
+                block_out_channels=[128, 256, 512, 512],
+                layers_per_block=2,
+                latent_channels=4,
+            ),
+            text_encoder=CLIPTextModel(text),
+            tokenizer=tokenizer,
         )
-        text_encoder = CLIPTextModel(config)
-    return unet, vae, text_encoder, tokenizer
 
 
 class Authors:
@@ -63,7 +67,9 @@ class Authors:
     def __init__(self, size, device, batch_size, steps, dtype):
         from diffusers import DDIMScheduler
 
-        self.unet, _, self.text_encoder, self.tokenizer = their_parts(size, device)
+        parts = their_parts(size, device)
+        self.unet, self.text_encoder = parts["unet"], parts["text_encoder"]
+        self.tokenizer = parts["tokenizer"]
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.text_encoder.requires_grad_(False)
         self.unet.requires_grad_(True)
@@ -74,7 +80,6 @@ class Authors:
         side = self.unet.config.sample_size
         self.device, self.dtype = device, dtype
         self.shape = (batch_size, 4, side, side)
-        self.parts = [self.unet, self.ema, self.optimizer]
 
     def encode(self, prompts):
         """Embeddings, each (batch size, 77, D)."""

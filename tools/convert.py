@@ -14,7 +14,7 @@ they are in its metadata. A model card is written too: README.md in the folder, 
 the file.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import inspect
 import json
