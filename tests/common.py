@@ -454,4 +454,6 @@ def run(module, words, out=None):
     except SystemExit as e:  # the parser's own errors
         return e.code
     with torch.enable_grad():
-        return run_command(getattr(module, {"eval": "evaluate"}.get(name, name)), args)
+        return run_command(
+            getattr(module, {"eval": "evaluate", "train": "main"}.get(name, name)), args
+        )

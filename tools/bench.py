@@ -18,21 +18,23 @@ import platform
 import random
 import statistics
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
+import losses
 import presets
 import sdd
 import train
 import weights
 from clip_text import CLIPText
-from pipeline import InferenceUNet, encode_prompts, generate_images, make_scheduler
-from support.cli import Parser, one_of, pick_device, positive, run_command
+from pipeline import images, latent_shape, make_scheduler
+from support.cli import Parser, autocast, one_of, pick_device, pick_dtype, positive, run_command
 from support.errors import UserError
+from support.fast import InferenceUNet
 from tools.baseline import PROMPT, SD14_SCHEDULER, Authors, their_parts
 from unet import UNet
 from vae import VAE
@@ -74,7 +76,7 @@ def our_model(size, device):
 
 
 class Ours:
-    """train.py's own run, without previews. flags: more arguments of train.py, in one text."""
+    """train.py's loop, without previews. flags: more arguments of train.py, in one text."""
 
     def __init__(self, size, device, flags=""):
         batch_size, steps = SIZES[size]
@@ -83,9 +85,30 @@ class Ours:
             f"--concept {PROMPT} --model {model} --device {device} --batch-size {batch_size} "
             f"--steps {steps} --iters 1000000 --preview {PROMPT} --preview-every 0 {flags}"
         )
-        settings = presets.settle(train.parse(words.split()))
-        self.run = train.Run(Path(tempfile.gettempdir()), settings, our_model(size, device))
-        self.iterations = self.run.iterations()
+        a = Namespace(**presets.settle(train.parse(words.split())))
+        self.device, self.dtype = device, pick_dtype(a.dtype, device, training=True)
+        model = our_model(size, device)
+        models, theta, theta_ema = train.three_models(model, a, device, self.dtype)
+        student, teacher, original = models
+        c = train.encode_all(student, a, [])
+        self.generator, terms = torch.Generator().manual_seed(a.seed), []
+        if a.preserve:
+            terms.append(losses.preservation_term(a.preserve, c.kept, self.generator))
+        self.teacher = InferenceUNet(teacher.unet, device, self.dtype, a.compile)
+        self.iterations = sdd.sdd(
+            student.unet,
+            self.teacher,
+            original.unet,
+            train.make_optimizer(theta, a),
+            list(theta_ema.values()),
+            make_scheduler(model.scheduler, a.steps, "ddim"),
+            sdd.Prompts(c.c_0, c.concepts, c.joined),
+            (batch_size, *latent_shape(model)),
+            self.generator,
+            rates=sdd.learning_rates(a.iters, a.lr, a.warmup, a.lr_schedule),
+            loss=train.make_loss(Path(), theta, a, device, self.dtype),
+            terms=terms,
+        )
 
     def iteration(self, k):
         """One iteration of Algorithm 1 with k denoising steps; returns the loss."""
@@ -93,12 +116,11 @@ class Ours:
         def fixed_timestep(roles, scheduler, K, i, generator):
             return k, scheduler.timesteps[k], 0
 
-        device, dtype = self.run.device, self.run.dtype
-        autocast = torch.autocast(
-            device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-        )
-        with patch.object(sdd, "random_timestep", fixed_timestep), autocast:
-            return next(self.iterations).loss
+        with patch.object(sdd, "random_timestep", fixed_timestep):
+            with autocast(self.device, self.dtype):
+                loss = next(self.iterations).loss
+                self.teacher.sync()
+        return loss
 
 
 def make_contender(name, size, device):
@@ -194,8 +216,6 @@ def measure_generation(args, device):
     model = our_model(args.size, device)
     for part in (model.vae, model.text_encoder):
         part.to(device)
-    scheduler = make_scheduler(model.scheduler, steps, "ddim")
-    c_0, c_p = encode_prompts(model, ["", PROMPT]).split(1)
     unet = InferenceUNet(model.unet, device, dtype)
     pipeline = StableDiffusionPipeline(
         **their_parts(args.size, device),
@@ -207,20 +227,12 @@ def measure_generation(args, device):
     pipeline.set_progress_bar_config(disable=True)
 
     def ours(n):
-        c = c_p.expand(n, -1, -1)
-        list(generate_images(model, unet, c_0, c, range(n), scheduler, 7.5, dtype, batch_size=n))
+        how = dict(unet=unet, scheduler="ddim", steps=steps, dtype=dtype, batch_size=n)
+        list(images(model, [PROMPT] * n, **how))
 
     def theirs(n):
         side = model.resolution
-        c, negative = [x.expand(n, -1, -1).to(dtype) for x in (c_p, c_0)]
-        pipeline(
-            prompt_embeds=c,
-            negative_prompt_embeds=negative,
-            num_inference_steps=steps,
-            guidance_scale=7.5,
-            height=side,
-            width=side,
-        )
+        pipeline([PROMPT] * n, num_inference_steps=steps, height=side, width=side)
 
     for n in (1, 8):
         seconds = {ours: [], theirs: []}
