@@ -35,7 +35,7 @@ from pipeline import images, latent_shape, make_scheduler
 from support.cli import Parser, autocast, one_of, pick_device, pick_dtype, positive, run_command
 from support.errors import UserError
 from support.fast import InferenceUNet
-from tools.baseline import PROMPT, SD14_SCHEDULER, Authors, their_parts
+from tools.baseline import PROMPT, Authors, their_pipeline
 from unet import UNet
 from vae import VAE
 
@@ -59,20 +59,14 @@ ON_A_GPU = ("ours, --compile", "memory")
 # ------------------------------------------------------------------------------------ contenders
 def our_model(size, device):
     """The toy model, or random weights with SD 1.4's sizes and the toy model's tokenizer."""
-    if size == "toy":
-        return weights.load("toy")
-    with torch.device(device):
-        parts = dict(unet=UNet(), text_encoder=CLIPText())
-    parts["vae"] = VAE()  # train.py moves it only for previews
-    for part in parts.values():
-        part.eval().requires_grad_(False)
-    return weights.Model(
-        "random/sd14",
-        **parts,
-        resolution=512,
-        tokenizer=weights.load_tokenizer(weights.TOY),
-        scheduler=weights.read_config(weights.TOY, "scheduler"),
-    )
+    model = weights.load("toy")
+    if size == "sd14":
+        with torch.device(device):
+            model = model._replace(unet=UNet(), text_encoder=CLIPText(), resolution=512)
+        model = model._replace(vae=VAE())  # train.py moves it only for previews
+        for part in (model.unet, model.text_encoder, model.vae):
+            part.eval().requires_grad_(False)
+    return model
 
 
 class Ours:
@@ -208,8 +202,6 @@ def measure_memory(args, device):
 # ------------------------------------------------------------------------------------ generation
 def measure_generation(args, device):
     """Yields (what, figure): images per second with DDIM; ours and diffusers' take turns."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
     dtype, steps = torch.float32, 12 if args.size == "toy" else 1
     if device.type == "cuda":
         dtype, steps = torch.float16, 50
@@ -217,14 +209,7 @@ def measure_generation(args, device):
     for part in (model.vae, model.text_encoder):
         part.to(device)
     unet = InferenceUNet(model.unet, device, dtype)
-    pipeline = StableDiffusionPipeline(
-        **their_parts(args.size, device),
-        scheduler=DDIMScheduler(**SD14_SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = their_pipeline(args.size, device).to(dtype)
 
     def ours(n):
         how = dict(unet=unet, scheduler="ddim", steps=steps, dtype=dtype, batch_size=n)
