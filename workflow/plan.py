@@ -61,7 +61,7 @@ STEPS = 12  # of the sampler, for the images of tables and previews
 EVERY = 40  # iterations between two previews, and between two exports
 
 # The steps after which an attack's images are counted. The columns of the table need 160 (word) and
-# 10 (relearn), see evaluation/comeback.py. noise has no steps.
+# 10 (relearn), see evaluation/attacks.py. noise has no steps.
 WORD_STEPS = (0, 40, 80, 120, 160, 240, 320, 480)
 TOKENS_STEPS = (0, 80, 160)
 RELEARN_STEPS = (0, 5, 10, 15, 20, 30)
@@ -91,7 +91,7 @@ TRAINING_CODE = [
     "guidance.py",
 ]
 ATTACK_CODE = ["adversaries.py", "attack.py"]
-PAGE_CODE = ["workflow/page.py", "evaluation/comeback.py", "evaluation/columns.py"]
+PAGE_CODE = ["workflow/page.py", "evaluation/attacks.py", "evaluation/columns.py"]
 
 
 # ---------------------------------------------------------------------------------------- tables
