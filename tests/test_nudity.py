@@ -167,7 +167,7 @@ def test_the_sheet_of_generate_is_covered_and_its_files_are_not(sd, tmp_path, mo
     for i, (words, covered) in enumerate(
         [
             ("blood nudity", True),
-            ("blood hate --method neg --avoid nudity", True),
+            ("blood hate --guidance neg --avoid nudity", True),
             ("blood hate", False),
             (f"blood hate --patch {tmp_path}/patch.safetensors", True),
             ("blood nudity --show-uncensored", False),
