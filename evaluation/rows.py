@@ -65,33 +65,24 @@ def guided_rows(methods, avoid):
 
 
 def patch_files(patches):
-    """["NAME=FILE", …] -> {name: [file, …]}."""
-    files = {}
-    for text in patches:
-        name, _, file = text.partition("=")
-        if not file or not name:
-            raise UserError(f"--patch {text}: write NAME=FILE.")
-        if name == ORIGINAL:
-            raise UserError(f"--patch {text}: the untouched model has this name, choose another.")
-        files.setdefault(name, []).append(file)
-    return files
+    """["[NAME=]FILE", …] -> {name: [file, …]}. "none" is the original, which has its row anyway."""
+    return {name: files for name, files in weights.named_patches(patches).items() if files}
 
 
 def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
     about = [read_about(file) for file in files]
     concepts = {erased_concepts(*read) for read in about}
-    if len(concepts) > 1:
-        listed = "; ".join(sorted(", ".join(one) for one in concepts))
-        raise UserError(
-            f"The patches named {name} erase different concepts ({listed}): give each its own name."
-        )
     methods = {paper_name(*read) for read in about}
-    if len(methods) > 1:
-        raise UserError(
-            f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
-            "give each its own name."
-        )
+    for what, found in (
+        ("erase different concepts", {", ".join(one) for one in concepts}),
+        ("come from different methods", methods),
+    ):
+        if len(found) > 1:
+            raise UserError(
+                f"The patches named {name} {what} ({'; '.join(sorted(found))}): give each its own "
+                "name."
+            )
     if keys := different_settings([settings for _, settings in about if settings]):
         raise UserError(
             f"The patches named {name} were trained with different settings ({', '.join(keys)}): "

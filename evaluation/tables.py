@@ -184,7 +184,7 @@ def notes(args, generated, rows, columns, problems, model):
         found.append(metrics.nude_note())
     if "harm" in keys:
         found.append(metrics.HARM_NOTE)
-    found += esd_notes(args.suite, rows)
+    found += filter(None, (esd_note(args.suite, row) for row in rows))
     found += warmup_notes(args, generated, model)
     prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
     if cut := sum(tokenize(model.tokenizer, sorted(prompts))[1]):
@@ -195,19 +195,16 @@ def notes(args, generated, rows, columns, problems, model):
     return found
 
 
-def esd_notes(suite, rows):
+def esd_note(suite_name, row):
     """Why an ESD row has no figure of the paper: the paper's ESD was trained with s_s = 3."""
-    found = []
-    for row in rows:
-        method, _, scale = row["method"].rpartition("-")
-        if not method.startswith("esd") or row["paper"]:
-            continue
-        if paper(suite, f"{method}-3", row["erased"]):
-            found.append(
-                f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 "
-                "(--erase-scale 3), so this row has no figure of the paper."
-            )
-    return found
+    method, _, scale = row["method"].rpartition("-")
+    known = method.startswith("esd") and paper(suite_name, f"{method}-3", row["erased"])
+    if row["paper"] or not known:
+        return ""
+    return (
+        f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 (--erase-scale 3), "
+        "so this row has no figure of the paper."
+    )
 
 
 def warmup_notes(args, generated, model):

@@ -32,8 +32,8 @@ BAD = [  # (command line, part of the sentence)
     ("eval.py nudity --real images", "It is for coco."),
     ("eval.py coco --q16 prompts.npy", "It is for i2p."),
     ("eval.py coco --real nowhere --model toy --prompts captions.csv", "captions.csv"),
-    ("eval.py toy --patch nothing", "NAME=FILE"),
-    ("eval.py toy --patch =none.safetensors", "NAME=FILE"),
+    ("eval.py toy --patch nothing", "nothing"),
+    ("eval.py toy --patch =none.safetensors", "write [NAME=]FILE"),
     ("eval.py toy --patch original=none.safetensors", "the untouched model"),
     ("eval.py toy --clip some/clip", "--clip has no effect"),
     ("eval.py toy --patch a=none.safetensors", "none.safetensors"),
@@ -679,10 +679,10 @@ def test_the_papers_figures():
 
 def test_a_note_explains_an_esd_row_without_the_papers_figure():
     mine = row("mine", ["nudity"]) | {"method": "esd-x-1"}
-    (text,) = tables.esd_notes("nudity", [mine])
+    text = tables.esd_note("nudity", mine)
     assert "mine was trained with s_s = 1" in text and "s_s = 3" in text
-    assert not tables.esd_notes("nudity", [mine | {"method": "esd-x-3", "paper": {"nude": 14.3}}])
-    assert not tables.esd_notes("toy", [mine])  # the paper has no figures there at all
+    assert not tables.esd_note("nudity", mine | {"method": "esd-x-3", "paper": {"nude": 14.3}})
+    assert not tables.esd_note("toy", mine)  # the paper has no figures there at all
 
 
 def test_nudity_asks_for_fifty_countries():
