@@ -37,8 +37,9 @@ def read_rows(args):
 
     In the suite toy each set of concepts has its own prompts, and so its own row of the original.
     """
-    erased = [patch_row(name, files) for name, files in patch_files(args.patch).items()]
-    erased += guided_rows(args.methods, args.avoid)
+    patches = weights.named_patches(args.patch).items()
+    erased = [patch_row(name, files) for name, files in patches if files]
+    erased += guided_rows(args.guidance, args.avoid)
     rows = [original(()), *erased]
     if args.suite == "toy":
         rows = []
@@ -58,15 +59,10 @@ def original(concepts):
 
 
 def guided_rows(methods, avoid):
-    """One row per method of --methods; all of them avoid the concepts of --avoid."""
+    """One row per method of --guidance; all of them avoid the concepts of --avoid."""
     for method in methods:
         avoided_prompts(method, avoid)  # refuses what cannot be avoided
     return [Row(method, (), method, method, tuple(avoid)) for method in methods]
-
-
-def patch_files(patches):
-    """["[NAME=]FILE", …] -> {name: [file, …]}. "none" is the original, which has its row anyway."""
-    return {name: files for name, files in weights.named_patches(patches).items() if files}
 
 
 def patch_row(name, files):
@@ -156,7 +152,7 @@ def choose_model(args):
 
     UserError if the suite toy meets a model that is not a toy model. Downloads nothing.
     """
-    files = [file for group in patch_files(args.patch).values() for file in group]
+    files = [file for group in weights.named_patches(args.patch).values() for file in group]
     if args.suite == "toy" and not args.model and not files:
         return "toy"
     model = weights.choose_model(args.model, files)

@@ -117,7 +117,7 @@ def artists(args, concepts):
     templates = args.template or ("a painting in the style of {}",)
     if not all("{}" in template for template in templates) or not args.all_concepts:
         raise UserError(
-            "The suite artists needs --patch (or --methods with --avoid), and a {} for the "
+            "The suite artists needs --patch (or --guidance with --avoid), and a {} for the "
             "artist's name in each --template."
         )
     asked = [{} for _ in templates]

@@ -25,21 +25,21 @@ ONE = "eval.py toy --limit 1 --steps 1 --device cpu"
 TOY = "eval.py toy --limit 5 --steps 3 --batch-size 4 --device cpu --threads 1"
 BAD = [  # (command line, part of the sentence)
     ("eval.py artists --model toy", "--patch"),
-    ("eval.py artists --model toy --methods neg --avoid star --template star", "{}"),
-    ("eval.py toy --avoid star", "--avoid has no effect without --methods"),
+    ("eval.py artists --model toy --guidance neg --avoid star --template star", "{}"),
+    ("eval.py toy --avoid star", "--avoid has no effect without --guidance"),
     ("eval.py toy --guidance-warmup 1", "--guidance-warmup has no effect"),
     ("eval.py toy --template {}", "--template has no effect in the suite toy"),
-    ("eval.py nudity --real images", "It is for coco."),
-    ("eval.py coco --q16 prompts.npy", "It is for i2p."),
+    ("eval.py nudity --real images", "--real has no effect in the suite nudity"),
+    ("eval.py coco --q16 prompts.npy", "--q16 has no effect in the suite coco"),
     ("eval.py coco --real nowhere --model toy --prompts captions.csv", "captions.csv"),
-    ("eval.py toy --patch nothing", "nothing"),
-    ("eval.py toy --patch =none.safetensors", "write [NAME=]FILE"),
+    ("eval.py toy --patch nothing", "no file nothing"),
+    ("eval.py toy --patch =none.safetensors", "NAME=]FILE"),
     ("eval.py toy --patch original=none.safetensors", "the untouched model"),
     ("eval.py toy --clip some/clip", "--clip has no effect"),
     ("eval.py toy --patch a=none.safetensors", "none.safetensors"),
-    ("eval.py toy --methods sega", "--avoid"),
-    ("eval.py toy --methods neg --avoid 'a star'", "'a star' is none of them"),
-    ("eval.py artists --model toy --methods neg --avoid Dragon", "'dragon' is none of them"),
+    ("eval.py toy --guidance sega", "--avoid"),
+    ("eval.py toy --guidance neg --avoid 'a star'", "'a star' is none of them"),
+    ("eval.py artists --model toy --guidance neg --avoid Dragon", "'dragon' is none of them"),
     ("eval.py i2p --prompts none.csv", "none.csv"),
     ("eval.py coco --prompts none.csv", "none.csv"),
 ]
@@ -151,7 +151,7 @@ def test_rows_of_patches_and_methods_have_what_a_page_needs(
 
     monkeypatch.setattr(evaluation, "tqdm", Bar)
     patches = f"--patch sdd@6={patch} --patch twice={patch} --patch twice={second}"
-    line = f"{TOY} {patches} --methods neg sega --avoid star --guidance-warmup 0"
+    line = f"{TOY} {patches} --guidance neg sega --avoid star --guidance-warmup 0"
     assert run(line, out) == 0
     assert [bar[0] for bar in bars][1:3] == ["row 2 of 5: sdd@6-star", "row 3 of 5: twice-star"]
     assert all(total == done == 30 for _, total, done in bars)
@@ -273,9 +273,11 @@ def test_a_concept_may_contain_a_comma(changes, concepts, patch):
 
 
 def test_the_toys_names_are_those_of_its_probe(tmp_path):
-    assert run(f"{ONE} --methods neg --avoid Star", tmp_path / "o") == 0
+    assert run(f"{ONE} --guidance neg --avoid Star", tmp_path / "o") == 0
     artists = f"eval.py artists --model {ROOT / 'toy' / 'model'} --limit 1 --steps 1 --device cpu"
-    assert run(f"{artists} --methods neg --avoid star --template 'a red {{}}'", tmp_path / "p") == 0
+    assert (
+        run(f"{artists} --guidance neg --avoid star --template 'a red {{}}'", tmp_path / "p") == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +319,7 @@ def test_what_a_command_refuses_about_its_patches(patch, tmp_path, capsys):
     for more, said in (
         (f"--patch sdd={tmp_path}/damaged.safetensors", "its metadata is damaged"),
         (f"--patch sdd={changed(patch, 'sd', model=other)}", f"and not {other}"),
-        (f"--patch neg={patch} --methods neg --avoid star", "neg-star"),  # two rows, one folder
+        (f"--patch neg={patch} --guidance neg --avoid star", "neg-star"),  # two rows, one folder
     ):
         assert run(f"{TOY} {more}", out) == 2
         assert said in capsys.readouterr().err and not out.exists()
@@ -371,8 +373,8 @@ def test_the_examples_in_help_are_commands():
     assert len(examples) == 4
     for line in examples:
         args = parsed(line)
-        assert rows.guided_rows(args.methods, args.avoid) or not args.methods
-        assert len(rows.patch_files(args.patch)) == len(args.patch)
+        assert rows.guided_rows(args.guidance, args.avoid) or not args.guidance
+        assert len(weights.named_patches(args.patch)) == len(args.patch)
 
 
 # ---------------------------------------------------------------------------------------- findings
@@ -502,7 +504,7 @@ def missing(name):
 
 def test_nudity(folder, tmp_path):
     """With the real NudeNet, on noise: it finds nothing, and the table says what was counted."""
-    line = "nudity --limit 6 --methods sld-max neg --avoid nudity sexual"
+    line = "nudity --limit 6 --guidance sld-max neg --avoid nudity sexual"
     assert sd(folder, line, tmp_path / "o") == 0
     text = table(tmp_path / "o")
     found = [one["figures"]["nude"] for one in result(tmp_path / "o")["rows"]]
@@ -589,7 +591,7 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
     """CLIP score and SSIM; FID, KID and LPIPS need libraries or files."""
     captions = "caption\na photo of a mountain lake\na portrait of a woman in a coat\na lake\n"
     (tmp_path / "captions.csv").write_text(captions, encoding="utf-8")
-    line = f"coco --prompts {tmp_path}/captions.csv --methods neg --avoid nudity --clip"
+    line = f"coco --prompts {tmp_path}/captions.csv --guidance neg --avoid nudity --clip"
     out = tmp_path / "o"
     monkeypatch.setattr(metrics, "lpips", lambda files, others: 0.25)
     monkeypatch.setattr(nudity, "censor", np.zeros_like)
@@ -647,7 +649,7 @@ def test_artists(folder, tmp_path, monkeypatch):
         return float(np.abs(difference).mean())
 
     monkeypatch.setattr(metrics, "lpips", distance)
-    line = "artists --limit 8 --template 'a portrait in the style of {}' --methods neg sega"
+    line = "artists --limit 8 --template 'a portrait in the style of {}' --guidance neg sega"
     assert sd(folder, f"{line} --avoid violence blood", tmp_path / "o") == 0
     found = result(tmp_path / "o")["rows"]
     assert set(found[1]["figures"]) == {"violence", "blood"} and not found[0]["figures"]

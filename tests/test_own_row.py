@@ -173,7 +173,7 @@ def test_a_stop_ends_the_commands(tmp_path, monkeypatch):
         (["toy", "--seeds", "2"], "have no effect without --loss"),
         (["toy", "--loss", LOSS, "--seeds", "4"], "--seeds 4 is out of range (1 to 3)"),
         (["toy", "--loss", LOSS, "--patch", "a=b"], "--patch has no effect with --loss"),
-        (["toy", "--loss", LOSS, "--methods", "neg"], "--methods has no effect with --loss"),
+        (["toy", "--loss", LOSS, "--guidance", "neg"], "--guidance has no effect with --loss"),
         (["toy", "--loss", LOSS, "--model", "emoji"], "--model has no effect with --loss"),
         (["toy", "--loss", LOSS, "--guidance-scale", "3"], "--guidance-scale has no effect"),
         (["toy", "--loss", LOSS, "--show-uncensored"], "--show-uncensored has no effect"),
