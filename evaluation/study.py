@@ -39,10 +39,9 @@ def attack_words(model, concept, kind, patch, seed, more, out):
     return as_text([*words, "--seed", seed, *more, *sampling(model), "--out", out])
 
 
-def eval_words(suite, more, model, out):
-    """The words of eval.py."""
-    words = [suite, *more, "--model", model, *sampling(model)]
-    return as_text([*words, "--threads", 1, "--out", out])
+def eval_words(words, model, out):
+    """The words of eval.py. words: the suite, the rows and the number of images."""
+    return as_text([*words, "--model", model, *sampling(model), "--threads", 1, "--out", out])
 
 
 def sampling(model):

@@ -291,14 +291,11 @@ def run_folder(table, row, seed):
 
 
 def patch_file(table, name, seed):
-    """The patch of a row and a seed. A closed form has one patch for all seeds."""
+    """The patch of a row and a seed; None for the original. A closed form has one for all seeds."""
+    if name == ORIGINAL:
+        return None
     row = find_row(table, name)
     return f"{run_folder(table, row.name, SEEDS[0] if row.closed else seed)}/erased.safetensors"
-
-
-def attacked_patch(table, name, seed):
-    """The patch that an attack with this seed is made on; None for the original model."""
-    return None if name == ORIGINAL else patch_file(table, name, seed)
 
 
 def table_folder(study, table):
@@ -341,24 +338,25 @@ def table_names(study):
 
 
 def curve_patches(study):
-    """[(line, iteration, training, patch)] of the curve: `training` is the patch at its end."""
+    """[(row of the curve, its patch)]: exports of its trainings."""
     found = []
     for line in CURVE_LINES:
         row, which = line.split(" ")
         for iteration in CURVE_POINTS:
             for seed in STUDIES[study].seeds:
-                training = patch_file(STUDIES[study].table, row, seed)
-                folder = training.removesuffix("/erased.safetensors")
-                file = f"{folder}/exports/{which}-{iteration:06d}.safetensors"
-                found.append((line, iteration, training, file))
+                exports = f"{run_folder(STUDIES[study].table, row, seed)}/exports"
+                file = f"{exports}/{which}-{iteration:06d}.safetensors"
+                found.append((f"{line}@{iteration}", file))
     return found
 
 
 def table_inputs(study, table):
     """The patches that a table measures. The exports of the curve's trainings lie next to them."""
-    if table == "curve":
-        return unique(training for _, _, training, _ in curve_patches(study))
-    return [file for files in patches(study).values() for file in files]
+    if table != "curve":
+        return [file for files in patches(study).values() for file in files]
+    trained, seeds = STUDIES[study].table, STUDIES[study].seeds
+    rows = unique(line.split(" ")[0] for line in CURVE_LINES)
+    return [patch_file(trained, row, seed) for row in rows for seed in seeds]
 
 
 def page_inputs(study):
@@ -400,7 +398,7 @@ def attack(study, table, name, kind, seed):
         steps = [step for step in steps if step <= LAST_STEP]
     more = ["--at", *steps] if steps else []
     more += ["--samples", NOISE_SAMPLES if kind == "noise" else one.samples]
-    patch = attacked_patch(table, name, seed) or "none"
+    patch = patch_file(table, name, seed) or "none"
     out = attack_folder(study, table, name, kind, seed)
     return attack_words(one.model, one.rows[0].concepts[0], kind, patch, seed, more, out)
 
@@ -408,18 +406,17 @@ def attack(study, table, name, kind, seed):
 def measurement(study, table):
     """The words of eval.py for a table."""
     one = STUDIES[study]
-    suite = "artists" if one.templates else "toy"
     if table == "curve":
-        words = ["--limit", one.curve_limit]
-        for line, iteration, _, file in curve_patches(study):
-            words += ["--patch", f"{line}@{iteration}={file}"]
+        words = ["toy", "--limit", one.curve_limit]
+        measured = curve_patches(study)
     else:
-        words = ["--limit", one.limit]
-        words += ["--template", *one.templates] if one.templates else []
-        for name, files in patches(study).items():
-            for file in files:
-                words += ["--patch", f"{name}={file}"]
-        if one.guided:
-            words += ["--methods", *one.guided, "--avoid", *one.rows[0].concepts]
-            words += ["--guidance-warmup", GUIDANCE_WARMUP]
-    return eval_words(suite, words, one.model, table_folder(study, table))
+        words = ["toy", "--limit", one.limit]
+        if one.templates:
+            words = ["artists", "--limit", one.limit, "--template", *one.templates]
+        measured = [(name, file) for name, files in patches(study).items() for file in files]
+    for name, file in measured:
+        words += ["--patch", f"{name}={file}"]
+    if one.guided and table != "curve":
+        words += ["--methods", *one.guided, "--avoid", *one.rows[0].concepts]
+        words += ["--guidance-warmup", GUIDANCE_WARMUP]
+    return eval_words(words, one.model, table_folder(study, table))
