@@ -90,7 +90,7 @@ class Method(NamedTuple):
     paper: dict = {}  # numbers that differ from the preset paper
     toy: dict = {}  # numbers that differ from the preset toy
     # The emoji model takes this share of a toy preset's learning rate. The presets were tuned on
-    # the shapes; workflow/page.py (TUNING) says how this share was found.
+    # the shapes; docs/results-emoji.md says how this share was found.
     emoji_rate: float = 0.5
 
 
