@@ -25,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import torch
 
 from evaluation import plots
@@ -84,6 +85,7 @@ BY_ROLES = [
     (ROLES, "three", "sdd, official roles", "sdd", LEFT),
     (ROLES, "twenty", "sdd, official roles", "sdd", LEFT),
 ]
+CLAIMS = (BY_METHOD, BY_ITERATION, BY_ROLES)
 VERDICTS = {"better": "holds", "open": "open", "worse": "fails"}
 
 
@@ -164,123 +166,7 @@ def grid(verdicts):
     )
 
 
-# ---------------------------------------------------------------------------------------- texts
-def introduction(results, cores):
-    """The head of the page: how it was made."""
-    study = results.study
-    facts = [f"`{command(results.name, cores)}`", f"{datetime.date.today()}", platform.machine()]
-    facts += [f"{os.cpu_count()} cores", f"torch {torch.__version__}"]
-    if commit := git_commit():
-        facts.append(f"commit {commit}")
-    text = f"# The papers' claims on the {study.model} model\n\n{', '.join(facts)}. "
-    seconds = total_seconds(results.name)
-    if seconds is not None:
-        text += f"The times of all commands add up to {duration(seconds)}. "
-    text += f"Training seeds: {', '.join(map(str, study.seeds))}, pooled. "
-    if any(row.closed for row in study.rows) and len(study.seeds) > 1:
-        first = study.seeds[0]
-        text += f"The closed forms (UCE, MACE, RECE, SPEED) were made with seed {first} only. "
-    text += f"Up to {study.limit} images per figure"
-    if study.curve_limit:
-        text += f" ({study.curve_limit} in the curve)"
-    return text + (
-        "; percentages by the probe with 95 % Wilson intervals. ↓: less is better, ↑: more is "
-        "better. docs/results.md and docs/results-emoji.md say how the settings were found.\n"
-    )
-
-
-def command(study, cores):
-    """The command that makes a study. cores: None if it is not known."""
-    return f"snakemake {study}" if cores is None else f"snakemake --cores {cores} {study}"
-
-
-def git_commit():
-    """The commit of the checkout, with "-dirty" if files differ from it; None without git."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def duration(seconds):
-    """The seconds in words."""
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
-
-def total_seconds(study):
-    """The sum of the times of all commands, as Snakemake measured them; None if one is missing."""
-    seconds = 0.0
-    for file in [*plan.trainings(study), *plan.page_inputs(study)]:
-        path = Path(file)  # of an attack: KIND-SEED.json, next to its folder KIND-SEED
-        folder = path.with_suffix("") if "/attacks/" in file else path.parent
-        try:
-            with open(plan.benchmark_file(str(folder)), newline="", encoding="utf-8") as f:
-                seconds += float(next(csv.DictReader(f, delimiter="\t"))["s"])
-        except FileNotFoundError:
-            return None
-    return seconds
-
-
-def choice_text(results):
-    """The table that helps to choose a method: what is left, what is kept, what comes back."""
-    table = results.study.table
-    columns = {column.key: column for column in [*results.columns[table], *COMEBACK]}
-    chosen = [columns[key] for key in CHOICE if key in columns]
-    return (
-        "\n## Which method should I use?\n\nWhat is left of the concepts, what stays of the rest, "
-        "how long a learned word has to search until the concept is back, and how long training "
-        f"takes:\n\n{markdown(results.tables[table], chosen)}"
-    )
-
-
-def table_text(results, table):
-    """The table that eval.py made, with the costs of training."""
-    costs = [column for column in COMEBACK if column.key in COSTS]
-    rows = results.tables[table]
-    return markdown(rows, [*results.columns[table], *with_figures(costs, rows)])
-
-
-def comeback_text(results):
-    """What the attacks bring back: the plot and a table."""
-    attacked = [row for row in results.tables[results.study.table] if row.get("attacks")]
-    if not attacked:
-        return ""
-    columns = [column for column in COMEBACK if column.key not in COSTS]
-    return (
-        "\n## Does the concept come back?\n\nEach attack tries to bring the concept back; "
-        "`python attack.py --help` says how. Its seeds are pooled.\n\n"
-        + image("comeback", "how many images show the concept, over the steps of the attack `word`")
-        + f"{results.study.title}:\n\n{markdown(attacked, with_figures(columns, attacked))}"
-    )
-
-
-def claims_text(tables):
-    """The grids of the papers' claims."""
-    text = (
-        "\n## What holds\n\nA claim holds or fails if the two 95 % intervals do not overlap. It is "
-        "open if they do. The figures are in the tables above and below.\n"
-    )
-    for claims in (BY_METHOD, BY_ITERATION, BY_ROLES):
-        if verdicts := compared(tables, claims):
-            text += f"\n{grid(verdicts)}"
-    return text
-
-
-def matrix_text(results):
-    """Figure 2."""
-    study = results.study
-    canvas = unlearn_canvas(results.tables[study.table], worlds.of(study.model).RELATED)
-    return (
-        f"\n## {study.title}\n\nHow many of the images show the name in the prompt.\n\n"
-        + image("matrix", "the share of images that show a name, by model and by prompt")
-        + table_text(results, study.table)
-        + "\nThe same for each method, over all erased names. The measures are UnlearnCanvas's "
-        "(arXiv 2402.11846): unlearning accuracy (UA), in-domain retain accuracy (IRA) and "
-        f"cross-domain retain accuracy (CRA).\n\n{markdown(canvas, UNLEARN_CANVAS)}"
-    )
-
-
+# ---------------------------------------------------------------------------------------- tables
 def unlearn_canvas(rows, related):
     """A row per method, for UNLEARN_CANVAS. rows: of Figure 2, named METHOD or METHOD CONCEPT.
 
@@ -305,24 +191,6 @@ def unlearn_canvas(rows, related):
     return list(found.values())
 
 
-def iterations_text(results):
-    """The curve, and films of two trainings."""
-    return (
-        "\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n"
-        + image("curve", "how much of the concept is left after 40, 80, 120 and 160 iterations")
-        + f"Seed {results.study.seeds[0]}:\n\n"
-        + "".join(
-            image(f"film_{row}", f"images of {row}'s student and teacher over the iterations")
-            for row in FILMS
-        )
-        + table_text(results, "curve")
-    )
-
-
-def image(name, text):
-    return f"![{text}]({name}.png)\n\n"
-
-
 def end_of_training(patches):
     """{column of log.csv: its mean over the seeds at the last preview}."""
     last = []
@@ -336,35 +204,74 @@ def end_of_training(patches):
     return means
 
 
-def drifts_text(results):
-    """Gap and drift at the end of each training, next to what the model forgot."""
-    rows, patches = [], plan.patches(results.name)
-    for row in results.tables[results.study.table]:
-        if row["model"] in patches:
-            drifts = end_of_training(patches[row["model"]])
-            rows.append(row | {"figures": row["figures"] | drifts})
-    columns = results.columns[results.study.table]
-    forgot = [column for column in columns if column.key in ("named", "caption")]
-    return (
-        "\n## Gap and drift\n\nThe gap is the mean of |e(c_s) − e(c_0)|², the drift the mean of "
-        "|e(c_0) − e°(c_0)|², on fixed latents at the last preview. A closed form has no "
-        f"student and no teacher: its result counts as both.\n\n{markdown(rows, DRIFTS + forgot)}"
-    )
+def tables_in_markdown(results):
+    """{name: a table of the page}, as workflow/results.md.j2 names them."""
+    name, study, tables, columns = results
+    found = {}
+    if "curve" in tables:
+        found["curve"] = markdown(tables["curve"], columns["curve"])
+    if study.rows:
+        rows, known = tables[study.table], columns[study.table]
+        costs = [column for column in COMEBACK if column.key in COSTS]
+        found["table"] = markdown(rows, [*known, *with_figures(costs, rows)])
+    if study.templates:
+        canvas = unlearn_canvas(rows, worlds.of(study.model).RELATED)
+        found["canvas"] = markdown(canvas, UNLEARN_CANVAS)
+    elif study.rows:
+        by_key = {column.key: column for column in [*known, *COMEBACK]}
+        found["choice"] = markdown(rows, [by_key[key] for key in CHOICE if key in by_key])
+        if attacked := [row for row in rows if row.get("attacks")]:
+            shown = [column for column in COMEBACK if column.key not in COSTS]
+            found["comeback"] = markdown(attacked, with_figures(shown, attacked))
+        patches, drifts = plan.patches(name), []
+        for row in rows:
+            if row["model"] in patches:
+                ends = end_of_training(patches[row["model"]])
+                drifts.append(row | {"figures": row["figures"] | ends})
+        found["drifts"] = markdown(drifts, [*DRIFTS, by_key["named"], by_key["caption"]])
+    return found
 
 
 # ---------------------------------------------------------------------------------------- all of it
-def page_text(results, cores):
+def git_commit():
+    """The commit of the checkout, with "-dirty" if files differ from it; None without git."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def total_time(study):
+    """The sum of the times of all commands, as Snakemake measured them; None if one is missing."""
+    seconds = 0.0
+    for file in [*plan.trainings(study), *plan.page_inputs(study)]:
+        path = Path(file)  # of an attack: KIND-SEED.json, next to its folder KIND-SEED
+        folder = path.with_suffix("") if "/attacks/" in file else path.parent
+        try:
+            with open(plan.benchmark_file(str(folder)), newline="", encoding="utf-8") as f:
+                seconds += float(next(csv.DictReader(f, delimiter="\t"))["s"])
+        except FileNotFoundError:
+            return None
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def page_text(results, command, commit):
     """The content of results.md."""
-    study, text = results.study, introduction(results, cores)
-    if study.templates:
-        return text + matrix_text(results)
-    if study.rows:
-        text += f"{choice_text(results)}\n## {study.title}\n\n{table_text(results, study.table)}"
-        text += comeback_text(results)
-    text += claims_text(results.tables)
-    if study.curve_limit:
-        text += iterations_text(results)
-    return text + drifts_text(results) if study.rows else text
+    facts = [f"{datetime.date.today()}", platform.machine(), f"{os.cpu_count()} cores"]
+    facts += [f"torch {torch.__version__}", *([f"commit {commit}"] if commit else [])]
+    verdicts = [compared(results.tables, claims) for claims in CLAIMS]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, trim_blocks=True).get_template("results.md.j2")
+    return page.render(
+        study=results.study,
+        command=command,
+        facts=facts,
+        time=total_time(results.name),
+        grids=[grid(one) for one in verdicts if one],
+        films=FILMS,
+        **tables_in_markdown(results),
+    )
 
 
 def write_images(results, folder):
@@ -391,16 +298,18 @@ def write_page(args):
     results = read_results(args.study)
     folder = Path(plan.RESULTS) / args.study
     write_images(results, folder)
+    cores = f"--cores {args.cores} " if args.cores else ""  # else: not known
     content = {
         "date": f"{datetime.date.today()}",
-        "command": command(args.study, args.cores),
+        "command": f"snakemake {cores}{args.study}",
         "commit": git_commit(),
         "seeds": results.study.seeds,
         "limit": results.study.limit,
         "tables": results.tables,
     }
     write_text(folder / "rows.json", json.dumps(content, indent=1, ensure_ascii=False))
-    write_text(folder / "results.md", page_text(results, args.cores))
+    text = page_text(results, content["command"], content["commit"])
+    write_text(folder / "results.md", text)
     print(f"open this page: {folder / 'results.md'}")
 
 
