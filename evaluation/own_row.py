@@ -193,7 +193,7 @@ def command(*words):
 # --------------------------------------------------------------------------------------- results
 def write(out, name, rows):
     """table.md, results.json, and what the command prints. rows: {table: your row}."""
-    columns = all_columns("toy", [], suite.columns(worlds.get("shapes")))
+    columns = all_columns("toy", [], suite.columns(worlds.of("toy")))
     columns = [column for key in SHOWN for column in columns if column.key == key]
     text = f"# {name}, and the stored rows\n"
     for table, row in rows.items():

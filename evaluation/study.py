@@ -4,11 +4,10 @@ workflow/plan.py makes these tables. evaluation/own_row.py measures a loss of yo
 rows, so both take their numbers from here.
 """
 
+from toy import worlds
+
 SEEDS = (2, 3, 4)  # of trainings and attacks
 STEPS = 12  # of the sampler, for the images of tables and previews
-# For the same images. With 12 steps and 7.5, the default, the emoji model got 84 % of the artists
-# right, with 5 91 % (n = 93: eval.py toy --model emoji --limit 120 --steps 12).
-GUIDANCE_SCALES = {"emoji": 5}
 EVERY = 40  # iterations between two previews, and between two exports
 THREE = {"star": "circle", "red": "blue", "striped": "plain"}  # {concept: its anchor}
 LONGER = ["--iters", 300]  # of trainings on several concepts
@@ -28,8 +27,8 @@ def train_words(model, concepts, more, seed, out):
     """The words of train.py. more: further words, of the method."""
     words = ["--model", model, "--concept", *concepts, *more, "--seed", seed]
     words += ["--preview", concepts[0], "--preview-steps", STEPS, "--device", "cpu"]
-    if model in GUIDANCE_SCALES:
-        words += ["--preview-guidance-scale", GUIDANCE_SCALES[model]]
+    if scale := worlds.of(model).GUIDANCE_SCALE:
+        words += ["--preview-guidance-scale", scale]
     return as_text([*words, "--out", out])
 
 
@@ -47,8 +46,8 @@ def eval_words(words, model, out):
 def sampling(model):
     """The words of attack.py and eval.py for the sampler and the device."""
     words = ["--steps", STEPS]
-    if model in GUIDANCE_SCALES:
-        words += ["--guidance-scale", GUIDANCE_SCALES[model]]
+    if scale := worlds.of(model).GUIDANCE_SCALE:
+        words += ["--guidance-scale", scale]
     return [*words, "--device", "cpu"]
 
 

@@ -25,12 +25,7 @@ from report.run_page import FIGURES, in_words, run_content
 from support.cli import Parser, run_command
 from support.errors import UserError
 from support.files import write_text
-
-CREDITS = {  # {model: whose drawings it has learned}; the file NOTICE has the licences
-    "emoji": "The images are by a model that learned from the drawings of Noto Emoji (Google, "
-    "Apache License 2.0), Twemoji (Twitter and others, CC BY 4.0), EmojiTwo (CC BY 4.0) and Fluent "
-    "Emoji (Microsoft, MIT)."
-}
+from toy import worlds
 
 
 def make(folder):
@@ -61,7 +56,7 @@ def make(folder):
     )
     environment.filters["in_words"] = in_words
     made = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
-    credit = CREDITS.get(content["settings"].get("model"))
+    credit = worlds.of(content["settings"].get("model")).CREDIT
     html = environment.get_template(template).render(content, made=made, credit=credit)
     write_text(folder / "index.html", html + "\n")
 
