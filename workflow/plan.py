@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import closed_form
 import presets
 import train
 from evaluation.study import (
@@ -97,15 +96,18 @@ class Row(NamedTuple):
     @property
     def closed(self):
         """Is it a closed form? Those have no training loop and are made once, with one seed."""
-        return any(method in self.words for method in closed_form.METHODS)
+        return not presets.CLOSED.isdisjoint(self.words)
 
 
-def closed_rows(anchors):
-    """The rows of the closed forms. anchors: {concept: its anchor}."""
-    return [
-        Row(method, tuple(anchors), ["--method", method, "--anchor", *anchors.values()])
-        for method in closed_form.METHODS
-    ]
+def rows_of(words, anchors):
+    """The rows of a table, and those of the closed forms.
+
+    words: {row: its words of train.py}. anchors: {concept: its anchor}.
+    """
+    for method in presets.METHODS:
+        if method in presets.CLOSED:
+            words[method] = ["--method", method, "--anchor", *anchors.values()]
+    return [Row(name, tuple(anchors), more) for name, more in words.items()]
 
 
 def one_concept(concept, anchor, lr="2e-3"):
@@ -120,8 +122,7 @@ def one_concept(concept, anchor, lr="2e-3"):
         "ablate-noise": ["--method", "ablate-noise", "--anchor", anchor],
         "all-but-one": ["--method", "all-but-one"],
     }
-    rows = [Row(name, (concept,), more) for name, more in words.items()]
-    return rows + closed_rows({concept: anchor})
+    return rows_of(words, {concept: anchor})
 
 
 def several_concepts(anchors, lr="2e-3"):
@@ -138,8 +139,7 @@ def several_concepts(anchors, lr="2e-3"):
         "ablate": ["--method", "ablate", "--anchor", *anchors.values()],
         "all-but-one": ["--method", "all-but-one"],
     }
-    rows = [Row(name, tuple(anchors), [*more, *LONGER]) for name, more in words.items()]
-    return rows + closed_rows(anchors)
+    return rows_of({name: [*more, *LONGER] for name, more in words.items()}, anchors)
 
 
 def matrix_rows(methods, concepts):
