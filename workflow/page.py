@@ -23,7 +23,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import torch
@@ -48,21 +47,15 @@ UNLEARN_CANVAS = [  # of Figure 2
     Column("rest", "other words right (CRA)", "high"),
 ]
 DRIFTS = [  # columns of log.csv
-    Column("gap_student", "gap, student", None),
-    Column("drift_student", "drift, student", None),
-    Column("gap_teacher", "gap, teacher", None),
-    Column("drift_teacher", "drift, teacher", None),
+    Column(f"{what}_{who}", f"{what}, {who}", None)
+    for who in ("student", "teacher")
+    for what in ("gap", "drift")
 ]
 CURVES = (ORIGINAL, "sdd", "esd-x", "uce", plan.OURS)  # rows of comeback.png
-FILMS = ("sdd", "esd-x")  # rows
 
 # A claim: (sentence, table, pattern of rows to compare with, our row, {column: its title}). A group
 # in the pattern is the iteration of a point of the curve.
-LEFT = {
-    "named": "concept named",
-    "members": "concept by its members",
-    "implied": "concept implied",
-}
+LEFT = {"named": "concept named", "members": "concept by its members", "implied": "concept implied"}
 HARM = {"caption": "other captions wrong"}
 OTHERS = r"(?!sdd|original).*"  # the rest are SDD, its variants and the original
 ROLES = "Algorithm 1's roles leave less than the authors' script's"
@@ -71,10 +64,10 @@ FIGURE_5 = "SDD leaves less than ESD-x (Figure 5)"
 TEACHER = "SDD's teacher harms the rest less than its student (Figures 3, 10, 11)"
 BY_METHOD = [
     ("SDD leaves less of one concept (Table 1)", "one", OTHERS, "sdd", LEFT),
-    (HARMS_LESS, "one", r"esd.*|sld-max", "sdd", HARM),
+    (HARMS_LESS, "one", "esd.*|sld-max", "sdd", HARM),
     ("SDD leaves less of three concepts (Table 2)", "three", OTHERS, "sdd", LEFT),
     ("SDD leaves less of alcohol (Table 1)", "alcohol", OTHERS, "sdd", LEFT),
-    (HARMS_LESS, "alcohol", r"esd.*|sld-max", "sdd", HARM),
+    (HARMS_LESS, "alcohol", "esd.*|sld-max", "sdd", HARM),
     ("SDD leaves less of twenty concepts (Table 2)", "twenty", OTHERS, "sdd", LEFT),
 ]
 BY_ITERATION = [
@@ -90,21 +83,12 @@ VERDICTS = {"better": "holds", "open": "open", "worse": "fails"}
 
 
 # ---------------------------------------------------------------------------------------- results
-class Results(NamedTuple):
-    """The results of a study, joined."""
-
-    name: str  # of the study
-    study: plan.Study
-    tables: dict  # {table: its rows, as in rows.json}
-    columns: dict  # {table: its Columns}
-
-
 def read_json(file):
     return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def read_results(name):
-    """The Results of a study."""
+    """({table: its rows, as in rows.json}, {table: its Columns}) of a study."""
     tables, columns = {}, {}
     for table in plan.table_names(name):
         content = read_json(f"{plan.table_folder(name, table)}/results.json")
@@ -114,7 +98,7 @@ def read_results(name):
             del row["sheet"], row["samples"]
             if table != "curve":
                 join(name, row)
-    return Results(name, plan.STUDIES[name], tables, columns)
+    return tables, columns
 
 
 def join(study, row):
@@ -191,44 +175,40 @@ def unlearn_canvas(rows, related):
     return list(found.values())
 
 
-def end_of_training(patches):
-    """{column of log.csv: its mean over the seeds at the last preview}."""
+def with_drifts(row, patches):
+    """A row with the gaps and drifts at the last preview of its trainings: means over the seeds."""
     last = []
     for patch in patches:
         with open(Path(patch).parent / "log.csv", newline="", encoding="utf-8") as f:
             last.append([line for line in csv.DictReader(f) if line["gap_student"]][-1])
-    means = {}
+    figures = dict(row["figures"])
     for column in DRIFTS:
         mean = sum(float(line[column.key]) for line in last) / len(last)
-        means[column.key] = float(f"{mean:.2g}")
-    return means
+        figures[column.key] = float(f"{mean:.2g}")
+    return row | {"figures": figures}
 
 
-def tables_in_markdown(results):
-    """{name: a table of the page}, as workflow/results.md.j2 names them."""
-    name, study, tables, columns = results
-    found = {}
-    if "curve" in tables:
+def tables_in_markdown(name, tables, columns):
+    """{name: a table of the page}, as results.md.j2 names them."""
+    study, found = plan.STUDIES[name], {}
+    if study.curve_limit:
         found["curve"] = markdown(tables["curve"], columns["curve"])
-    if study.rows:
-        rows, known = tables[study.table], columns[study.table]
-        costs = [column for column in COMEBACK if column.key in COSTS]
-        found["table"] = markdown(rows, [*known, *with_figures(costs, rows)])
+    if not study.rows:
+        return found
+    rows, known = tables[study.table], columns[study.table]
+    costs = [column for column in COMEBACK if column.key in COSTS]
+    found["table"] = markdown(rows, [*known, *with_figures(costs, rows)])
     if study.templates:
         canvas = unlearn_canvas(rows, worlds.of(study.model).RELATED)
-        found["canvas"] = markdown(canvas, UNLEARN_CANVAS)
-    elif study.rows:
-        by_key = {column.key: column for column in [*known, *COMEBACK]}
-        found["choice"] = markdown(rows, [by_key[key] for key in CHOICE if key in by_key])
-        if attacked := [row for row in rows if row.get("attacks")]:
-            shown = [column for column in COMEBACK if column.key not in COSTS]
-            found["comeback"] = markdown(attacked, with_figures(shown, attacked))
-        patches, drifts = plan.patches(name), []
-        for row in rows:
-            if row["model"] in patches:
-                ends = end_of_training(patches[row["model"]])
-                drifts.append(row | {"figures": row["figures"] | ends})
-        found["drifts"] = markdown(drifts, [*DRIFTS, by_key["named"], by_key["caption"]])
+        return found | {"canvas": markdown(canvas, UNLEARN_CANVAS)}
+    by_key = {column.key: column for column in [*known, *COMEBACK]}
+    found["choice"] = markdown(rows, [by_key[key] for key in CHOICE if key in by_key])
+    if attacked := [row for row in rows if row.get("attacks")]:
+        shown = [column for column in COMEBACK if column.key not in COSTS]
+        found["comeback"] = markdown(attacked, with_figures(shown, attacked))
+    patches = plan.patches(name)
+    trained = [with_drifts(row, patches[row["model"]]) for row in rows if row["model"] in patches]
+    found["drifts"] = markdown(trained, [*DRIFTS, by_key["named"], by_key["caption"]])
     return found
 
 
@@ -256,59 +236,60 @@ def total_time(study):
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def page_text(results, command, commit):
+def page_text(name, tables, columns, command, commit):
     """The content of results.md."""
+    study = plan.STUDIES[name]
     facts = [f"{datetime.date.today()}", platform.machine(), f"{os.cpu_count()} cores"]
     facts += [f"torch {torch.__version__}", *([f"commit {commit}"] if commit else [])]
-    verdicts = [compared(results.tables, claims) for claims in CLAIMS]
+    verdicts = [compared(tables, claims) for claims in CLAIMS]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, trim_blocks=True).get_template("results.md.j2")
-    return page.render(
-        study=results.study,
+    template = jinja2.Environment(loader=loader, trim_blocks=True).get_template("results.md.j2")
+    return template.render(
+        study=study,
+        closed=any(row.closed for row in study.rows),
         command=command,
         facts=facts,
-        time=total_time(results.name),
+        time=total_time(name),
         grids=[grid(one) for one in verdicts if one],
-        films=FILMS,
-        **tables_in_markdown(results),
+        **tables_in_markdown(name, tables, columns),
     )
 
 
-def write_images(results, folder):
+def write_images(name, tables, folder):
     """comeback.png, and copies of the plots and films that the page shows."""
-    study, curves = results.study, {}
-    for row in results.tables.get(study.table, []):
+    study, curves, copies = plan.STUDIES[name], {}, {}
+    for row in tables.get(study.table, []):
         if row["model"] in CURVES and "word" in row.get("attacks", {}):
             curves[row["model"]] = row["attacks"]["word"]["points"]
     if curves:
         plots.comeback(curves, folder / "comeback.png")
-    copies = {}
     if study.templates:
-        copies["matrix"] = f"{plan.table_folder(results.name, study.table)}/matrix.png"
+        copies["matrix"] = f"{plan.table_folder(name, study.table)}/matrix.png"
     if study.curve_limit:
-        copies["curve"] = f"{plan.table_folder(results.name, 'curve')}/curve.png"
-        for row in FILMS:
+        copies["curve"] = f"{plan.table_folder(name, 'curve')}/curve.png"
+        for row in plan.CURVE_ROWS:
             copies[f"film_{row}"] = f"{plan.run_folder(study.table, row, study.seeds[0])}/film.png"
-    for name, file in copies.items():
-        shutil.copyfile(file, folder / f"{name}.png")
+    for copy, file in copies.items():
+        shutil.copyfile(file, folder / f"{copy}.png")
 
 
 def write_page(args):
     """The whole command."""
-    results = read_results(args.study)
-    folder = Path(plan.RESULTS) / args.study
-    write_images(results, folder)
+    name, study = args.study, plan.STUDIES[args.study]
+    tables, columns = read_results(name)
+    folder = Path(plan.RESULTS) / name
+    write_images(name, tables, folder)
     cores = f"--cores {args.cores} " if args.cores else ""  # else: not known
     content = {
         "date": f"{datetime.date.today()}",
-        "command": f"snakemake {cores}{args.study}",
+        "command": f"snakemake {cores}{name}",
         "commit": git_commit(),
-        "seeds": results.study.seeds,
-        "limit": results.study.limit,
-        "tables": results.tables,
+        "seeds": study.seeds,
+        "limit": study.limit,
+        "tables": tables,
     }
     write_text(folder / "rows.json", json.dumps(content, indent=1, ensure_ascii=False))
-    text = page_text(results, content["command"], content["commit"])
+    text = page_text(name, tables, columns, content["command"], content["commit"])
     write_text(folder / "results.md", text)
     print(f"open this page: {folder / 'results.md'}")
 

@@ -12,6 +12,7 @@ docs/results-emoji.md say how the settings were found.
 
 import ast
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +37,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = "results"
 OURS = "sdd + adversary"  # our own method: the preset toy-hold
 GUIDED = ("neg", "sld-medium", "sld-max", "sega")
-GUIDANCE_WARMUP = 0
-TEXTURES = ("striped", "dotted", "outlined")
 TWENTY = {  # {concept: its anchor}
     **dict.fromkeys("weapon dagger swords bomb bow knife trident".split(), "tool"),
     **dict.fromkeys("alcohol beer wine cocktail champagne whisky".split(), "drink"),
@@ -45,7 +44,7 @@ TWENTY = {  # {concept: its anchor}
     **dict.fromkeys("skull coffin devil".split(), "animal"),
 }
 CURVE_POINTS = (40, 80, 120, 160)  # iterations; the rows of the curve are exported after them
-CURVE_LINES = ("sdd teacher", "sdd student", "esd-x teacher", "esd-x student")
+CURVE_ROWS = ("sdd", "esd-x")  # with their teachers and students
 TEXTURE_TEMPLATES = (
     "a {} circle",
     "a blue {} square on sand",
@@ -59,18 +58,10 @@ ARTIST_TEMPLATES = (
     "{}, guitar, sky",
 )
 # The templates of presets.py are for things ("a {}").
-UCE_ARTIST_TEMPLATES = (
-    "{}",
-    "by {}",
-    "a picture by {}",
-    "something by {}",
-    "a fox on mint, {}",
-)
+UCE_ARTIST_TEMPLATES = ("{}", "by {}", "a picture by {}", "something by {}", "a fox on mint, {}")
 # Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
 MATRIX_LIMIT = 240
 
-EMOJI_AT = {"word": (0, 40, 80, 160, 320)}
-QUICK_AT = {"word": (0, 80, 160)}
 ATTACKED_LONG = (ORIGINAL, "sdd", OURS, "esd-x", "uce")  # with more attacks and more steps
 NOISE_SAMPLES = 12  # each of them is generated 48 times
 
@@ -208,7 +199,7 @@ STUDIES = {
     "textures": Study(
         table="textures",
         title="Artists (Figure 2): textures in their place",
-        rows=matrix_rows(TEXTURE_METHODS, TEXTURES),
+        rows=matrix_rows(TEXTURE_METHODS, ("striped", "dotted", "outlined")),
         templates=TEXTURE_TEMPLATES,
         limit=MATRIX_LIMIT,
     ),
@@ -218,7 +209,7 @@ STUDIES = {
         rows=ALCOHOL,
         guided=GUIDED,
         attacks={"word": [ORIGINAL, *(row.name for row in ALCOHOL)]},
-        at=EMOJI_AT,
+        at={"word": (0, 40, 80, 160, 320)},
         model="emoji",
         curve_limit=60,
     ),
@@ -243,7 +234,7 @@ STUDIES = {
         rows=[row for row in ONE if row.name in ("sdd", "sdd + preserve", "esd-x", "uce")],
         guided=("neg", "sld-max", "sega"),
         attacks={"word": [ORIGINAL, "sdd", "esd-x", "uce"]},
-        at=QUICK_AT,
+        at={"word": (0, 80, 160)},
         limit=40,
         samples=12,
         seeds=SEEDS[:1],
@@ -263,15 +254,15 @@ def find_row(table, name):
     return next(row for row in STUDIES[table].rows if slug(row.name) == slug(name))
 
 
-def model_files(model):
-    """The weights of a toy model."""
-    files = sorted(worlds.of(model).MODEL.glob("*/*.safetensors"))
+def model_files(study):
+    """The weights of the toy model."""
+    files = sorted(worlds.of(STUDIES[study].model).MODEL.glob("*/*.safetensors"))
     return [file.relative_to(ROOT).as_posix() for file in files]
 
 
-def probe_files(model):
+def probe_files(study):
     """What says what an image shows."""
-    return [f"toy/{worlds.of(model).PROBE.name}", "toy/probe.py"]
+    return [f"toy/{worlds.of(STUDIES[study].model).PROBE.name}", "toy/probe.py"]
 
 
 def code(files):
@@ -340,13 +331,11 @@ def table_names(study):
 def curve_patches(study):
     """[(row of the curve, its patch)]: exports of its trainings."""
     found = []
-    for line in CURVE_LINES:
-        row, which = line.split(" ")
-        for iteration in CURVE_POINTS:
-            for seed in STUDIES[study].seeds:
-                exports = f"{run_folder(STUDIES[study].table, row, seed)}/exports"
-                file = f"{exports}/{which}-{iteration:06d}.safetensors"
-                found.append((f"{line}@{iteration}", file))
+    for row, who, iteration in itertools.product(CURVE_ROWS, ("teacher", "student"), CURVE_POINTS):
+        for seed in STUDIES[study].seeds:
+            exports = f"{run_folder(STUDIES[study].table, row, seed)}/exports"
+            file = f"{exports}/{who}-{iteration:06d}.safetensors"
+            found.append((f"{row} {who}@{iteration}", file))
     return found
 
 
@@ -355,8 +344,7 @@ def table_inputs(study, table):
     if table != "curve":
         return [file for files in patches(study).values() for file in files]
     trained, seeds = STUDIES[study].table, STUDIES[study].seeds
-    rows = unique(line.split(" ")[0] for line in CURVE_LINES)
-    return [patch_file(trained, row, seed) for row in rows for seed in seeds]
+    return [patch_file(trained, row, seed) for row in CURVE_ROWS for seed in seeds]
 
 
 def page_inputs(study):
@@ -418,5 +406,5 @@ def measurement(study, table):
         words += ["--patch", f"{name}={file}"]
     if one.guided and table != "curve":
         words += ["--methods", *one.guided, "--avoid", *one.rows[0].concepts]
-        words += ["--guidance-warmup", GUIDANCE_WARMUP]
+        words += ["--guidance-warmup", 0]
     return eval_words(words, one.model, table_folder(study, table))
