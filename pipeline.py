@@ -112,9 +112,9 @@ def encode_prompts(model, *groups, warn=True):
 def embed(model, *groups):
     """Each group's embeddings: it has them already, or is encoded, together with the others."""
     texts = [group for group in groups if not isinstance(group, torch.Tensor)]
-    some = any(text == "" or text for text in texts)  # "" is a prompt, [] is none
     # The last group is empty, so that one group of texts also gives a tuple.
-    encoded = iter(encode_prompts(model, *texts, []) if some else texts)
+    none = not any(isinstance(text, str) or len(text) for text in texts)
+    encoded = iter(texts if none else encode_prompts(model, *texts, []))
     return [group if isinstance(group, torch.Tensor) else next(encoded) for group in groups]
 
 
