@@ -69,17 +69,16 @@ def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
     about = [read_about(file) for file in files]
     concepts = {erased_concepts(*read) for read in about}
-    if len(concepts) > 1:
-        listed = "; ".join(sorted(", ".join(one) for one in concepts))
-        raise UserError(
-            f"The patches named {name} erase different concepts ({listed}): give each its own name."
-        )
     methods = {paper_name(*read) for read in about}
-    if len(methods) > 1:
-        raise UserError(
-            f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
-            "give each its own name."
-        )
+    for what, found in (
+        ("erase different concepts", {", ".join(one) for one in concepts}),
+        ("come from different methods", methods),
+    ):
+        if len(found) > 1:
+            raise UserError(
+                f"The patches named {name} {what} ({'; '.join(sorted(found))}): give each its own "
+                "name."
+            )
     if keys := different_settings([settings for _, settings in about if settings]):
         raise UserError(
             f"The patches named {name} were trained with different settings ({', '.join(keys)}): "
