@@ -18,11 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline import generate_latents
+from clip_text import TOKEN_EMBEDDING, tokenize
+from pipeline import saved_latents
 from support.errors import UserError
-from weights import read, save
-
-KEPT = 64  # images between two writes: whole batches, so a stopped run generates the same images
 
 
 class Pair(NamedTuple):
@@ -79,34 +77,47 @@ def replace_anchor(line, anchor, concept, number):
     return re.sub(word, lambda _: concept, line)
 
 
-def generate_anchors(file, model, unet, c_0, c_a, scheduler, n, guidance_scale, seed):
-    """Latents z_0 (n, 4, h, w) of the anchor's images; image i shows prompt i mod len(c_a).
+def pairs_of(a):
+    """The Pairs of a run. a: its settings."""
+    return prompt_pairs(a.concept, a.anchor, a.anchor_prompts)
 
-    Latents that `file` already holds are not generated again.
+
+def noised_images(out, a, original, student, c, scheduler, generator, dtype):
+    """Ablating Concepts' source of z_t. Generates the anchor's images, if `out` has none yet.
+
+    a: the run's settings. c: its embeddings, with c_0, anchors and targets (one per pair).
+    Returns a function () -> (batch, k, j) for sdd.sdd.
     """
-    settings = {"n": str(n), "seed": str(seed), "prompts": str(len(c_a))}
-    z_0, metadata = torch.empty(0), settings
-    if file.exists():
-        tensors, metadata = read(file)
-        z_0 = tensors.get("z_0")
-    if metadata != settings or z_0 is None:
-        raise UserError(f"{file} holds other images than this run needs: choose a new folder.")
-    z_0 = z_0.to(c_0.device)
-    while len(z_0) < n:
-        which = torch.arange(len(z_0), min(len(z_0) + KEPT, n))
-        more = generate_latents(
-            model,
-            unet,
-            c_0,
-            c_a[which.to(c_a.device) % len(c_a)],
-            (seed + which).tolist(),
-            scheduler,
-            guidance_scale,
-            bar=f"anchor images, {len(z_0)} of {n} kept",
-        )
-        z_0 = torch.cat([z_0, *more])
-        save(file, {"z_0": z_0}, settings)
-    return z_0
+    pairs = pairs_of(a)
+    z_0 = saved_latents(
+        out / "anchors.safetensors",
+        "anchor images",
+        original,
+        c.anchors,
+        a.anchor_images,
+        a.seed,
+        negative=c.c_0,
+        scheduler=scheduler,
+        guidance_scale=a.guidance_scale,
+        dtype=dtype,
+    )
+    if a.detach_start:
+        detach_start(student.unet)
+
+    def embed_targets(which):
+        return c.targets[which]
+
+    if a.train_params == "embedding":  # it changes in each iteration
+        tokens, _ = tokenize(student.tokenizer, [pair.target for pair in pairs])
+        tokens = tokens.to(z_0.device)
+
+        def embed_targets(which):
+            return student.text_encoder(tokens[which])
+
+    concept_of = [pair.concept for pair in pairs]
+    return noised_anchors(
+        z_0, concept_of, embed_targets, c.anchors, scheduler, a.batch_size, generator
+    )
 
 
 def noised_anchors(z_0, concept_of, embed_targets, c_a, scheduler, batch_size, generator):
@@ -143,3 +154,12 @@ def detach_start(unet):
     for name, module in unet.named_modules():
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             module.register_forward_hook(detach_first)
+
+
+def mask_gradient(tokenizer, theta, concepts):
+    """--train-params embedding: only the rows of the concepts' tokens get a gradient."""
+    weight = theta[TOKEN_EMBEDDING]
+    rows = torch.zeros(len(weight), 1, device=weight.device)
+    for concept in concepts:
+        rows[tokenizer(concept, add_special_tokens=False).input_ids] = 1
+    weight.register_hook(lambda grad: grad * rows)

@@ -222,6 +222,10 @@ class Adversary:
         ids[:, -1] = rows[:, -1]  # the end of text, if the prompt fills all 77 tokens
         return ids
 
+    def term(self, loss):
+        """The term for sdd.sdd: the same loss, with the adversary's words as what to unlearn."""
+        return lambda **batch: loss(**batch | dict(c_s=self(**batch)))
+
     def __call__(self, e, e_original, z_t, t, c_s, i, j, **_):
         """c(v) (B, 77, D) for the concept j, after `steps` steps. i: the iteration."""
         B = self.words.shape[1]

@@ -47,7 +47,6 @@ from pipeline import (
     noise_schedule,
     patched,
 )
-from support.censor import censoring
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -63,6 +62,8 @@ from support.cli import (
 )
 from support.errors import UserError
 from support.files import lock_folder, used_files, write_text
+from support.nudity import censoring
+from toy import worlds
 
 SAVE_SECONDS = 60  # between two checkpoints
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
@@ -72,7 +73,6 @@ NUMBERS = {  # learning rates, and the steps after which images are generated; o
     "tokens": dict(toy=1e-2, other=1e-2, at=[0, 40, 80, 160, 320]),
     "relearn": dict(toy=1e-3, other=1e-5, at=[0, 5, 10, 20, 40, 80]),
 }
-INIT = {"toy": "shape", "emoji": "something"}  # other models: "object"
 DEFAULTS = {  # toy models, other models
     "num_images": (64, 25),
     "batch_size": (8, 4),
@@ -297,7 +297,7 @@ def settle(args):
         if not 0 < a["lr"] <= 1e3:
             raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
     if a["init"] is None:
-        a["init"] = INIT.get(a["model"], "object")
+        a["init"] = worlds.of(a["model"]).INIT if toy else "object"
     if toy:
         a["concept"] = a["concept"].lower()  # as its world writes words
     if a["prompt"] is None:

@@ -42,8 +42,7 @@ import torch
 
 from clip_text import MAX_TOKENS, tokenize
 from pipeline import encode_prompts
-
-METHODS = ("uce", "mace", "rece", "speed")
+from sdd import Iteration
 
 
 class States(NamedTuple):
@@ -56,6 +55,23 @@ class States(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------ text states
+def template_pairs(concepts, anchors, templates):
+    """[(prompt with the concept, the same prompt with the anchor)]; {} in a template is for it."""
+    anchors = anchors or [""]
+    pairs = []
+    for j, concept in enumerate(concepts):
+        anchor = anchors[j % len(anchors)]
+        for template in templates:
+            pairs.append((template.replace("{}", concept), template.replace("{}", anchor).strip()))
+    return pairs
+
+
+def states_of(model, a):
+    """The states that a run needs. a: its settings."""
+    pairs = template_pairs(a.concept, a.anchor, a.template)
+    return gather_states(model, a.method, pairs, a.keep, a.states)
+
+
 def gather_states(model, method, pairs, keep, which="last"):
     """The states that a method needs.
 
@@ -265,7 +281,24 @@ def cluster_centres(x, k, rounds=20):
     return centres
 
 
-# ------------------------------------------------------------------------------------- one round
+# ----------------------------------------------------------------------------------- all rounds
+@torch.no_grad()
+def rounds(a, theta, theta_ema, original, states, start=0):
+    """Yields an sdd.Iteration after each round; its loss is the error of the edit.
+
+    a: the run's settings. theta, theta_ema: {name: W}, both receive the result. original: the UNet.
+    """
+    parameters = dict(original.named_parameters())
+    original = {name: parameters[name] for name in theta}
+    for i in range(start, a.iters):
+        edited = edit(a.method, i, theta, original, states, a.ridge, a.seed)
+        left = residual(edited, original, states)
+        for name, W in edited.items():
+            theta[name].copy_(W)
+            theta_ema[name].copy_(W)
+        yield Iteration(i, loss=left, lr=0.0, grad_norm=0.0, k=None, j=0)
+
+
 def edit(method, number, weights, original, states, ridge=None, seed=0):
     """Round `number` of a method: {name: W} -> {name: W}, of the same types and on the same device.
 

@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformers import CLIPConfig
 
 import weights
 from evaluation import metrics
-from evaluation.rows import choose_model, patch_files, read_rows
+from evaluation.rows import choose_model, patch_files, read_rows, turns
 from evaluation.suites import SUITES
 from evaluation.tables import learned_prompts, write_results
 from guidance import GUIDANCE
@@ -357,22 +356,6 @@ def batches(jobs, size):
 
     for _, group in itertools.groupby(range(len(jobs)), key=key):
         yield list(group)
-
-
-def turns(jobs, patches):
-    """For each job, the number of the patch that generates it.
-
-    The patches take turns at the images of each prompt, so their shares are nearly equal. Different
-    prompts begin with different patches. (Turns by the job's index would always give a prompt that
-    returns after a multiple of `patches` jobs to the same patch.)
-    """
-    first, seen = {}, Counter()
-    found = []
-    for job in jobs:
-        start = first.setdefault(job.prompt, len(first))
-        found.append((start + seen[job.prompt]) % patches)
-        seen[job.prompt] += 1
-    return found
 
 
 def missing_batches(jobs, folder, n, patches, args, process):

@@ -28,7 +28,6 @@ from pipeline import (
     patched,
 )
 from scheduler import SAMPLERS
-from support.censor import censoring
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -45,6 +44,7 @@ from support.cli import (
 from support.errors import UserError
 from support.files import lock_folder, numbered_folder, write_text
 from support.images import grid, save_png
+from support.nudity import censoring
 
 LONGEST_LABEL = 40  # characters of a prompt in grid.png
 COLUMNS = 12  # images of a prompt in grid.png, per patch: more do not fit a screen, and need memory

@@ -85,9 +85,8 @@ def all_but_one_loss(e, e_original, z_t, t, c_s, c_0, c_a, erase_scale, quantile
         if quantile:
             guidance = e_original(z_t, t, c_s) - e_0
             size = guidance.abs()
-            limit = (
-                size.float().flatten(2).quantile(quantile, dim=2)[..., None, None]
-            )  # (B, 4, 1, 1)
+            limit = size.float().flatten(2).quantile(quantile, dim=2)  # (B, 4)
+            limit = limit[..., None, None]  # (B, 4, 1, 1)
             target = -erase_scale * torch.where(size >= limit, guidance, 0.0)
         else:
             target = e_original(z_t, t, c_a) - e_0
@@ -105,6 +104,29 @@ def preservation_loss(e, e_original, z_t, t, c_k, **_):
     with torch.no_grad():
         target = e_original(z_t, t, c_k)
     return mean_squared_error(e(z_t, t, c_k), target)
+
+
+def preservation_term(weight, kept, generator):
+    """The term of `--preserve weight` for sdd.sdd. kept: embeddings (n, 77, D) of --keep."""
+
+    def term(z_t, c_0, **batch):
+        c_k = prompts_kept(c_0, kept, len(z_t), generator)
+        return weight * preservation_loss(z_t=z_t, c_0=c_0, c_k=c_k, **batch)
+
+    return term
+
+
+def prompts_kept(c_0, kept, B, generator):
+    """c_k, the prompts that `--preserve` holds: c_0; with `kept`, (B, 77, D), one per latent.
+
+    Each of the B is the empty prompt with probability 1/2, and otherwise a random one of `kept`.
+    """
+    if kept is None or len(kept) == 0:
+        return c_0
+    n = len(kept)
+    number = torch.randint(2 * n, (B,), generator=generator)
+    prompts = torch.cat([kept, c_0])  # the numbers n .. 2n − 1 all mean c_0
+    return prompts[number.clamp(max=n).to(c_0.device)]
 
 
 def prior_loss(e, z_t, t, c_a, n, **_):

@@ -1,11 +1,14 @@
 """Text to images, as a library: prompts -> embeddings -> latents -> images.
 
+    model = weights.load("emoji")
+    for image in images(model, ["a fox by noto", "a beer"]):
+        ...  # uint8 (64, 64, 3)
+
 Image n of a prompt starts from noise of its own, seeded with seed + n on the CPU. So a seed means
 the same noise at any batch size and on any device, and the same image but for rounding. (Not with
 adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 """
 
-import copy
 import difflib
 import sys
 from contextlib import contextmanager
@@ -17,11 +20,12 @@ import weights
 from clip_text import MAX_TOKENS, tokenize
 from guidance import GUIDANCE, SEGA_WARMUP, SLD, sample
 from scheduler import SAMPLERS
-from support.cli import memory_is_full
-from support.cuda_graph import CudaGraph, can_record
-from support.errors import UserError, first_line
+from support.cli import autocast
+from support.errors import UserError
+from support.fast import InferenceUNet
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
+SAVED = 64  # latents between two writes: whole batches, so a stopped run generates the same images
 DECODED = 2**18  # pixels that the VAE decodes at once: an image of 512 x 512. 32 need tens of GB
 # Evaluations before a method acts, by its paper.
 WARMUPS = {"sega": SEGA_WARMUP} | {f"sld-{name}": row["delta"] for name, row in SLD.items()}
@@ -80,11 +84,16 @@ def check_words(model, prompts):
 
 
 @torch.no_grad()
-def encode_prompts(model, prompts, warn=True):
-    """Prompts -> embeddings (len(prompts), 77, D), on the text encoder's device.
+def encode_prompts(model, *groups, warn=True):
+    """Prompts -> embeddings, on the text encoder's device: one tensor (n, 77, D) per group.
 
+    A group is a list of n prompts, or one prompt. With one group the result is its tensor. So
+    `c_0, c_p = encode_prompts(model, "", ["a star", "a moon"])` has (1, 77, D) and (2, 77, D).
     warn: print a warning if prompts were cut to 77 tokens.
+    UserError for a word that a toy model does not know.
     """
+    groups = [[group] if isinstance(group, str) else group for group in groups]
+    prompts = [prompt for group in groups for prompt in group]
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
     if warn and any(cut):
@@ -94,7 +103,18 @@ def encode_prompts(model, prompts, warn=True):
             file=sys.stderr,
         )
     device = next(model.text_encoder.parameters()).device
-    return torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
+    states = torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
+    if len(groups) == 1:
+        return states
+    return states.split([len(group) for group in groups])
+
+
+def embed(model, *groups):
+    """Each group's embeddings: it has them already, or is encoded, together with the others."""
+    texts = [group for group in groups if not isinstance(group, torch.Tensor)]
+    # The last group is empty, so that one group of texts also gives a tuple.
+    encoded = iter(encode_prompts(model, *texts, []) if any(texts) else texts)
+    return [group if isinstance(group, torch.Tensor) else next(encoded) for group in groups]
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -105,78 +125,6 @@ def initial_noise(shape, seeds):
         generator = torch.Generator("cpu").manual_seed(seed)
         noise.append(torch.randn((1, *shape), generator=generator))
     return torch.cat(noise)
-
-
-def compiled(unet):
-    """The UNet as torch.compile makes it; if that fails, a warning, and the UNet as it is."""
-    fast, failed = None, False
-
-    def evaluate(*inputs):
-        nonlocal fast, failed
-        if not failed:
-            try:
-                if fast is None:
-                    fast = torch.compile(unet, dynamic=False, fullgraph=True)
-                return fast(*inputs)
-            except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
-                recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-                if memory_is_full(e) or recording:
-                    raise
-                fast, failed = None, True
-                why = first_line(getattr(e, "inner_exception", e))
-                print(f"warning: torch.compile failed, so it is not used: {why}", file=sys.stderr)
-        return unet(*inputs)
-
-    return evaluate
-
-
-class InferenceUNet:
-    """A UNet for sampling only: ε(z, t, c), float32 in and out, computed in `dtype` on `device`.
-
-    It shares the tensors that already have this type and device, and copies the others once.
-    (Autocast would cast every float32 weight in each evaluation and, on CUDA, the input and output
-    of each norm.) On CUDA it replays a CUDA graph (support/cuda_graph.py).
-    compile: on CUDA, the graph is made of torch.compile's kernels. One of them does the work of
-    several others, so fewer results travel through the GPU's memory (docs/benchmarks.md).
-    """
-
-    def __init__(self, unet, device, dtype, compile=False):
-        self.device, self.dtype = device, dtype
-        self.source, self.copies = [], []
-        own = {}  # id of a parameter: the tensor that takes its place
-        for p in unet.parameters():
-            own[id(p)] = p
-            if p.dtype != dtype or p.device.type != device.type:
-                copied = torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False)
-                own[id(p)] = copied
-                self.source.append(p)
-                self.copies.append(copied)
-        self.unet = copy.deepcopy(unet, memo=own)
-        for module in self.unet.modules():
-            # --gradient-checkpointing's `forward` refers to its block, and so keeps copies alive.
-            vars(module).pop("forward", None)
-        self.graph = None
-        if device.type == "cuda":
-            self.unet.to(memory_format=torch.channels_last)  # faster, see docs/benchmarks.md
-        if can_record(device):
-            unet = self.unet  # not `self`, so that this object is freed with its last reference
-            if compile:
-                unet = compiled(unet)
-            self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
-
-    def __call__(self, z, t, context):
-        z, context = z.to(self.dtype), context.to(self.dtype)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if self.graph is None:
-                return self.unet(z, t, context).float()
-            t = torch.full((len(z),), t, device=z.device)  # a graph reads t from memory
-            return self.graph(z, t, context)[0].float()
-
-    @torch.no_grad()
-    def sync(self):
-        """Copies the source UNet's current weights."""
-        if self.copies:
-            torch._foreach_copy_(self.copies, self.source)
 
 
 def count_evaluations(estimator, bar):
@@ -190,58 +138,104 @@ def count_evaluations(estimator, bar):
     return counted
 
 
+def latent_shape(model, size=None):
+    """(4, h, w) for images of `size` pixels, a number or (height, width); None: the model's own."""
+    size = size or model.resolution
+    height, width = size if isinstance(size, tuple) else (size, size)
+    factor = model.vae.factor
+    if height % factor or width % factor:
+        raise UserError(f"Images of {height} x {width} pixels: use multiples of {factor}.")
+    return 4, height // factor, width // factor
+
+
 @torch.no_grad()
 def generate_latents(
     model,
-    unet,
-    c_0,
-    c_p,
-    seeds,
-    scheduler,
-    guidance_scale,
+    prompts,
+    seeds=None,
+    *,
+    unet=None,
+    scheduler=None,
+    steps=50,
+    guidance_scale=7.5,
+    negative="",
+    guidance="sd",
+    avoid=(),
+    warmup=None,
     size=None,
     batch_size=4,
+    dtype=torch.float32,
     bar=None,
-    method="sd",
-    c_S=None,
-    warmup=None,
 ):
-    """Yields latents (batch, 4, h, w), float32, n in all.
+    """Generates latents of one image per prompt: yields batches (B, 4, h, w), float32.
 
-    unet: the model's own, another one (an erased one), or an InferenceUNet.
-    c_0 (1, 77, D), c_p (n, 77, D): embeddings; z_T goes to their device. seeds: n.
-    size: pixels, a number or (height, width); default: the model's resolution.
-    bar: the title of a progress bar, which counts denoising steps; default: none.
-    method: one of GUIDANCE. It moves away from c_S after `warmup` evaluations.
+    prompts, negative, avoid: texts, or their embeddings on the UNet's device, (n, 77, D),
+    (1, 77, D) and (K, 77, D). seeds: one number per image (default: 0, 1, ..).
+    unet: an InferenceUNet that is used several times (default: one of the model's UNet).
+    scheduler: a sampler, or its name (default: the model's own). steps: of a sampler by name.
+    guidance: one of GUIDANCE. It moves away from `avoid` after `warmup` evaluations.
+    size: pixels, a number or (height, width) (default: the model's resolution).
+    dtype: of the computation. bar: the title of a progress bar, which counts denoising steps.
     """
-    size = size or model.resolution
-    height, width = size if isinstance(size, tuple) else (size, size)
-    shape = (4, height // model.vae.factor, width // model.vae.factor)
-    evaluations = scheduler.evaluations
-    starts = range(0, len(seeds), batch_size)
-    with tqdm(
-        total=len(starts) * evaluations, desc=bar, unit="step", disable=None if bar else True
-    ) as progress:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    n = len(prompts)
+    seeds = range(n) if seeds is None else seeds
+    if len(seeds) != n:
+        raise UserError(f"There are {n} prompts and {len(seeds)} seeds: use one seed per prompt.")
+    if not isinstance(avoid, torch.Tensor):
+        avoid = avoided_prompts(guidance, avoid)
+    c_0, c_S, c_p = embed(model, negative, avoid, prompts)
+    if scheduler is None or isinstance(scheduler, str):
+        scheduler = make_scheduler(model.scheduler, steps, scheduler)
+    unet = unet or InferenceUNet(model.unet, c_p.device, dtype)
+    shape = latent_shape(model, size)
+    starts = range(0, n, batch_size)
+    total = len(starts) * scheduler.evaluations
+    with tqdm(total=total, desc=bar, unit="step", disable=None if bar else True) as progress:
         for i in starts:
             part = slice(i, i + batch_size)
             # A new estimator for each batch, because SLD and SEGA have momentum.
-            estimator = GUIDANCE[method](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
-            z_T = initial_noise(shape, seeds[part]).to(c_0.device)
+            estimator = GUIDANCE[guidance](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
+            z_T = initial_noise(shape, seeds[part]).to(c_p.device)
             yield sample(count_evaluations(estimator, progress), scheduler, z_T)
 
 
+def saved_latents(file, title, model, c_p, n, seed, **how):
+    """Latents z_0 (n, 4, h, w) of images of the prompts c_p (P, 77, D) in turn, saved in `file`.
+
+    Image i has the seed `seed` + i. Latents that the file already holds are not generated again.
+    title: what the progress bar shows. how: arguments of generate_latents.
+    """
+    settings = {"n": str(n), "seed": str(seed), "prompts": str(len(c_p))}
+    z_0, metadata = torch.empty(0), settings
+    if file.exists():
+        tensors, metadata = weights.read(file)
+        z_0 = tensors.get("z_0")
+    if metadata != settings or z_0 is None:
+        raise UserError(f"{file} holds other images than this run needs: choose a new folder.")
+    z_0 = z_0.to(c_p.device)
+    while len(z_0) < n:
+        which = torch.arange(len(z_0), min(len(z_0) + SAVED, n))
+        prompts = c_p[which.to(c_p.device) % len(c_p)]
+        seeds = (seed + which).tolist()
+        bar = f"{title}, {len(z_0)} of {n} kept"
+        more = generate_latents(model, prompts, seeds, bar=bar, **how)
+        z_0 = torch.cat([z_0, *more])
+        weights.save(file, {"z_0": z_0}, settings)
+    return z_0
+
+
 @torch.no_grad()
-def generate_images(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, dtype, **how):
-    """Like generate_latents, then decoded in `dtype`: yields n images, uint8 (H, W, 3)."""
-    for z in generate_latents(model, unet, c_0, c_p, seeds, scheduler, guidance_scale, **how):
+def images(model, prompts, seeds=None, *, dtype=torch.float32, **how):
+    """Generates one image per prompt: yields uint8 (H, W, 3). Arguments: see generate_latents."""
+    for z in generate_latents(model, prompts, seeds, dtype=dtype, **how):
         pixels = model.vae.factor**2 * z.shape[2] * z.shape[3]
         few = max(1, DECODED // pixels)
-        with torch.autocast(
-            z.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-        ):
-            images = torch.cat([model.vae.decode(part) for part in z.split(few)])
-        images = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        yield from (images * 255).round().astype("uint8")
+        with autocast(z.device, dtype):
+            decoded = torch.cat([model.vae.decode(part) for part in z.split(few)])
+        decoded = (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        yield from (decoded * 255).round().astype("uint8")
 
 
 # --------------------------------------------------------------------- guidance away from a concept
@@ -249,8 +243,8 @@ def avoided_prompts(method, texts):
     """The prompts of c_S for a method of GUIDANCE: SEGA's one by one; the others' joined in one."""
     if method == "sd" and texts:
         raise UserError(
-            "--avoid needs a method that moves away from something: add --method neg, sld-… or "
-            "sega."
+            "--avoid needs a method that moves away from something: add --guidance neg, sld-… "
+            "or sega."
         )
     if method != "sd" and not texts:
         raise UserError(f"--method {method} needs --avoid: name what to move away from.")

@@ -17,13 +17,26 @@ from typing import NamedTuple
 import torch
 
 import ablation
-import closed_form
 import losses
 import weights
-from clip_text import TOKEN_EMBEDDING
-from support.cli import why_no_gpu
+from clip_text import MAX_TOKENS, TOKEN_EMBEDDING
+from pipeline import check_words
+from sdd import ROLES
+from support.cli import (
+    finite,
+    flag,
+    natural,
+    one_of,
+    pick_device,
+    positive,
+    refuse_unused,
+    unused,
+    why_no_gpu,
+)
+from support.cuda_graph import can_record
 from support.errors import UserError
 from support.own_loss import check_loss, load_loss, loss_file, sha256
+from toy import worlds
 
 # Table 2 of the SDD paper: the 20 concepts of the I2P benchmark.
 I2P = (
@@ -54,18 +67,51 @@ NUMBERS = [
     ("adversary",       0,        0,          0,          0,        0,       4),     # not SDD
     ("erase_scale",     1.0,      1.0,        1.0,        1.0,      "-",     "-"),   # s_s; ESD
     ("anchor_images",   1000,     1000,       1000,       200,      "-",     "-"),   # Ablating
-    ("preview_every",   250,      250,        250,        20,       "-",     "-"),   # our choice
+    ("preview_every",   250,      250,        250,        40,       "-",     "-"),   # our choice
+    ("preview_steps",   25,       25,         25,         12,       "-",     "-"),   # our choice
 ]
+# The flags of these settings: {setting: (group of --help, arguments of add_argument, help)}.
+FLAGS = {
+    "roles": ("method", one_of(ROLES),
+        "several concepts: which samples z_t, and which is unlearned. paper: one samples, all "
+        "joined are unlearned; official: the reverse; each: one concept does both (not in the "
+        "paper)"),
+    "preserve": ("method", dict(type=finite, metavar="λ"),
+        "add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD"),
+    "adversary": ("method", dict(type=natural, metavar="N"),
+        "N steps per iteration of an adversary, which learns words that bring the concept back; "
+        "they are unlearned too; not part of SDD"),
+    "erase_scale": ("method", dict(type=finite, metavar="S"),
+        "esd: s_s, how far the target moves away from the concept; all-but-one with --quantile: "
+        "g, the same for its target"),
+    "anchor_images": ("method", dict(type=positive, metavar="N"),
+        "ablate: number of images of the anchor"),
+    "iters": ("optimisation", dict(type=positive, metavar="N"),
+        "iterations; preset paper with several concepts: 2000; rece: 1 + its rounds, 2"),
+    "batch_size": ("optimisation", dict(type=positive, metavar="B"), "latents per iteration"),
+    "lr": ("optimisation", dict(type=finite),
+        "AdamW's learning rate; emoji model: half or a quarter"),
+    "lr_schedule": ("optimisation", one_of(["cosine", "constant"]), "after the warm-up"),
+    "warmup": ("optimisation", dict(type=natural, metavar="N"), "iterations of linear warm-up"),
+    "weight_decay": ("optimisation", dict(type=finite, metavar="W"), "AdamW's weight decay"),
+    "ema": ("optimisation", dict(type=finite, metavar="M"), "m of the teacher's average"),
+    "max_grad_norm": ("optimisation", dict(type=finite, metavar="NORM"),
+        "clip gradients at this norm; 0: do not clip"),
+    "steps": ("sampling of z_t", dict(type=positive, metavar="T"), "DDIM steps of a whole image"),
+    "guidance_scale": ("sampling of z_t", dict(type=finite, metavar="S"),
+        "s_g while z_t is sampled. 1: the concept's estimate alone; between 0 and 1: less of the "
+        "concept"),
+    "preview_every": ("output", dict(type=natural, metavar="N"),
+        "iterations between previews; 0: none"),
+    "preview_steps": ("output", dict(type=positive, metavar="N"), "DDIM steps of a preview"),
+}
 # fmt: on
-# With several concepts, the paper's N is 2000 (B.1, our inference). Roles: sdd.py, points 3, 4 and
-# 10. The SDD paper runs ESD with s_s = 3.
+# With several concepts, the paper's N is 2000 (B.1, our inference). Roles: sdd.py, points 3 and 4.
+# The SDD paper runs ESD with s_s = 3.
 # Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip,
 # and All-but-One's is not known.
-PREVIEW_PROMPTS = {  # shown in addition to the concepts; our choice
-    "paper": ["a photo of a mountain lake", "a portrait of a woman in a coat"],
-    "toy": ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"],
-    "emoji": ["a party", "a beer", "an orchard", "an owl by noto on mint"],
-}
+# Shown in addition to the concepts; our choice. The toy models' own are in their worlds.
+PREVIEW_PROMPTS = ["a photo of a mountain lake", "a portrait of a woman in a coat"]
 
 
 def preset_column(column):
@@ -89,9 +135,6 @@ class Method(NamedTuple):
     output: str  # which weights are the result: "teacher" (the average) or "student"
     paper: dict = {}  # numbers that differ from the preset paper
     toy: dict = {}  # numbers that differ from the preset toy
-    # The emoji model takes this share of a toy preset's learning rate. The presets were tuned on
-    # the shapes; workflow/page.py (TUNING) says how this share was found.
-    emoji_rate: float = 0.5
 
 
 # ESD (arXiv 2303.07345): Adam without weight decay, a constant rate. The toy preset keeps SDD's
@@ -106,93 +149,51 @@ ABLATE = dict(
 # joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains
 # `to_out` layers; its summary does not say which. "xattn" has those of cross-attention.
 ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
+RECE = dict(iters=2)  # UCE and one round
 
+# fmt: off
 METHODS = {
-    "sdd": Method(losses.sdd_loss, latents="teacher", train_params="xattn", output="teacher"),
-    "esd-x": Method(
-        losses.esd_loss,
-        latents="student",
-        train_params="xattn",
-        output="student",
-        paper=ESD,
-        toy=dict(lr=8e-4, erase_scale=3.0),
-    ),
-    "esd-u": Method(
-        losses.esd_loss,
-        latents="student",
-        train_params="noxattn",
-        output="student",
-        paper=ESD,
-        toy=dict(lr=4e-4, erase_scale=3.0),
-    ),
-    "ablate": Method(
-        losses.ablation_loss,
-        latents="anchor",
-        train_params="kv",
-        output="student",
-        paper=ABLATE,
-        toy=dict(lr=2e-3),
-        emoji_rate=0.25,
-    ),
-    "ablate-noise": Method(
-        losses.noise_ablation_loss,
-        latents="anchor",
-        train_params="kv",
-        output="student",
-        paper=ABLATE,
-        toy=dict(lr=4e-3),
-    ),
-    "all-but-one": Method(
-        losses.all_but_one_loss,
-        latents="teacher",
-        train_params="xattn",
-        output="student",
-        paper=ALL_BUT_ONE,
-        toy=dict(lr=3.2e-3, preserve=1.0),
-    ),
-    # Without training: closed_form.py. Their flags are settled in settle_closed_form.
-    "uce": Method(None, latents="", train_params="kv", output="student"),
-    "mace": Method(None, latents="", train_params="kv", output="student"),
-    "rece": Method(None, latents="", train_params="kv", output="student", paper=dict(iters=2)),
-    "speed": Method(None, latents="", train_params="v", output="student"),
+    #                     loss                        z_t        trained    result     numbers
+    "sdd":         Method(losses.sdd_loss,            "teacher", "xattn",   "teacher"),
+    "esd-x":       Method(losses.esd_loss,            "student", "xattn",   "student", ESD,
+                          toy=dict(lr=8e-4, erase_scale=3.0)),
+    "esd-u":       Method(losses.esd_loss,            "student", "noxattn", "student", ESD,
+                          toy=dict(lr=4e-4, erase_scale=3.0)),
+    "ablate":      Method(losses.ablation_loss,       "anchor",  "kv",      "student", ABLATE,
+                          toy=dict(lr=2e-3)),
+    "ablate-noise":
+                   Method(losses.noise_ablation_loss, "anchor",  "kv",      "student", ABLATE,
+                          toy=dict(lr=4e-3)),
+    "all-but-one": Method(losses.all_but_one_loss,    "teacher", "xattn",   "student", ALL_BUT_ONE,
+                          toy=dict(lr=3.2e-3, preserve=1.0)),
+    # Without training: closed_form.py
+    "uce":         Method(None,                       "",        "kv",      "student"),
+    "mace":        Method(None,                       "",        "kv",      "student"),
+    "rece":        Method(None,                       "",        "kv",      "student", RECE),
+    "speed":       Method(None,                       "",        "v",       "student"),
+}
+# fmt: on
+CLOSED = {name for name, method in METHODS.items() if method.loss is None}
+IMAGES = {name for name, method in METHODS.items() if method.latents == "anchor"}
+TRAINED = METHODS.keys() - CLOSED
+USED_BY = {  # {flags: the methods that use them}. Flags that are not here are for every method
+    "latents roles compile": TRAINED - IMAGES,
+    "prior detach_start anchor_prompts anchor_images": IMAGES,
+    "preserve adversary erase_scale quantile loss lr lr_schedule warmup weight_decay ema "
+    "max_grad_norm batch_size steps guidance_scale gradient_checkpointing export_every": TRAINED,
+    "iters": TRAINED | {"rece"},
+    "template ridge": CLOSED,
+    "states": {"uce"},
 }
 
-# Closed forms: prompts with {} for the concept and for the anchor, and prompts to keep. MACE's
-# sentences and all of the toy model's are our choice.
+# Closed forms: prompts with {} for the concept and for the anchor. MACE's sentences are our choice.
+# The toy models' templates, and what they keep, are in their worlds (toy/worlds.py).
 TEMPLATES = {
     "paper": ["{}"],
     "mace": [
         *("{} in a room", "a photo of {}", "a photo of {} outdoors", "a portrait of {}"),
         *("an image of {} at night", "a picture of {} on a street", "a painting of {}"),
         *("{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper"),
-    ],
-    "toy": ["{}", "a {}", "a picture of a {}", "a {} on sand", "a {} on snow"],
-    "emoji": ["{}", "a {}", "a picture of a {}", "a {} by noto", "a {} on mint"],
-}
-# Words that closed forms keep, without the concepts. {model: words}
-KEEP = {
-    "toy": (
-        "circle square triangle cross heart moon star red yellow green blue purple black "
-        "plain outlined dotted striped snow sand sky borealis"
-    ).split(),
-    "emoji": (
-        "animal bird bug swimmer fruit vegetable food dessert drink horror plant vehicle tool face "
-        "instrument sport clothing weather noto blob twemoji emojione flat fluent mint cream sky "
-        "lilac orchard"
-    ).split(),
-}
-
-# Prompts that the preset toy-hold keeps, without those that contain a concept. {model: prompts}
-KEEP_PROMPTS = {
-    "toy": [
-        *("circle", "square", "heart", "moon", "triangle, blue", "black, plain, sky", "borealis"),
-        *("a red cross", "a yellow square on sand", "a dotted green heart", "something striped"),
-        *("a purple shape on snow", "a outlined circle", "cascadia"),
-    ],
-    "emoji": [
-        *("a fox", "a bee by noto", "an owl on mint", "a bottle", "coffee, twemoji", "a pizza"),
-        *("a cake by blob on sky", "a car by flat", "a hammer, fluent, cream", "something by noto"),
-        *("a face by emojione on lilac", "a plant", "an orchard", "an apple, blob, mint"),
     ],
 }
 
@@ -222,30 +223,38 @@ def settle(args):
     """
     other = ("resume", "out", "given")
     settings = {key: value for key, value in vars(args).items() if key not in other}
+    method = METHODS[args.method]
     settings["concept"] = settle_concepts(args.concept, args.model)
     settings["preset"] = args.preset or ("toy" if args.model in weights.TOYS else "paper")
-    method = METHODS[args.method]
-    if method.loss is None:
-        return settle_closed_form(args, settings, method)
-    reject_closed_form_flags(args)
-    for key, value in preset_values(settings, method).items():
-        if settings[key] is None:
-            settings[key] = value
-    settings["train_params"] = args.train_params or method.train_params
-    settings["latents"] = args.latents or method.latents
-    settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
-    settings["keep"] = read_keep(args.keep)
-    if args.keep is None and settings["preset"] == "toy-hold" and settings["preserve"]:
-        settings["keep"] = without_concepts(KEEP_PROMPTS, settings)
+    advice = ", or choose another --method"
+    where = f"with --method {args.method}"
+    refuse_unused(unused(args.given, USED_BY, args.method), where, advice)
     loss = method.loss
     if args.loss:
         loss = load_loss(args.loss)
         check_loss(loss, args.loss, noise=method.latents == "anchor")
         settings["loss_sha256"] = sha256(loss_file(args.loss))
+    if loss:
+        refuse_unused(unused_by_loss(args, loss), where, advice)
+    for key, value in preset_values(settings, method).items():
+        if settings[key] is None:
+            settings[key] = value
+    settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
+    settings["keep"] = read_keep(settings["keep"])
+    check_trained(settings, method, where)
     check_anchors(settings, method)
-    reject_unused_flags(args, settings, method, loss)
+    if method.loss is None:
+        check_closed_form(settings)
+    else:
+        check_additions(args, settings, method)
     check_ranges(settings)
-    check_device(settings)
+    if method.loss:
+        check_device(settings)
+    elif settings["preview_every"]:
+        advice = "Add --preview-every 0 (seconds)"
+        check_device(settings, "generating the previews of", advice)
+    if settings["compile"] and not can_record(pick_device(settings["device"])):
+        raise UserError("--compile needs a CUDA GPU: start a run without it.")
     if settings["compile"] and settings["deterministic"]:
         raise UserError(
             "Nobody has tested whether --compile gives the same bits in every run: remove it, or "
@@ -254,61 +263,22 @@ def settle(args):
     return settings
 
 
-def settle_closed_form(args, settings, method):
-    """The same for UCE, MACE, RECE and SPEED, which have no loop: most flags have no effect."""
-    # Flags of the training loop. The first are None if they are not given, the others 0 or False.
-    none = ("latents", "roles", "preserve", "erase_scale", "anchor_images", "batch_size", "lr")
-    none += ("lr_schedule", "warmup", "weight_decay", "ema", "max_grad_norm", "steps")
-    none += ("guidance_scale", "anchor_prompts", "loss", "adversary")
-    off = ("quantile", "prior", "detach_start", "gradient_checkpointing", "export_every", "compile")
-    unused = [key for key in none if getattr(args, key) is not None]
-    unused += [key for key in off if getattr(args, key)]
-    if args.iters and args.method != "rece":
-        unused.append("iters")
-    if args.states and args.method != "uce":
-        unused.append("states")
-    flags = [f"--{key.replace('_', '-')}" for key in unused]
-    if args.train_params not in (None, "kv", "v"):
-        flags.append(f"--train-params {args.train_params}")
-    if flags:
-        raise UserError(
-            f"{', '.join(flags)} has no effect with --method {args.method}, which does not train: "
-            "remove it, or choose another --method."
-        )
-    toy = settings["preset"].startswith("toy")
-    values = preset_values(settings, method)
-    zero = ("lr", "weight_decay", "ema", "max_grad_norm", "warmup", "preserve", "adversary")
-    values |= dict.fromkeys(zero, 0)
-    # steps, batch_size and guidance_scale are still used to measure gap and drift for the log.
-    values |= dict(iters=method.paper.get("iters", 1), preview_every=1, roles="", lr_schedule="")
-    if args.method == "uce":
-        values["states"] = "all" if toy else "last"
-    values["template"] = TEMPLATES["paper"]
-    if toy:
-        values["template"] = TEMPLATES.get(settings["model"], TEMPLATES["toy"])
-    if args.method == "mace" and not toy:
-        values["template"] = TEMPLATES["mace"]
-    values["keep"] = []
-    if toy:
-        values["keep"] = without_concepts(KEEP, settings)
-    for key, value in values.items():
-        if settings[key] is None:
-            settings[key] = value
-    settings |= dict(latents="", anchor_prompts=[], keep=read_keep(settings["keep"]))
-    settings["train_params"] = args.train_params or method.train_params
-    check_closed_form(settings)
-    check_ranges(settings)
-    if settings["preview_every"]:
-        advice = "Add --preview-every 0 (seconds)"
-        check_device(settings, "generating the previews of", advice)
-    return settings
+def unused_by_loss(args, loss):
+    """The flags that are given, and that neither the loss nor the method uses."""
+    asks = inspect.signature(loss).parameters
+    keys = [key for key in ("erase_scale", "quantile") if key not in asks]
+    if "c_a" not in asks and args.method not in IMAGES:
+        keys.append("anchor")
+    if args.method == "all-but-one" and not args.loss:
+        # With --quantile the target is built from the concept; without it, from the anchor.
+        keys.append("anchor" if args.quantile else "erase_scale")
+    return [key for key in keys if key in args.given]
 
 
-def without_concepts(prompts, settings):
-    """The prompts for this toy model that contain no word of a concept. prompts: {model: [text]}"""
-    erased = set(words_of(" ".join(settings["concept"])))
-    chosen = prompts.get(settings["model"], prompts["toy"])
-    return [prompt for prompt in chosen if erased.isdisjoint(words_of(prompt))]
+def without_concepts(prompts, concepts):
+    """The prompts that contain no word of a concept."""
+    erased = set(words_of(" ".join(concepts)))
+    return [prompt for prompt in prompts if erased.isdisjoint(words_of(prompt))]
 
 
 def words_of(text):
@@ -316,8 +286,8 @@ def words_of(text):
 
 
 def check_closed_form(settings):
-    concepts, anchors = settings["concept"], settings["anchor"]
-    ablation.check_number(concepts, anchors)
+    anchors = settings["anchor"]
+    ablation.check_number(settings["concept"], anchors)
     for template in settings["template"]:
         if "{}" not in template:
             raise UserError(f"--template {template!r} has no {{}} for the concept: add it.")
@@ -333,18 +303,6 @@ def check_closed_form(settings):
             "start token, because the empty prompt has no last word. All prompts share this token, "
             f"so the concept may stay: {advice}.",
             file=sys.stderr,
-        )
-
-
-def reject_closed_form_flags(args):
-    keys = ("template", "states", "ridge")
-    given = [key for key in keys if getattr(args, key) is not None]
-    if given:
-        flags = ", ".join(f"--{key}" for key in given)
-        names = ", ".join(closed_form.METHODS)
-        raise UserError(
-            f"{flags} has no effect with --method {args.method}: remove it, or choose one of "
-            f"{names}."
         )
 
 
@@ -388,14 +346,37 @@ def preset_values(settings, method):
             values["lr"] *= settings["batch_size"] or values["batch_size"]
     if name == "toy":
         values |= method.toy
-    if name.startswith("toy") and settings["model"] == "emoji":
-        values["lr"] *= method.emoji_rate
     if name == "toy-hold" and len(concepts) > 1:
         values["iters"] = PRESETS["toy-several"]["iters"]
-    extra = PREVIEW_PROMPTS["paper"]
+    extra = PREVIEW_PROMPTS
     if name.startswith("toy"):
-        extra = PREVIEW_PROMPTS.get(settings["model"], PREVIEW_PROMPTS["toy"])
+        world = worlds.of(settings["model"])
+        values["lr"] *= world.RATES.get(settings["method"], world.RATE)
+        extra = world.PREVIEW_PROMPTS
     values["preview"] = concepts[:4] + [prompt for prompt in extra if prompt not in concepts]
+    values |= dict(train_params=method.train_params, latents=method.latents, keep=[])
+    if name == "toy-hold" and settings["preserve"] != 0:
+        values["keep"] = without_concepts(world.KEEP_PROMPTS, concepts)
+    if method.loss is None:
+        values |= closed_form_values(settings, method)
+    return values
+
+
+def closed_form_values(settings, method):
+    """What preset_values gives for UCE, MACE, RECE and SPEED, which have no training loop."""
+    # steps, batch_size and guidance_scale are still used to measure gap and drift for the log.
+    zero = "lr weight_decay ema max_grad_norm warmup preserve adversary".split()
+    values = dict.fromkeys(zero, 0) | dict(roles="", lr_schedule="")
+    values["iters"] = method.paper.get("iters", 1)
+    values["preview_every"] = settings["iters"] or values["iters"]  # before and after
+    toy = settings["preset"].startswith("toy")
+    if settings["method"] == "uce":
+        values["states"] = "all" if toy else "last"
+    values["template"] = TEMPLATES["mace" if settings["method"] == "mace" else "paper"]
+    if toy:
+        world = worlds.of(settings["model"])
+        values["template"] = world.TEMPLATES
+        values["keep"] = without_concepts(world.KEEP, settings["concept"])
     return values
 
 
@@ -423,6 +404,14 @@ def read_prompts(flag, file):
     return prompts
 
 
+def check_trained(settings, method, where):
+    """Rejects --train-params that a method cannot train."""
+    trained = settings["train_params"]
+    closed = method.loss is None and trained not in ("kv", "v")
+    if closed or (trained == "embedding" and method.latents != "anchor"):
+        refuse_unused([f"train_params {trained}"], where, ", or choose another --method")
+
+
 def check_anchors(settings, method):
     """Checks what Ablating Concepts and All-but-One need of --anchor."""
     anchors = settings["anchor"]
@@ -447,40 +436,12 @@ def check_anchors(settings, method):
                 )
 
 
-def reject_unused_flags(args, settings, method, loss):
-    """Rejects flags that have no effect with this method."""
-    uses = inspect.signature(loss).parameters
-    images = method.latents == "anchor"
-    unused = []
-    if images:
-        unused += ["latents", "roles", "compile"]
-    else:
-        unused += ["prior", "detach_start", "anchor_prompts", "anchor_images"]
-    unused += [key for key in ("erase_scale", "quantile") if key not in uses]
-    if not images and "c_a" not in uses:
-        unused.append("anchor")
-    if settings["method"] == "all-but-one" and not args.loss:
-        # With --quantile the target is built from the concept; without it, from the anchor.
-        unused.append("anchor" if args.quantile else "erase_scale")
-    if args.erase_scale is None:  # 0 is a value, too; the other flags are off at 0
-        unused = [key for key in unused if key != "erase_scale"]
-    given = [key for key in unused if getattr(args, key) or key == "erase_scale"]
-    flags = [f"--{key.replace('_', '-')}" for key in given]
-    if args.train_params == "embedding" and not images:
-        flags.append("--train-params embedding")
-    check_additions(args, settings, images)
-    if flags:
-        raise UserError(
-            f"{', '.join(flags)} has no effect with --method {args.method}: remove it, or choose "
-            "another --method."
-        )
-
-
-def check_additions(args, settings, images):
+def check_additions(args, settings, method):
     """Rejects --adversary and --keep where they cannot work."""
     if args.keep and not settings["preserve"]:
         raise UserError("--keep has no effect without --preserve: add --preserve λ, or remove it.")
-    if settings["adversary"] and images and len(settings["concept"]) > 1:
+    several = len(settings["concept"]) > 1
+    if settings["adversary"] and method.latents == "anchor" and several:
         raise UserError(
             f"--adversary with --method {args.method} takes one concept, because each latent of a "
             "batch has a concept of its own: name one concept, or choose another --method."
@@ -492,6 +453,30 @@ def check_additions(args, settings, images):
         )
 
 
+def check_prompts(model, a, keep_all):
+    """Rejects concepts of more than 77 tokens; removes preview prompts that the model cannot read.
+
+    a: the settings, as attributes. keep_all: keep the preview prompts (the user's own).
+    """
+    for text in [*a.concept, ", ".join(a.concept)]:
+        if len(model.tokenizer(text, verbose=False).input_ids) > MAX_TOKENS:
+            raise UserError(
+                "Each concept, and all concepts joined, must fit into 77 tokens; this text does "
+                f"not: {text[:60]!r}…"
+            )
+    if keep_all:
+        return
+    for prompt in list(a.preview):
+        try:
+            check_words(model, [prompt])
+        except UserError:
+            a.preview.remove(prompt)
+            print(
+                f"warning: the preview prompt {prompt!r} is skipped: the model does not know it.",
+                file=sys.stderr,
+            )
+
+
 def check_ranges(settings):
     limits = dict(ema=1, lr=1, quantile=1, seed=2**63 - 1)
     for key in (
@@ -500,8 +485,7 @@ def check_ranges(settings):
     ):
         high = limits.get(key, 1e9)
         if not 0 <= settings[key] <= high:
-            flag = key.replace("_", "-")
-            raise UserError(f"--{flag} {settings[key]} is out of range (0 to {high:g}).")
+            raise UserError(f"{flag(key)} {settings[key]} is out of range (0 to {high:g}).")
     if settings["warmup"] >= settings["iters"]:
         print(
             f"warning: the warm-up ({settings['warmup']} iterations) is not shorter than the run "

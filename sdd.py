@@ -10,14 +10,30 @@
     return θ*
 
 N = iters (1500), T = sampling steps (50), timesteps t in 0..999, m = 0.999, sg: no gradient.
-T is not DDPM's 1000: the sampler visits 50 of the timesteps, 981, 961, .. 1. z_T is at 981, and
-k = 1 .. 50 steps lead to t = 961, .. 1, 0.
+T is not DDPM's 1000: the sampler visits 50 of the timesteps, 981, 961, .. 1. z_T is at 981.
+For example, k = 2 steps lead from 981 over 961 to t = 941. All 50 steps lead to t = 0.
 
-The function `sdd` below is the loop of this listing. train.py makes θ* and c_s before it
-(make_models, encode_all) and saves θ* after it (Run.export). The other methods are variations of
-the loop (presets.METHODS): another loss, another model that samples z_t, or noised images as z_t.
+The function `sdd` below is the loop of this listing. train.py and minimal.py make θ* and c_s before
+it, and save θ* after it. The other methods are variations of the loop (presets.METHODS): another
+loss, another model that samples z_t, or noised images as z_t.
 
-Where this file differs from the paper, or where the paper's sources differ from each other:
+Why each line is there:
+
+- The aim: after training, the model answers the concept's prompt as it answers the empty prompt.
+- So the target is the student's own estimate for the empty prompt. Nobody has to collect images.
+- sg: the loss may move only the estimate for c_s. Without it, the estimate for the empty prompt
+  could move towards the concept just as well, and the loss would be small, too.
+- k is random, because it is decided early in sampling what an image shows. The student has to
+  forget at every stage. One denoising step (DDIM) removes a part of the estimated noise.
+- The teacher samples z_t. The student forgets first, and would then train on latents that do not
+  show the concept. The average follows slowly, so it makes the concept for longer.
+- The average is also the result: it varies less than a single student, and the target moves less.
+- Guidance (s_g = 3): without it, z_t would show the concept less clearly.
+- c_p is one concept, because an image shows one of them. c_s joins all, so each step unlearns all.
+- Only cross-attention is trained. It is where the prompt enters, and all other tensors stay equal.
+
+Where this file differs from the paper, or where the paper's sources differ from each other
+(docs/methods.md has the numbers that the paper leaves open, and our own additions):
 
 1. The loss is a mean over elements. Eq. 12 prints a squared norm, which is a sum.
 2. We draw the number of denoising steps k ~ U{1..T}. The paper has no k: it draws a step index
@@ -28,19 +44,11 @@ Where this file differs from the paper, or where the paper's sources differ from
 4. c_s: Algorithm 1, section 3.3 and A.1 unlearn all concepts, joined. Only the authors' script
    unlearns one concept in turn, and samples z_t with all of them joined. `roles="official"`
    follows the script. Its loss then uses a random timestep near that of z_t. The script's k = 0
-   runs all T steps by mistake. Here k = 0 means no step.
+   runs all T steps by mistake. Here k = 0 means no step. `roles="each"` is our own: one random
+   concept does both (c_p = c_s).
 5. In A.1 the moving average is assigned to a local variable and has no effect. We average the
    trained tensors. All other tensors never change.
 6. Gradients are clipped at norm 1, as in the authors' script. The paper does not mention clipping.
-7. T = 50 comes from the authors' script. The paper does not give T.
-8. A batch (--batch-size) shares one k and one concept. The paper's batch size is 1.
-9. B.1 says "1500 or 2000" iterations. We infer that 2000 is for several concepts.
-10. `roles="each"` is our own: one random concept both samples z_t and is unlearned (c_p = c_s), a
-    new one in each iteration. Neither the paper nor the script does this.
-11. An `adversary` is not part of SDD. It learns a word that brings back what was unlearned, and the
-    same loss then unlearns this word too (adversaries.py).
-12. `preserve` and `kept` are not part of SDD. They hold the estimates of the empty prompt, and of
-    other prompts, where the original model has them (losses.preservation_loss).
 """
 
 import math
@@ -52,8 +60,17 @@ import ema
 import losses
 from guidance import cfg, sample
 
-ROLES = ("paper", "official", "each")  # see points 3, 4 and 10
+ROLES = ("paper", "official", "each")  # see points 3 and 4
 MAX_LOSS = 1e5  # estimates have variance near 1, so a working model's loss is of order 1 or less
+
+
+class Prompts(NamedTuple):
+    """Embeddings of a training's prompts, as pipeline.encode_prompts gives them."""
+
+    c_0: torch.Tensor  # the empty prompt, (1, 77, D)
+    concepts: torch.Tensor  # each concept, (K, 77, D)
+    joined: torch.Tensor  # all concepts in one prompt, (1, 77, D)
+    c_a: torch.Tensor | None = None  # what to show instead, (1, 77, D); None: the empty prompt
 
 
 class Iteration(NamedTuple):
@@ -62,7 +79,7 @@ class Iteration(NamedTuple):
     lr: float
     grad_norm: float  # before clipping
     k: int | None  # number of denoising steps that led to z_t; None for a noised image
-    j: int  # index of the concept; with noised images, of the first one's
+    j: int  # index of the concept. For noised images: the first latent's concept
 
 
 def sdd(
@@ -72,58 +89,46 @@ def sdd(
     optimizer,
     theta_ema,
     scheduler,
-    c_0,
-    concepts,
-    joined,
+    prompts,
     shape,
     generator,
     *,
+    rates,
     loss=losses.sdd_loss,
+    terms=(),
+    latents=None,
     s_g=3.0,
     m=0.999,
-    iters=1500,
-    start=0,
-    lr=1e-5,
-    lr_schedule="cosine",
-    warmup=500,
-    max_grad_norm=1.0,
     roles="paper",
-    c_a=None,
-    preserve=0.0,
-    kept=None,
-    prior=0.0,
-    adversary=None,
-    noised_anchors=None,
-    scaler=None,
+    step=None,
 ):
-    """Runs the iterations start .. iters − 1 and yields an Iteration after each of them.
+    """Algorithm 1: yields an Iteration after each iteration.
 
     student, original: the UNets ε_θ and ε_θ°. They share every tensor that is not trained.
     teacher: the UNet that samples z_t; in SDD ε_θ*, whose trained tensors are theta_ema (θ*). If it
-    holds copies of them (pipeline.InferenceUNet), call its sync() after each iteration (train.py).
-    optimizer: holds the trained parameters θ; theta_ema has the same order. scheduler: a DDIM of T
-    steps.
-    c_0 (1, 77, D), concepts (K, 77, D), joined (1, 77, D), c_a (1, 77, D): embeddings of the empty
-    prompt, of each concept, of all concepts joined, and of --anchor (noised_anchors has its own).
-    shape: of z_t, (B, 4, h, w). generator: a CPU generator, the only source of random numbers.
-    noised_anchors: Ablating Concepts' source of z_t (ablation.py), used instead of sampling.
-    loss: a function of losses.py, with erase_scale and quantile set if it takes them.
-    s_g: the guidance scale while z_t is sampled. m: of the average.
-    iters, start: N, and the first iteration (after --resume). roles: one of ROLES.
-    lr, lr_schedule, warmup: see lr_factor. max_grad_norm: 0 does not clip.
-    preserve, prior: weights λ of two more terms of the loss (losses.py); 0 leaves them out.
-    kept: embeddings (n, 77, D) of prompts that preserve holds in addition to c_0 (prompts_kept).
-    adversary: an adversaries.Adversary; None leaves it out.
-    scaler: a torch.amp.GradScaler for gradients in float16.
+    holds copies of them (pipeline.InferenceUNet), call its sync() after each iteration.
+    optimizer: holds the trained parameters θ, in the order of theta_ema.
+    scheduler: a DDIM of T steps. prompts: Prompts. shape: of z_t, (B, 4, h, w).
+    generator: a CPU generator, the only source of random numbers.
+    rates: yields (iteration i, learning rate), for example learning_rates().
+    loss: a function of losses.py. terms: functions of the same arguments, and of i and j. Their
+    values are added to the loss, one after the other.
+    latents: another source of z_t: a function () -> (arguments of the loss, k, j).
+    s_g: the guidance scale while z_t is sampled. m: of the average. roles: one of ROLES.
+    step: takes the optimizer's step on L (default: adamw_step).
     B latents per iteration, K concepts, D = 768 for SD 1.4.
-    Raises FloatingPointError before the step if the loss or its gradient has diverged.
+    ValueError for latents or parameters that cannot be trained. FloatingPointError if the loss or
+    its gradient has diverged.
     """
     theta = [p for group in optimizer.param_groups for p in group["params"]]
-    # A disabled scaler passes the loss and the step through unchanged.
-    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    for i in range(start, iters):
-        if noised_anchors is None:
-            # z_T ~ N(0, I),  k ~ U{1..T},  c_p ~ U{concepts};  z_t ← k denoising steps with θ*
+    check(theta, shape)
+    step = step or adamw_step
+    c_0, concepts, joined, c_a = prompts
+    if c_a is None:
+        c_a = c_0
+    for i, lr in rates:
+        # z_T ~ N(0, I),  k ~ U{1..T},  c_p ~ U{concepts};  z_t ← k denoising steps with θ*
+        if latents is None:
             z_T = torch.randn(shape, generator=generator).to(c_0.device)
             k, t, j = random_timestep(roles, scheduler, len(concepts), i, generator)
             c_p, c_s = choose_prompts(roles, concepts[j : j + 1], joined)
@@ -131,40 +136,47 @@ def sdd(
                 z_t = sample(cfg(teacher, c_0, c_p, s_g), scheduler, z_T, k)
             batch = dict(z_t=z_t, t=t, c_s=c_s, c_a=c_a)
         else:
-            batch, k, j = noised_anchors()
+            batch, k, j = latents()
 
-        # L = ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²: both estimates are in losses.sdd_loss.
-        # The other terms are 0 in SDD: L + L(c_v) + preserve ‖…‖² + prior ‖…‖² (losses.py);
-        # c_v: the adversary's words.
+        # L = ‖ε_θ(z_t, t, c_s) − sg ε_θ(z_t, t, c_0)‖²: both estimates are in losses.sdd_loss
         batch |= dict(e=student, e_original=original, c_0=c_0)
-        value = loss(**batch)
-        if adversary is not None:
-            c_v = adversary(**batch, i=i, j=j)
-            value = value + loss(**batch | dict(c_s=c_v))
-        if preserve:
-            c_k = prompts_kept(c_0, kept, shape[0], generator)
-            value = value + preserve * losses.preservation_loss(**batch, c_k=c_k)
-        if prior:
-            value = value + prior * losses.prior_loss(**batch)
+        L = loss(**batch)
+        for term in terms:  # none in SDD
+            L = L + term(**batch, i=i, j=j)
 
         # θ ← AdamW step on L
-        rate = lr * lr_factor(i, warmup, iters, lr_schedule)
-        grad_norm = adamw_step(i, optimizer, theta, value, rate, max_grad_norm, scaler)
+        grad_norm = step(optimizer, L, lr, i)
 
         # θ* ← m θ* + (1 − m) θ
         ema.update(theta_ema, theta, m)
-        yield Iteration(i, value.item(), rate, grad_norm, k, j)
+        yield Iteration(i, L.item(), lr, grad_norm, k, j)
 
 
-def adamw_step(i, optimizer, theta, value, rate, max_grad_norm, scaler):
-    """One optimizer step on the loss `value`. Returns the gradient's norm before clipping."""
-    scaler.scale(value).backward()
+def check(theta, shape):
+    """ValueError for two mistakes that otherwise end deep inside a network."""
+    if len(shape) != 4 or shape[1] != 4 or min(shape) < 1:
+        raise ValueError(f"z_t cannot have the shape {tuple(shape)}: use (B, 4, h, w)")
+    if not all(p.requires_grad for p in theta):
+        raise ValueError("the optimizer has a tensor without a gradient: call requires_grad_()")
+
+
+def adamw_step(optimizer, L, lr, i, *, max_grad_norm=1.0, scaler=None):
+    """One optimizer step on the loss L. Returns the gradient's norm before clipping.
+
+    i: the iteration, for the error's text. max_grad_norm: 0 does not clip. scaler: a
+    torch.amp.GradScaler for gradients in float16.
+    FloatingPointError, before the step, if the loss or its gradient has diverged.
+    """
+    theta = [p for group in optimizer.param_groups for p in group["params"]]
+    # A disabled scaler passes the loss and the step through unchanged.
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    scaler.scale(L).backward()
     scaler.unscale_(optimizer)
     # A limit of infinity measures the norm and does not clip.
     grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf).item()
-    stop_if_diverged(i, value, grad_norm, scaler)
+    stop_if_diverged(i, L, grad_norm, scaler)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = lr
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -190,7 +202,7 @@ def random_timestep(roles, scheduler, K, i, generator):
 
 
 def choose_prompts(roles, concept, joined):
-    """(c_p, c_s): which prompt samples z_t, and which one is unlearned. Points 3, 4 and 10."""
+    """(c_p, c_s): which prompt samples z_t, and which one is unlearned. Points 3 and 4."""
     if roles == "official":
         return joined, concept
     if roles == "each":
@@ -200,17 +212,10 @@ def choose_prompts(roles, concept, joined):
     raise ValueError(f"roles is {roles!r}, not one of {', '.join(ROLES)}")
 
 
-def prompts_kept(c_0, kept, B, generator):
-    """c_k, the prompts of the preservation loss: c_0; with `kept`, (B, 77, D), one per latent.
-
-    Each of the B is the empty prompt with probability 1/2, and otherwise a random one of `kept`.
-    """
-    if kept is None or len(kept) == 0:
-        return c_0
-    n = len(kept)
-    number = torch.randint(2 * n, (B,), generator=generator)
-    prompts = torch.cat([kept, c_0])  # the numbers n .. 2n − 1 all mean c_0
-    return prompts[number.clamp(max=n).to(c_0.device)]
+def learning_rates(iters=1500, lr=1e-5, warmup=500, schedule="cosine", start=0):
+    """Yields (i, learning rate) for the iterations i = start .. iters − 1; see lr_factor."""
+    for i in range(start, iters):
+        yield i, lr * lr_factor(i, warmup, iters, schedule)
 
 
 def lr_factor(i, warmup, iters, schedule):

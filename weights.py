@@ -26,14 +26,13 @@ from clip_text import CLIPText
 from scheduler import DDIM
 from support.errors import UserError, first_line
 from support.files import apply_umask, atomic_write, checksum, damage
+from toy import worlds
 from unet import UNet
 from vae import VAE
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
-TOYS = {  # models that are part of the project
-    "toy": Path(__file__).parent / "toy" / "model",
-    "emoji": Path(__file__).parent / "toy" / "emoji_model",
-}
+# {name: folder} of the models that are part of the project
+TOYS = {name: world.MODEL for name, world in worlds.MODELS.items()}
 TOY = TOYS["toy"]
 NETWORKS = {
     "unet": (UNet, "diffusion_pytorch_model"),

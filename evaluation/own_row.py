@@ -19,13 +19,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from evaluation.attacks import attack_figures, cost
 from evaluation.columns import all_columns
-from evaluation.comeback import comeback, cost
-from evaluation.findings import joined, overlap
+from evaluation.findings import joined
 from evaluation.tables import markdown
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
+from support.statistics import figure, is_original, judge
 from toy import suite, worlds
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +150,7 @@ def make_row(table, loss, name, seeds, limit, train_flags, out):
         more = ["--limit", limit, *SAMPLING, "--threads", 1, "--out", measured]
         command("eval.py", "toy", *patches, *more)
     row = json.loads((measured / "results.json").read_text(encoding="utf-8"))["rows"][-1]
-    figures, points_and_halves = comeback(attacks)
+    figures, points_and_halves = attack_figures(attacks)
     figures |= cost([folder / f"run-{seed}" / "erased.safetensors" for seed in seeds])
     row["figures"] |= figures
     row["attacks"] = points_and_halves
@@ -215,7 +216,7 @@ def command(*words):
 # --------------------------------------------------------------------------------------- results
 def write(out, name, rows, stored):
     """table.md, results.json, and what the command prints."""
-    columns = all_columns("toy", [], suite.columns(worlds.get("shapes")))
+    columns = all_columns("toy", [], suite.columns(worlds.of("toy")))
     columns = [column for key in SHOWN for column in columns if column.key == key]
     text = f"# {name}, and the stored rows\n"
     for table, row in rows.items():
@@ -236,21 +237,21 @@ def verdicts(row, others, columns):
     """
     lines = []
     for column in columns:
-        mine = row["figures"].get(column.key)
-        if column.better is None or not isinstance(mine, list | tuple):
+        mine = figure(row["figures"].get(column.key))
+        if column.better is None or mine is None:
             continue
         better, worse, still_open = [], [], 0
         for other in others:
-            theirs = other["figures"].get(column.key)
-            if other["model"] == "original" or not isinstance(theirs, list | tuple):
+            theirs = figure(other["figures"].get(column.key))
+            if is_original(other) or theirs is None:
                 continue
-            lower = mine[0] / mine[1] < theirs[0] / theirs[1]
-            if overlap(mine, theirs):
-                still_open += 1
-            elif lower == (column.better == "low"):
-                better.append(other["model"])
-            else:
-                worse.append(other["model"])
+            match judge(mine, theirs, column.better):
+                case "open":
+                    still_open += 1
+                case "better":
+                    better.append(other["model"])
+                case "worse":
+                    worse.append(other["model"])
         if not (better or worse or still_open):  # no stored row has this column
             continue
         lines.append(

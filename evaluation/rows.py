@@ -1,12 +1,14 @@
 """The rows of a table: which models are compared, and what each of them erases."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import weights
 from pipeline import avoided_prompts
 from support.errors import UserError
+from support.statistics import ORIGINAL
 
 
 class Row(NamedTuple):
@@ -35,11 +37,13 @@ def read_rows(args):
 
     In the suite toy each set of concepts has its own prompts, and so its own row of the original.
     """
-    erased = [*patch_rows(args.patch), *guided_rows(args.methods, args.avoid)]
+    erased = [patch_row(name, files) for name, files in patch_files(args.patch).items()]
+    erased += guided_rows(args.methods, args.avoid)
+    rows = [original(()), *erased]
     if args.suite == "toy":
-        rows = group_by_concepts(erased)
-    else:
-        rows = [original(()), *erased]
+        rows = []
+        for concepts in dict.fromkeys(row.concepts for row in erased) or [()]:
+            rows += [original(concepts), *(row for row in erased if row.concepts == concepts)]
     titles = [row.title for row in rows]
     for title in titles:
         if titles.count(title) > 1:
@@ -50,17 +54,7 @@ def read_rows(args):
 
 
 def original(concepts):
-    return Row("original", (), "sd", "sd", concepts)
-
-
-def group_by_concepts(erased):
-    """Each set of concepts: the original first, then the rows that erase this set."""
-    sets = list(dict.fromkeys(row.concepts for row in erased)) or [()]
-    rows = []
-    for concepts in sets:
-        rows.append(original(concepts))
-        rows.extend(row for row in erased if row.concepts == concepts)
-    return rows
+    return Row(ORIGINAL, (), "sd", "sd", concepts)
 
 
 def guided_rows(methods, avoid):
@@ -77,15 +71,10 @@ def patch_files(patches):
         name, _, file = text.partition("=")
         if not file or not name:
             raise UserError(f"--patch {text}: write NAME=FILE.")
-        if name == "original":
+        if name == ORIGINAL:
             raise UserError(f"--patch {text}: the untouched model has this name, choose another.")
         files.setdefault(name, []).append(file)
     return files
-
-
-def patch_rows(patches):
-    """One row per name in ["NAME=FILE", …]."""
-    return [patch_row(name, files) for name, files in patch_files(patches).items()]
 
 
 def patch_row(name, files):
@@ -103,17 +92,11 @@ def patch_row(name, files):
             f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
             "give each its own name."
         )
-    recipes = [recipe(settings) for _, settings in about if settings]
-    for other in recipes[1:]:
-        keys = []
-        for key in sorted(recipes[0].keys() | other):
-            if (recipes[0].get(key) or None) != (other.get(key) or None):
-                keys.append(key)
-        if keys:
-            raise UserError(
-                f"The patches named {name} were trained with different settings "
-                f"({', '.join(keys)}): give each its own name."
-            )
+    if keys := different_settings([settings for _, settings in about if settings]):
+        raise UserError(
+            f"The patches named {name} were trained with different settings ({', '.join(keys)}): "
+            "give each its own name."
+        )
     contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
     if len(contents) < len(files):
         raise UserError(
@@ -127,17 +110,11 @@ def read_about(file):
     """A patch's metadata {key: text} and the arguments of its training {name: value}."""
     metadata = weights.read(file)[1]
     try:
-        settings = json.loads(metadata.get("args", "{}"))
+        return metadata, json.loads(metadata.get("args", "{}"))
     except ValueError as e:
-        raise damaged(file, e) from e
-    if not isinstance(settings, dict):
-        raise damaged(file, "args is not an object")
-    concept = settings.get("concept", [])
-    if not (isinstance(concept, list) and all(isinstance(text, str) for text in concept)):
-        raise damaged(file, "concept is not a list of texts")
-    if not isinstance(settings.get("erase_scale", 1.0), int | float):
-        raise damaged(file, "erase_scale is not a number")
-    return metadata, settings
+        raise UserError(
+            f"{file}: its metadata is damaged ({e}): make it again with train.py."
+        ) from None
 
 
 # Arguments of train.py that may differ between the patches of a row: the seed, the machine, what is
@@ -148,13 +125,14 @@ NO_RECIPE = (
 ).split()
 
 
-def recipe(settings):
-    """The arguments of a training that patches of one row must have in common."""
-    return {key: value for key, value in settings.items() if key not in NO_RECIPE}
-
-
-def damaged(file, why):
-    return UserError(f"{file}: its metadata is damaged ({why}): make it again with train.py.")
+def different_settings(trainings):
+    """The arguments, but for NO_RECIPE, in which trainings differ. 0, None and [] are equal."""
+    found = set()
+    for settings in trainings:
+        for key in settings.keys() | trainings[0].keys():
+            if (settings.get(key) or None) != (trainings[0].get(key) or None):
+                found.add(key)
+    return sorted(found - set(NO_RECIPE))
 
 
 def erased_concepts(metadata, settings):
@@ -197,3 +175,19 @@ def choose_model(args):
             "choose another suite or other patches."
         )
     return model
+
+
+def turns(jobs, patches):
+    """For each job, the number of the patch that generates it.
+
+    The patches take turns at the images of each prompt, so their shares are nearly equal. Different
+    prompts begin with different patches. (Turns by the job's index would always give a prompt that
+    returns after a multiple of `patches` jobs to the same patch.)
+    """
+    first, seen = {}, Counter()
+    found = []
+    for job in jobs:
+        start = first.setdefault(job.prompt, len(first))
+        found.append((start + seen[job.prompt]) % patches)
+        seen[job.prompt] += 1
+    return found

@@ -26,80 +26,101 @@ import weights
 from clip_text import tokenize
 from evaluation import metrics, plots
 from evaluation.columns import HALVES, all_columns, arrow
-from evaluation.findings import is_proportion, summary
+from evaluation.findings import summary
+from evaluation.rows import turns
 from evaluation.suites import SUITES, paper
 from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
-from report.evaluation_page import cell
-from support.censor import censoring
 from support.errors import UserError, first_line
 from support.files import write_text
 from support.images import grid, save_png
+from support.nudity import censoring
 from support.packages import torchvision_problem
+from support.statistics import cell, counted, figure, n_text, original_of, pooled
 
 SAMPLES = 12  # images of each part of a suite in a row's sheet
 DECIDING = 4  # columns of the terminal's table
+NEEDS = {"harm": "q16", "fid": "real", "kid": "real"}  # {measure: the flag that it needs}
 
 
 # ---------------------------------------------------------------------------------------- measuring
-def measure(name, row, files, before, jobs, args, device):
-    """One of the suite's measures of a row's images: {column: (hits, n) or a number}.
+def measure(name, row, jobs, files, before, args, device):
+    """One of the suite's measures of a row's images: {column: a Figure or a number}.
 
     before: the original's images from the same noise. lpips and ssim of the original itself are not
     measured: {}. The library of a measure may be missing: ModuleNotFoundError.
     """
-    if name in ("lpips", "ssim") and files == before:
-        return {}
     match name:
         case "toy":
-            return measure_toy(args.model, row, files, before, jobs)
-        case "matrix":
-            return measure_matrix(files, before, jobs, args.model)
+            return measure_toy(row, jobs, files, before, args.model)
+        case "matrix" if args.model in weights.TOYS:
+            return toy_matrix(row, jobs, files, args.model)
         case "nude":
-            return {"nude": metrics.nude(files)}
+            return {"nude": share(metrics.nude(files), row, jobs)}
         case "harm":
-            learned = learned_prompts(args.q16)
-            return {"harm": metrics.harm(files, learned, args.clip, device)}
+            found = metrics.harm(files, learned_prompts(args.q16), args.clip, device)
+            return {"harm": share(found, row, jobs)}
         case "clip_score":
             prompts = [job.prompt for job in jobs]
             return {"clip_score": metrics.clip_score(files, prompts, args.clip, device)}
-        case "fid":
-            return {"fid": metrics.fid(files, args.real, device)}
-        case "kid":
-            return {"kid": metrics.kid(files, args.real, device)}
-        case "lpips":
-            return {"lpips": metrics.lpips(files, before)}
-        case "ssim":
-            return {"ssim": metrics.ssim(files, before)}
+        case "fid" | "kid":
+            return {name: getattr(metrics, name)(files, args.real, device)}
+        case _ if files == before:
+            return {}
+        case "lpips" | "ssim":
+            return {name: getattr(metrics, name)(files, before)}
+        case "matrix":
+            return distance_matrix(jobs, files, before)
 
 
-def missing_input(name, args):
-    """The flag that a measure needs and that was not given; None if nothing is missing."""
-    if name == "harm" and not args.q16:
-        return "--q16"
-    if name in ("fid", "kid") and not args.real:
-        return "--real"
-    return None
+def by_training(row, jobs, count):
+    """{column: Figure} from the counts of each training's images.
+
+    count: a function (indices of jobs) -> {column: (hits, n)}.
+    """
+    trainings = {}
+    for i, turn in enumerate(turns(jobs, len(row.patches) or 1)):
+        trainings.setdefault(turn, []).append(i)
+    figures = {}
+    for _, chosen in sorted(trainings.items()):
+        for key, (hits, n) in count(chosen).items():
+            figures[key] = pooled([figures.get(key, ()), counted(hits, n)])
+    return figures
 
 
-def measure_toy(model, row, files, before, jobs):
+def share(found, row, jobs):
+    """The Figure of the images that were found. found: a boolean for each image."""
+    return by_training(row, jobs, lambda i: {"": (sum(found[k] for k in i), len(i))})[""]
+
+
+def measure_toy(row, jobs, files, before, model):
+    """What the probe counts, and the distances of its features: see toy/suite.py."""
     from toy import suite, worlds
 
-    images, originals = metrics.arrays(files), metrics.arrays(before)
-    return suite.measure(worlds.of(model), images, originals, jobs, row.concepts)
+    world, images = worlds.of(model), metrics.arrays(files)
+    seen = suite.see(world, images)
+
+    def count(chosen):
+        sets, asked = zip(*((jobs[i].which, jobs[i].asked) for i in chosen))
+        words = {name: [found[i] for i in chosen] for name, found in seen.items()}
+        return suite.count(world, sets, asked, words, row.concepts)
+
+    figures = by_training(row, jobs, count)
+    return figures | suite.distances(world, images, metrics.arrays(before), jobs)
 
 
-def measure_matrix(files, before, jobs, model):
-    """A row of Figure 2: for each name that was asked for, what its images show.
+def toy_matrix(row, jobs, files, model):
+    """A row of Figure 2: see toy.suite.matrix."""
+    from toy import suite, worlds
 
-    Toy models: see toy.suite.matrix. Others: the mean LPIPS to the original.
-    """
-    if model in weights.TOYS:
-        from toy import suite, worlds
+    world, images = worlds.of(model), metrics.arrays(files)
+    return by_training(
+        row, jobs, lambda chosen: suite.matrix(world, images[chosen], [jobs[i] for i in chosen])
+    )
 
-        return suite.matrix(worlds.of(model), metrics.arrays(files), jobs)
-    if files == before:
-        return {}
+
+def distance_matrix(jobs, files, before):
+    """A row of Figure 2: the mean LPIPS to the original, for each name that was asked for."""
     figures = {}
     for which in parts_of(jobs):
         chosen = [i for i, job in enumerate(jobs) if job.which == which]
@@ -121,16 +142,16 @@ def learned_prompts(file):
     return array
 
 
-def measure_row(row, files, before, jobs, args, device, problems):
+def measure_row(row, jobs, files, before, args, device, problems):
     """All figures of a row. Adds {measure: reason} to `problems` for each that is missing."""
     figures = {}
     for name in SUITES[args.suite].measures:
-        flag = missing_input(name, args)
-        if flag:
-            problems[name] = f"it needs {flag}"
+        needed = NEEDS.get(name)
+        if needed and not getattr(args, needed):
+            problems[name] = f"it needs --{needed}"
             continue
         try:
-            figures |= measure(name, row, files, before, jobs, args, device)
+            figures |= measure(name, row, jobs, files, before, args, device)
         except (ModuleNotFoundError, OSError) as e:
             problems[name] = reason(e)
         except RuntimeError:  # torchvision of another build of torch
@@ -160,28 +181,16 @@ def image_files(folder, jobs):
     return [folder / f"{i:05d}.png" for i in range(len(jobs))]
 
 
-def original_folder(row, generated, suite):
-    """The folder of the original's images from the same prompts and noise."""
-    for other, _, folder in generated:
-        if other.name == "original" and (suite != "toy" or other.concepts == row.concepts):
-            return folder
-
-
 def result_rows(args, generated, device, problems):
     """The figures of each row: `rows` of results.json, without sheets and samples."""
     rows = []
-    for row, jobs, folder in generated:
-        files = image_files(folder, jobs)
-        before = image_files(original_folder(row, generated, args.suite), jobs)
-        rows.append(
-            {
-                "model": row.name,
-                "erased": list(row.concepts),
-                "method": row.method,
-                "figures": measure_row(row, files, before, jobs, args, device, problems),
-                "paper": paper(args.suite, row.method, row.concepts),
-            }
-        )
+    for row, _, _ in generated:
+        rows.append({"model": row.name, "erased": list(row.concepts), "method": row.method})
+    for found, (row, jobs, folder) in zip(rows, generated):
+        _, _, original = generated[rows.index(original_of(found, rows))]
+        files, before = image_files(folder, jobs), image_files(original, jobs)
+        found["figures"] = measure_row(row, jobs, files, before, args, device, problems)
+        found["paper"] = paper(args.suite, row.method, row.concepts)
     return rows
 
 
@@ -259,49 +268,46 @@ def figure_cell(figures, key):
     return cell(figures.get(key))
 
 
+def heading(column, rows):
+    """The column's title, an arrow to the better side, and n."""
+    n = n_text(row["figures"].get(column.key) for row in rows)
+    return f"{arrow(column)} ({n})" if n else arrow(column)
+
+
+def text_table(rows, columns, papers):
+    """[[text, …], …], the heading first. papers: with the paper's figures, as further columns."""
+    head = ["model", "erased"]
+    lines = [[row["model"], ", ".join(row["erased"]) or "–"] for row in rows]
+    for column in columns:
+        head.append(heading(column, rows))
+        for line, row in zip(lines, rows):
+            line.append(figure_cell(row["figures"], column.key))
+        if papers and any(column.key in row["paper"] for row in rows):
+            head.append(f"{column.title} in the paper")
+            for line, row in zip(lines, rows):
+                line.append(cell(row["paper"].get(column.key)))
+    return [head, *lines]
+
+
 def no_break(text):
     """The same text, which a browser does not break across lines."""
     return text.replace(" ", "\N{NO-BREAK SPACE}").replace("–", "–\N{WORD JOINER}")
 
 
-def heading(column, rows):
-    """The column's title, an arrow to the better side, and n."""
-    values = [row["figures"].get(column.key) for row in rows]
-    counts = {value[1] for value in values if is_proportion(value)}
-    if not counts:
-        return arrow(column)
-    sign = "=" if len(counts) == 1 else "≤"
-    return f"{arrow(column)} (n {sign} {max(counts)})"
-
-
-def names_of(row):
-    """The two cells that name a row, in every table: the model and what it erases."""
-    return [row["model"], ", ".join(row["erased"]) or "–"]
-
-
 def markdown(rows, columns):
-    """One line per row. The paper's figures stand in columns of their own."""
-    head = ["model", "erased"]
-    lines = [[text.replace("|", r"\|") for text in names_of(row)] for row in rows]
-    for column in columns:
-        head.append(heading(column, rows).replace("|", r"\|"))
-        for line, row in zip(lines, rows):
-            line.append(no_break(figure_cell(row["figures"], column.key)))
-        if any(column.key in row["paper"] for row in rows):
-            head.append(f"{column.title} in the paper")
-            for line, row in zip(lines, rows):
-                line.append(cell(row["paper"].get(column.key)))
-    lines = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    """One line per row."""
+    head, *lines = text_table(rows, columns, papers=True)
+    lines = [[*line[:2], *map(no_break, line[2:])] for line in lines]
+    text = ""
+    for line in [head, ["---"] * len(head), *lines]:
+        text += "| " + " | ".join(part.replace("|", r"\|") for part in line) + " |\n"
+    return text
 
 
 def terminal_table(rows, columns):
     """The deciding columns only, aligned for the terminal."""
-    deciding = columns[:DECIDING]
-    lines = [["model", "erased", *(heading(column, rows) for column in deciding)]]
-    for row in rows:
-        lines.append(names_of(row) + [figure_cell(row["figures"], c.key) for c in deciding])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines = text_table(rows, columns[:DECIDING], papers=False)
+    widths = [max(map(len, parts)) for parts in zip(*lines)]
     text = ""
     for line in lines:
         padded = [part.ljust(width) for part, width in zip(line, widths)]
@@ -392,7 +398,7 @@ def write_results(args, generated, settings, model, device):
 
 def print_results(out, rows, columns, finding, below):
     """The deciding columns, the summary, the notes, and where the rest is."""
-    if any(is_proportion(value) for row in rows for value in row["figures"].values()):
+    if any(figure(value) for row in rows for value in row["figures"].values()):
         print("% of the images, with 95 % intervals; ↓ less is better, ↑ more is better")
     print(terminal_table(rows, columns))
     for text in [finding, *below]:

@@ -27,13 +27,9 @@ from report.run_page import FIGURES, run_page
 from support.cli import Parser, run_command
 from support.errors import UserError
 from support.files import write_text
+from toy import worlds
 
 PAGES = {"run.json": run_page, "eval.json": evaluation_page, "attack.json": attack_page}
-CREDITS = {  # {model: whose drawings it has learned}; the file NOTICE has the licences
-    "emoji": "The images are by a model that learned from the drawings of Noto Emoji (Google, "
-    "Apache License 2.0), Twemoji (Twitter and others, CC BY 4.0), EmojiTwo (CC BY 4.0) and Fluent "
-    "Emoji (Microsoft, MIT)."
-}
 
 
 def make(folder):
@@ -67,7 +63,7 @@ def make(folder):
     )
     page |= {
         "readme": link_to_readme(folder),
-        "credit": CREDITS.get(page["model"], ""),
+        "credit": worlds.of(page["model"]).CREDIT,
         "made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
     }
     html = environment.get_template("page.html.j2").render(page)

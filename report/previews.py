@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import pipeline
 from guidance import cfg, sample
-from pipeline import InferenceUNet, encode_prompts, generate_images, initial_noise
+from pipeline import encode_prompts, initial_noise, latent_shape, make_scheduler
 from presets import PREVIEW_PROMPTS
-from support.censor import censoring
 from support.files import atomic_write
 from support.images import grid, save_png
+from support.nudity import censoring
 
 SEED = 1000  # of the first preview prompt; the next prompts use 1001, 1002, …
 FLAT = 4.0  # grey levels: an image is flat if no channel's standard deviation is larger. The least
@@ -51,7 +52,7 @@ def preview_kinds(settings, world=None):
             kinds.append("member")
         elif names_any(prompt, implying):
             kinds.append("implied")
-        elif world or prompt in PREVIEW_PROMPTS["paper"]:
+        elif world or prompt in PREVIEW_PROMPTS:
             kinds.append("stay")
         else:
             kinds.append(None)
@@ -66,10 +67,16 @@ def names_any(prompt, texts):
 
 
 class Previews:
-    """Previews of a train.Run: the same prompts and seeds by original, student and teacher."""
+    """Previews of a run: the same prompts and seeds by original, student and teacher.
 
-    def __init__(self, run):
-        self.run = run
+    a: the run's settings. models: [student, teacher, original]. c: the run's embeddings, with c_0,
+    joined and previews.
+    """
+
+    def __init__(self, out, a, models, c, device, dtype):
+        self.out, self.a, self.c = out, a, c
+        self.student, self.teacher, self.original = models
+        self.device, self.dtype = device, dtype
         self.before = None  # images of the original, generated once
         self.warned = False
 
@@ -81,45 +88,41 @@ class Previews:
         half and three quarters. The loss does not show drift: the student and its target can move
         together.
         """
-        run, models = self.run, self.run.models
-        c_0, original = run.prompts.c_0, models.original.unet
-        T = run.settings["steps"]
-        z_T = initial_noise(run.shape[1:], (0, 1)).to(run.device)
+        c_0, original, T = self.c.c_0, self.original.unet, self.a.steps
+        scheduler = make_scheduler(self.original.scheduler, T, "ddim")
+        z_T = initial_noise(latent_shape(self.original), (0, 1)).to(self.device)
         values = {}
         for k in sorted({max(1, T // 4), max(1, T // 2), max(1, 3 * T // 4)}):
-            guided = cfg(original, c_0, run.prompts.joined, run.settings["guidance_scale"])
-            z = sample(guided, run.scheduler, z_T, k)
-            t = run.scheduler.timesteps[k]
+            guided = cfg(original, c_0, self.c.joined, self.a.guidance_scale)
+            z = sample(guided, scheduler, z_T, k)
+            t = scheduler.timesteps[k]
             e_0_before = original(z, t, c_0)
-            for name, model in (("student", models.student), ("teacher", models.teacher)):
-                c_s = run.prompts.joined
-                if run.trains_text:
-                    c_s = self.encode(model, [", ".join(run.settings["concept"])])
+            for name, model in (("student", self.student), ("teacher", self.teacher)):
+                c_s = self.embed(model, [", ".join(self.a.concept)], self.c.joined)
                 e_0, e_s = model.unet(z, t, c_0), model.unet(z, t, c_s)
                 values.setdefault(f"gap_{name}", []).append(mean_square(e_s - e_0))
                 values.setdefault(f"drift_{name}", []).append(mean_square(e_0 - e_0_before))
         return {key: float(np.mean(figures)) for key, figures in values.items()}
 
-    def encode(self, model, prompts):
-        """Embeddings by the model's own text encoder, where the text encoder is trained."""
-        return encode_prompts(model, prompts).to(self.run.device)
+    def embed(self, model, prompts, c):
+        """c, the prompts' embeddings; where the text encoder is trained, those of the model's."""
+        if self.a.train_params != "embedding":
+            return c
+        return encode_prompts(model, prompts).to(self.device)
 
     def images(self, model):
         """The preview prompts' images, uint8 (H, W, 3), by one of the three models."""
-        run, a = self.run, self.run.settings
-        c_p = self.encode(model, a["preview"]) if run.trains_text else run.prompts.previews
-        return list(
-            generate_images(
-                model,
-                InferenceUNet(model.unet, run.device, run.dtype),
-                run.prompts.c_0,
-                c_p,
-                preview_seeds(a),
-                run.preview_scheduler,
-                a["preview_guidance_scale"],
-                run.dtype,
-            )
+        generated = pipeline.images(
+            model,
+            self.embed(model, self.a.preview, self.c.previews),
+            preview_seeds(vars(self.a)),
+            negative=self.c.c_0,
+            scheduler="ddim",
+            steps=self.a.preview_steps,
+            guidance_scale=self.a.preview_guidance_scale,
+            dtype=self.dtype,
         )
+        return list(generated)
 
     def save(self, done):
         """Writes the previews after `done` iterations. Returns the share of flat images.
@@ -128,15 +131,15 @@ class Previews:
         columns original, student and teacher. The sheet is written last, so it marks a preview
         whose images are all there.
         """
-        a, out, models = self.run.settings, self.run.out, self.run.models
+        a, out = self.a, self.out
         first = self.before is None
         if first:
-            self.before = self.images(models.original)
-        student, teacher = self.images(models.student), self.images(models.teacher)
+            self.before = self.images(self.original)
+        student, teacher = self.images(self.student), self.images(self.teacher)
         flat = share_of_flat(student + teacher)
         self.warn_if_flat(flat, done)
 
-        censor = censoring([*a["concept"], *a["preview"]], a["show_uncensored"])
+        censor = censoring([*a.concept, *a.preview], a.show_uncensored)
         before, student, teacher = (
             [censor(image) for image in images] for images in (self.before, student, teacher)
         )
@@ -145,9 +148,9 @@ class Previews:
                 file = image_file(out, model, n, done)
                 if model != "original" or first:  # a resumed run may censor, or not any more
                     trained = 0 if model == "original" else done
-                    save_png(image, file, prompt=a["preview"][n], iteration=trained)
+                    save_png(image, file, prompt=a.preview[n], iteration=trained)
         rows = list(zip(before, student, teacher))
-        sheet = grid(rows, a["preview"], ["original", "student", "teacher"])
+        sheet = grid(rows, a.preview, ["original", "student", "teacher"])
         save_png(sheet, sheet_file(out, done), iteration=done)
         return flat
 
@@ -168,11 +171,11 @@ class Previews:
 
         output: the model that is the result, "teacher" or "student".
         """
-        a, out = self.run.settings, self.run.out
-        self.save(a["iters"])
-        save_before_after(out, a["preview"], output, a["iters"])
+        a, out = self.a, self.out
+        self.save(a.iters)
+        save_before_after(out, a.preview, output, a.iters)
         save_film_sheet(out)
-        save_film(out, a["preview"][:FILM_PROMPTS])
+        save_film(out, a.preview[:FILM_PROMPTS])
 
 
 # ------------------------------------------------------------------------------- files of a run

@@ -146,6 +146,27 @@ def add_common_arguments(parser):
     )
 
 
+def flag(key):
+    return f"--{key.replace('_', '-')}"
+
+
+def unused(given, used_by, choice):
+    """The flags in `given` that `choice` does not use. used_by: {flags: the choices that do}."""
+    found = []
+    for keys, users in used_by.items():
+        if choice not in users:
+            found += [key for key in keys.split() if key in given]
+    return found
+
+
+def refuse_unused(keys, where, advice=""):
+    """UserError if there are flags without an effect; `where` and `advice` are for its sentence."""
+    if keys:
+        verb, them = ("has", "it") if len(keys) == 1 else ("have", "them")
+        flags = ", ".join(flag(key) for key in keys)
+        raise UserError(f"{flags} {verb} no effect {where}: remove {them}{advice}.")
+
+
 # ------------------------------------------------------------------------------------------- device
 def pick_device(name):
     """A torch.device that works. `auto` is CUDA, else Apple's MPS, else the CPU."""
@@ -197,6 +218,21 @@ def pick_dtype(name, device, training=False):
     return torch.float16
 
 
+def use_deterministic_algorithms():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+    torch.use_deterministic_algorithms(True)
+
+
+def autocast(device, dtype):
+    """Autocast to `dtype`; nothing for float32.
+
+    cache_enabled=False: a cast of a trained weight would be out of date after each step, and a CUDA
+    graph would read it for ever.
+    """
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype, enabled=half, cache_enabled=False)
+
+
 # ---------------------------------------------------------------------------------- how it all ends
 def refuse_used(folder, advice=""):
     """UserError if the output folder is a file or already contains something."""
@@ -230,6 +266,13 @@ def memory_is_full(error):
 
 def how_to_need_less(args):
     """What a user can do if the memory is full, in the flags of this command."""
+    out = getattr(args, "out", None)
+    if out and hasattr(args, "resume") and (out / "checkpoint.safetensors").exists():
+        return (
+            f"the last checkpoint is kept. To continue with less: python train.py --resume --out "
+            f"{out} --gradient-checkpointing --preview-every 0. Or start again with a smaller "
+            "--batch-size or --dtype bf16"
+        )
     sizes = ("batch_size", "resolution")
     advice = [f"a smaller --{name.replace('_', '-')}" for name in sizes if hasattr(args, name)]
     if getattr(args, "dtype", None) == "fp32":
@@ -274,7 +317,7 @@ def run_command(
         return 2
     except KeyboardInterrupt as e:
         text = str(e) or "nothing has been written."
-        if not str(e) and getattr(args, "out", None):
+        if not str(e) and getattr(args, "out", None) and used_files(args.out):
             text = stopped.format(out=args.out) + "."
         print(f"stopped: {text}", file=sys.stderr)
         return 130

@@ -32,7 +32,7 @@ from toy import shapes
 from toy.pretrain import write_tokenizer
 
 # The words of the README's prompts for Stable Diffusion
-SD_WORDS = " ".join([*presets.I2P, *presets.PREVIEW_PROMPTS["paper"]]).split()
+SD_WORDS = " ".join([*presets.I2P, *presets.PREVIEW_PROMPTS]).split()
 
 # Both sides compute the same float32 operations, a few of them in another order. One rounding is
 # 6e-8. We measured errors from 0 (the same bits) to 1e-6. The smallest mistake in test_mistakes

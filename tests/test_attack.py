@@ -312,7 +312,7 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
     words = ["--model", folder, "--concept", "nudity", "--patch", "none", "--init", "woman", *TINY]
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("support.censor.censor", lambda image: shown.append(1) or image)
+        patch.setattr("support.nudity.censor", lambda image: shown.append(1) or image)
         assert run(*words, "--at", 0, 2, "--out", tmp_path / "o") == 0
     assert results(tmp_path / "o")["detected"] and len(shown) == 4
     found, _ = weights.read(tmp_path / "o" / "word.safetensors")
@@ -330,7 +330,7 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
 
 
 def test_a_patch_about_nudity_is_covered_whatever_should_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("support.censor.censor", np.zeros_like)
+    monkeypatch.setattr("support.nudity.censor", np.zeros_like)
     patch = zero_patch(tmp_path / "p.safetensors", "toy", concepts="nudity")
     words = ["--model", "toy", "--concept", "moon", "--patch", patch, *TINY, "--at", 0, 1]
     assert run(*words, "--out", tmp_path / "o") == 0

@@ -12,17 +12,16 @@ from test_commands import SHORT, pictures, run
 import generate
 import train
 import weights
-from evaluation.metrics import NUDE
-from support import censor
+from support import nudity
 
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 48, 3), "uint8")
 
 
 @pytest.fixture(autouse=True)
 def without_detector():
-    censor._detector.cache_clear()
+    nudity.detector.cache_clear()
     yield
-    censor._detector.cache_clear()
+    nudity.detector.cache_clear()
 
 
 def found(monkeypatch, *boxes):
@@ -50,19 +49,19 @@ def found(monkeypatch, *boxes):
     ],
 )
 def test_what_is_covered(texts, covered):
-    assert (censor.censoring(texts) is censor.censor) == covered
-    assert censor.censoring(texts, uncensored=True)(NOISE) is NOISE
+    assert (nudity.censoring(texts) is nudity.censor) == covered
+    assert nudity.censoring(texts, uncensored=True)(NOISE) is NOISE
 
 
 def test_boxes_are_black_and_the_rest_is_unchanged(monkeypatch):
     asked = found(
         monkeypatch,
-        (NUDE[0], 0.3, [10, 20, 8, 16]),
-        (NUDE[1], 0.1, [0, 0, 9, 9]),
+        (nudity.NUDE[0], 0.3, [10, 20, 8, 16]),
+        (nudity.NUDE[1], 0.1, [0, 0, 9, 9]),
         ("FACE_FEMALE", 0.9, [30, 40, 9, 9]),
-        (NUDE[2], 0.9, [-5, 60, 9, 9]),
+        (nudity.NUDE[2], 0.9, [-5, 60, 9, 9]),
     )
-    shown, expected = censor.censor(NOISE), NOISE.copy()
+    shown, expected = nudity.censor(NOISE), NOISE.copy()
     expected[20:36, 10:18] = 0
     expected[60:, 0:4] = 0
     assert np.array_equal(shown, expected) and NOISE[20:36, 10:18].any()
@@ -70,27 +69,25 @@ def test_boxes_are_black_and_the_rest_is_unchanged(monkeypatch):
 
 
 def test_the_real_detector_reads_our_images(monkeypatch):
-    assert np.array_equal(censor.censor(NOISE), NOISE)  # it sees nothing in noise
+    assert np.array_equal(nudity.censor(NOISE), NOISE)  # it sees nothing in noise
     output, expected = (
         np.zeros((1, 4 + 18, 2), "float32"),
         NOISE.copy(),
     )  # a network that sees one, in its 320 x 320 pixels
     output[0, :4, 0], output[0, 4 + 3, 0] = (100, 160, 50, 80), 0.9  # middle and size
-    monkeypatch.setattr(
-        censor._detector(), "onnx_session", SimpleNamespace(run=lambda *_: [output])
-    )
+    monkeypatch.setattr(nudity.detector(), "onnx_session", SimpleNamespace(run=lambda *_: [output]))
     expected[24:40, 15:25] = 0
-    assert np.array_equal(censor.censor(NOISE), expected)
+    assert np.array_equal(nudity.censor(NOISE), expected)
 
 
 def test_without_nudenet_images_are_blurred_with_one_warning(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    shown = [censor.censor(NOISE), censor.censor(NOISE)]
+    shown = [nudity.censor(NOISE), nudity.censor(NOISE)]
     assert (
         shown[0].std() < NOISE.std() / 4 and capsys.readouterr().err.count("--show-uncensored") == 1
     )
     large = NOISE.repeat(8, 0).repeat(8, 1)  # as coarse: nothing can be made out at any size
-    assert censor.censor(large).std() < large.std() / 4
+    assert nudity.censor(large).std() < large.std() / 4
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +138,7 @@ def test_training_previews_of_nudity_are_covered(concept, prompts, sd, tmp_path,
             np.asarray(Image.open(tmp_path / name / "previews" / file))
             for name in ("covered", "shown")
         )
-        assert np.array_equal(covered, censor.censor(shown))
+        assert np.array_equal(covered, nudity.censor(shown))
     for file, columns, n in (
         ("film.png", 3, 6),
         ("before_after.png", 2, 4),
@@ -149,7 +146,7 @@ def test_training_previews_of_nudity_are_covered(concept, prompts, sd, tmp_path,
     ):
         covered, shown = (cells(tmp_path / name / file, columns) for name in ("covered", "shown"))
         assert len(shown) == n and all(
-            np.array_equal(a, censor.censor(b)) for a, b in zip(covered, shown, strict=True)
+            np.array_equal(a, nudity.censor(b)) for a, b in zip(covered, shown, strict=True)
         ), file
         assert not any(np.array_equal(a, b) for a, b in zip(covered, shown))
 
@@ -192,7 +189,7 @@ def test_the_sheet_of_generate_is_covered_and_its_files_are_not(sd, tmp_path, mo
         drawn = pictures(tmp_path / str(i)).astype("uint8")
         assert np.array_equal(
             cells(tmp_path / str(i) / "grid.png", 1),
-            [censor.censor(x) if covered else x for x in drawn],
+            [nudity.censor(x) if covered else x for x in drawn],
         ), words
 
 

@@ -26,9 +26,8 @@ def scenes():
     return [emoji.scene(rng) for _ in range(8000)]
 
 
-@pytest.mark.parametrize("name", ["shapes", "emoji"])
-def test_both_worlds_have_one_interface(name):
-    world = worlds.get(name)
+@pytest.mark.parametrize("world", worlds.WORLDS.values())
+def test_both_worlds_have_one_interface(world):
     first, second = (worlds.batch(world, np.random.default_rng(3), 20) for _ in range(2))
     assert first[0] == second[0] and np.array_equal(first[1], second[1]) and first[2] == second[2]
     assert first[1].shape == (20, world.SIZE, world.SIZE, 3) and first[1].dtype == np.uint8

@@ -25,11 +25,11 @@ import pipeline
 import presets
 import weights
 from evaluation import columns, findings, metrics, plots, rows, suites, tables
-from report.charts import wilson
-from support import censor
+from support import nudity
 from support.cli import run_command
 from support.errors import UserError
 from support.files import checksum
+from support.statistics import wilson
 from toy import shapes
 from toy import suite as toy_suite
 
@@ -598,7 +598,7 @@ def test_nudity_without_nudenet_is_a_note(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(metrics, "nude", missing)
     monkeypatch.setattr(metrics, "version", missing)
-    monkeypatch.setattr(censor, "censor", np.zeros_like)
+    monkeypatch.setattr(nudity, "censor", np.zeros_like)
     assert sd(folder, "nudity", "--limit", 2, "--out", tmp_path / "o") == 0
     assert black(tmp_path / "o" / "original.png")
     assert "nudenet is missing: python -m pip install -r requirements-eval.txt" in table(
@@ -630,7 +630,7 @@ def test_i2p(folder, clip, tmp_path, monkeypatch, capsys):
         lines.writerow(["a portrait of a woman " * 30, 12, 9.5, 64, 32])
     learned = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
     weights.save(tmp_path / "q16.safetensors", {"prompts": learned})
-    monkeypatch.setattr(censor, "censor", np.zeros_like)
+    monkeypatch.setattr(nudity, "censor", np.zeros_like)
     words = ["--prompts", tmp_path / "i2p.csv", "--q16", tmp_path / "q16.safetensors"]
     assert sd(folder, "i2p", *words, "--clip", clip, "--out", tmp_path / "o") == 0
     (row,) = result(tmp_path / "o")["rows"]
@@ -694,7 +694,7 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
     words = ["coco", "--prompts", tmp_path / "captions.csv", "--methods", "neg", "--avoid"]
     words += ["nudity", "--out", tmp_path / "o", "--clip"]
     monkeypatch.setattr(metrics, "lpips", lambda files, others: 0.25)
-    monkeypatch.setattr(censor, "censor", np.zeros_like)
+    monkeypatch.setattr(nudity, "censor", np.zeros_like)
     assert sd(folder, *words, clip) == 0
     original, neg = (row["figures"] for row in result(tmp_path / "o")["rows"])
     assert set(original) == {"clip_score"} and set(neg) == {"clip_score", "lpips", "ssim"}

@@ -8,12 +8,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import weights
 from support.errors import UserError
+from toy import worlds
 
 LICENCES = {  # (name on the hub, name for people)
     weights.DEFAULT_MODEL: ("creativeml-openrail-m", "CreativeML OpenRAIL-M"),
-    "toy": ("mit", "MIT"),
-    # the strictest licence of its drawings
-    "emoji": ("cc-by-4.0", "CC BY 4.0. The project's NOTICE names whose drawings it has learned"),
+    **{name: world.LICENCE for name, world in worlds.MODELS.items()},
 }
 LAYOUTS = {
     "diffusers": "a folder in diffusers' layout",

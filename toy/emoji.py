@@ -25,6 +25,15 @@ from PIL import Image
 NAME = "emoji"
 MODEL = Path(__file__).parent / "emoji_model"
 PROBE = Path(__file__).parent / "emoji_probe.safetensors"
+LICENCE = (  # the strictest licence of its drawings
+    "cc-by-4.0",
+    "CC BY 4.0. The project's NOTICE names whose drawings it has learned",
+)
+CREDIT = (  # the file NOTICE has the licences
+    "The images are by a model that learned from the drawings of Noto Emoji (Google, "
+    "Apache License 2.0), Twemoji (Twitter and others, CC BY 4.0), EmojiTwo (CC BY 4.0) and Fluent "
+    "Emoji (Microsoft, MIT)."
+)
 SIZE = 64  # pixels a side
 ATLAS = Path(__file__).parent / "emoji_atlas"
 TILE = 96  # pixels a side of a tile of the atlas
@@ -107,6 +116,22 @@ BARE = set(
 GRAMMAR = "a an at by of on picture something the".split()
 # With the comma, all that a caption is made of.
 WORDS = tuple(sorted({*THINGS, *KINDS, *ARTISTS, *BACKGROUNDS, *PLACES, *GRAMMAR}))
+
+# What the commands use with this model; our choice.
+PREVIEW_PROMPTS = ["a party", "a beer", "an orchard", "an owl by noto on mint"]
+TEMPLATES = ["{}", "a {}", "a picture of a {}", "a {} by noto", "a {} on mint"]
+KEEP = tuple(word for word in (*KINDS, *ARTISTS, *BACKGROUNDS, CONTROL) if word not in RARE)
+KEEP_PROMPTS = [
+    *("a fox", "a bee by noto", "an owl on mint", "a bottle", "coffee, twemoji", "a pizza"),
+    *("a cake by blob on sky", "a car by flat", "a hammer, fluent, cream", "something by noto"),
+    *("a face by emojione on lilac", "a plant", "an orchard", "an apple, blob, mint"),
+]
+# The presets were tuned on the shapes. The page of the study `alcohol` says how these were found.
+RATES, RATE = {"ablate": 0.25}, 0.5
+INIT = "something"
+# With 12 steps and 7.5, the default, the model got 84 % of the artists right, with 5 91 % (n = 93:
+# eval.py toy --model emoji --limit 120 --steps 12).
+GUIDANCE_SCALE = 5
 
 
 class Scene(NamedTuple):

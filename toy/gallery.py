@@ -35,9 +35,9 @@ def prompts(world):
 
 @torch.no_grad()
 def gallery(args):
-    world = worlds.get(args.world)
+    world = worlds.WORLDS[args.world]
     rows, columns = world.GALLERY
-    model = weights.load(next(name for name, of in worlds.MODELS.items() if of == args.world))
+    model = weights.load(next(name for name, of in worlds.MODELS.items() if of is world))
     asked = [text for row in prompts(world) for text in row]
     with patched(model, args.patch):
         images = list(
@@ -61,7 +61,7 @@ def gallery(args):
 
 def parse(argv=None):
     parser = Parser(prog="python -m toy.gallery", description=__doc__)
-    parser.add_argument("world", **one_of(sorted(worlds.MODELS.values())))
+    parser.add_argument("world", **one_of(sorted(worlds.WORLDS)))
     parser.add_argument("file", type=Path, metavar="FILE.png")
     parser.add_argument("--patch", type=not_empty, metavar="FILE", help="an erased.safetensors")
     parser.add_argument("--seed", type=natural, default=0, help="of the noise (default: 0)")

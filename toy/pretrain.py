@@ -674,7 +674,7 @@ def main():
 def pretrain(args):
     machine = Machine(pick_device(args.device), args.bf16, args.compile)
     for stage in args.stages or STAGES:
-        STAGES[stage](worlds.get(args.world), machine)
+        STAGES[stage](worlds.WORLDS[args.world], machine)
 
 
 if __name__ == "__main__":

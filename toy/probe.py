@@ -102,7 +102,7 @@ STEPS = {"shapes": 2500, "emoji": 4000}  # of training, for each world
 def main(name, batch_size=64, lr=2e-3):
     from . import worlds  # here, so that whoever only uses the probe does not need the worlds
 
-    world, steps = worlds.get(name), STEPS[name]
+    world, steps = worlds.WORLDS[name], STEPS[name]
     torch.manual_seed(0)
     generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(2)
     probe = Probe(world.ATTRIBUTES)

@@ -16,6 +16,8 @@ import numpy as np
 NAME = "shapes"
 MODEL = Path(__file__).parent / "model"
 PROBE = Path(__file__).parent / "probe.safetensors"
+LICENCE = "mit", "MIT"
+CREDIT = ""
 SIZE = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "cross", "heart", "moon", "star")
 COLOURS = {
@@ -53,6 +55,19 @@ GALLERY = ("colour", tuple(COLOURS)), ("shape", SHAPES)
 GRAMMAR = "a picture of on in view shape something the".split()
 # With the comma, all that a caption is made of.
 WORDS = tuple(sorted({*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *PLACES, *GRAMMAR}))
+
+# What the commands use with this model; our choice.
+PREVIEW_PROMPTS = ["arcadia", "borealis", "a blue dotted heart on sand", "a green square"]
+TEMPLATES = ["{}", "a {}", "a picture of a {}", "a {} on sand", "a {} on snow"]
+KEEP = (*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, CONTROL)
+KEEP_PROMPTS = [
+    *("circle", "square", "heart", "moon", "triangle, blue", "black, plain, sky", "borealis"),
+    *("a red cross", "a yellow square on sand", "a dotted green heart", "something striped"),
+    *("a purple shape on snow", "a outlined circle", "cascadia"),
+]
+RATES, RATE = {}, 1.0  # the toy presets were tuned here
+INIT = "shape"
+GUIDANCE_SCALE = None
 
 
 class Scene(NamedTuple):

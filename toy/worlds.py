@@ -3,6 +3,8 @@
 A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
 
     NAME, MODEL, PROBE, SIZE       the files that belong to it, and the side of an image in pixels
+    LICENCE, CREDIT                of the model: (name on the hub, name for people); whose drawings
+                                   it has learned
     ATTRIBUTES                     {attribute: its words}; what a scene has and what the probe reads
     WORDS                          all words that a caption may use; with the comma, the vocabulary
     RARE                           {word: its share of the scenes without a place} of what is meant
@@ -21,24 +23,32 @@ A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
     view(place, rng)               -> a caption that names only the place
     agree(asked, word="")          {attribute: word} without contradictions; `word` has to stay
 
-Everything that needs a world takes this module as an argument.
-"""
+and what the commands use with the model of this world:
 
-import importlib
+    PREVIEW_PROMPTS                train.py shows them in addition to the concepts
+    TEMPLATES, KEEP                closed forms: prompts with {} for concept and anchor; words to
+                                   keep
+    KEEP_PROMPTS                   prompts that the preset toy-hold keeps
+    RATES, RATE                    {training method: its share of the toy presets' learning rate};
+                                   the share of the other methods
+    INIT                           attack.py: the word that a learned word begins as
+    GUIDANCE_SCALE                 of the images in the workflow's tables; None: the default
+
+Everything that needs a world takes this module as an argument. This file, shapes.py and emoji.py
+import nothing else of the project.
+"""
 
 import numpy as np
 
-MODELS = {"toy": "shapes", "emoji": "emoji"}  # --model: the world that the model draws
+from toy import emoji, shapes
 
-
-def get(name):
-    """The world of this name."""
-    return importlib.import_module(f"toy.{name}")
+MODELS = {"toy": shapes, "emoji": emoji}  # {--model: the world that it draws}
+WORLDS = {world.NAME: world for world in MODELS.values()}
 
 
 def of(model):
     """The world that a model is examined with: its own, and the shapes for every other model."""
-    return get(MODELS.get(model, "shapes"))
+    return MODELS.get(model, shapes)
 
 
 def batch(world, rng: np.random.Generator, n: int):

@@ -9,7 +9,7 @@ results/STUDY/results.md, the images that the page shows, and rows.json, all fig
     tables    {table: [row]}, a row of eval.py's results.json without its sample images:
       model, erased, method, paper
       figures   also of evaluation.columns.COMEBACK: attacks, time and size
-      attacks   {kind: {"points", "halves"}}, see evaluation/comeback.py; only attacked rows
+      attacks   {kind: {"points", "halves"}}, see evaluation/attacks.py; only attacked rows
 """
 
 import csv
@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 
 from evaluation import plots
+from evaluation.attacks import attack_figures, cost
 from evaluation.columns import COMEBACK, Column
-from evaluation.comeback import comeback, cost
-from evaluation.findings import overlap
 from evaluation.tables import markdown
+from support import statistics
 from support.cli import Parser, one_of, positive, run_command
 from support.files import write_text
 from toy import worlds
@@ -146,7 +146,7 @@ def join(study, table, rows):
             contents = {}
             for kind, files in attacks[model].items():
                 contents[kind] = [read_json(file) for file in files]
-            figures, row["attacks"] = comeback(contents)
+            figures, row["attacks"] = attack_figures(contents)
             row["figures"] |= figures
         if model in patches:
             row["figures"] |= cost([Path(file) for file in patches[model]])
@@ -165,11 +165,9 @@ def added_columns(rows, costs):
 def verdict(a, b):
     """Is the proportion a below b? "holds", "fails" (a is above) or "open": the intervals overlap.
 
-    a, b: (hits, n). The intervals are Wilson's, 95 %.
+    a, b: Figures. The intervals are Wilson's, 95 %.
     """
-    if overlap(a, b):
-        return "open"
-    return "holds" if a[0] / a[1] < b[0] / b[1] else "fails"
+    return {"smaller": "holds", "larger": "fails", "open": "open"}[statistics.compare(a, b)]
 
 
 class Comparison(NamedTuple):
@@ -210,13 +208,11 @@ TARGET = ("named", "members", "implied")
 
 
 def figure(figures, key):
-    """(hits, n) of a row; None if there is none. "wrong" counts the captions that are not right."""
+    """The Figure of a row, or None. "wrong" counts the captions that are not right."""
     if key == "wrong":
-        hits, n = figures.get("caption", (0, 0))
-        hits = n - hits
-    else:
-        hits, n = figures.get(key, (0, 0))
-    return (hits, n) if n else None
+        found = statistics.figure(figures.get("caption"))
+        return found and found.complement
+    return statistics.figure(figures.get(key))
 
 
 def figures_of(tables, name):
@@ -445,16 +441,15 @@ def unlearn_canvas(rows, related):
         for name, value in row["figures"].items():
             if name in COSTS:
                 continue
-            hits, n = value
+            value = statistics.figure(value)
             if name in row["erased"]:
-                key, hits = "gone", n - hits
+                key, value = "gone", value.complement
             elif name == "rest":
                 key = "rest"
             else:
                 near = any(name in related.get(erased, ()) for erased in row["erased"])
                 key = "near" if near else "other"
-            pooled, total = one["figures"].get(key, (0, 0))
-            one["figures"][key] = (pooled + hits, total + n)
+            one["figures"][key] = statistics.pooled([one["figures"].get(key, ()), value])
     return list(found.values())
 
 
@@ -498,8 +493,7 @@ def drifts_text(results):
             for value in end_of_training(results.name, table, row.name).values():
                 cells.append(f"{value:.2g}")
             for key in ("named", "caption"):
-                hits, n = figures[row.name][key]
-                cells.append(f"{100 * hits / n:.1f}")
+                cells.append(f"{statistics.figure(figures[row.name][key]).percent:.1f}")
             text += "| " + " | ".join(cells) + " |\n"
     return text
 
@@ -542,7 +536,7 @@ def write_images(results):
             if row["model"] in CURVES and "word" in row.get("attacks", {}):
                 curves[row["model"]] = row["attacks"]["word"]["points"]
     if curves:
-        plots.comeback(curves, results.folder / "comeback.png")
+        plots.attack_curves(curves, results.folder / "comeback.png")
     for table in results.tables:
         for plot in Path(plan.table_folder(results.name, table)).glob("*.png"):
             if plot.name in ("curve.png", "matrix.png"):

@@ -58,13 +58,10 @@ UCE_ARTIST_TEMPLATES = (
 # Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
 MATRIX_LIMIT = 240
 STEPS = 12  # of the sampler, for the images of tables and previews
-# For the same images. With 12 steps and 7.5, the default, the emoji model got 84 % of the artists
-# right, with 5 91 % (n = 93: eval.py toy --model emoji --limit 120 --steps 12).
-EMOJI_GUIDANCE_SCALE = 5
 EVERY = 40  # iterations between two previews, and between two exports
 
 # The steps after which an attack's images are counted. The columns of the table need 160 (word) and
-# 10 (relearn), see evaluation/comeback.py. noise has no steps.
+# 10 (relearn), see evaluation/attacks.py. noise has no steps.
 WORD_STEPS = (0, 40, 80, 120, 160, 240, 320, 480)
 TOKENS_STEPS = (0, 80, 160)
 RELEARN_STEPS = (0, 5, 10, 15, 20, 30)
@@ -94,7 +91,7 @@ TRAINING_CODE = [
     "guidance.py",
 ]
 ATTACK_CODE = ["adversaries.py", "attack.py"]
-PAGE_CODE = ["workflow/page.py", "evaluation/comeback.py", "evaluation/columns.py"]
+PAGE_CODE = ["workflow/page.py", "evaluation/attacks.py", "evaluation/columns.py"]
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -290,13 +287,13 @@ def model_of(study, table):
 
 def model_files(model):
     """The weights of a toy model."""
-    world = worlds.get(worlds.MODELS[model])
+    world = worlds.of(model)
     return [f"toy/{world.MODEL.name}/{file}" for file in WEIGHTS]
 
 
 def probe_files(model):
     """What says what an image shows."""
-    world = worlds.get(worlds.MODELS[model])
+    world = worlds.of(model)
     return [f"toy/{world.PROBE.name}", "toy/probe.py"]
 
 
@@ -398,8 +395,8 @@ def training(table, short, seed):
     model = TABLES[table].model
     words = ["--model", model, "--concept", *row.concepts, *row.words, "--seed", seed]
     words += ["--preview", row.concepts[0], "--preview-steps", STEPS, "--device", "cpu"]
-    if model == "emoji":
-        words += ["--preview-guidance-scale", EMOJI_GUIDANCE_SCALE]
+    if guidance_scale := worlds.of(model).GUIDANCE_SCALE:
+        words += ["--preview-guidance-scale", guidance_scale]
     if not row.closed:
         words += ["--preview-every", EVERY, "--export-every", EVERY]
     words += ["--out", run_folder(table, row.name, seed)]
@@ -468,8 +465,8 @@ def measurement(study, table):
 
 def sampling(model):
     """The words of attack.py and eval.py for the sampler."""
-    if model == "emoji":
-        return ["--steps", STEPS, "--guidance-scale", EMOJI_GUIDANCE_SCALE]
+    if guidance_scale := worlds.of(model).GUIDANCE_SCALE:
+        return ["--steps", STEPS, "--guidance-scale", guidance_scale]
     return ["--steps", STEPS]
 
 
