@@ -41,7 +41,7 @@ from pipeline import (
     InferenceUNet,
     avoided_prompts,
     encode_prompts,
-    generate_images,
+    images,
     make_scheduler,
     patched,
 )
@@ -382,8 +382,8 @@ def generate_missing(model, row, jobs, folder, args, device, dtype, process, lab
         missing = missing_batches(jobs, folder, n, len(patches), args, process)
         if missing:
             todo.append((patch, missing))
-    images = sum(len(batch) for _, missing in todo for batch in missing)
-    with tqdm(total=images, desc=label, unit="image", disable=None) as bar:
+    total = sum(len(batch) for _, missing in todo for batch in missing)
+    with tqdm(total=total, desc=label, unit="image", disable=None) as bar:
         for patch, missing in todo:
             with patched(model, patch):
                 unet = InferenceUNet(model.unet, device, dtype)
@@ -397,24 +397,24 @@ def generate_batch(model, unet, row, jobs, batch, folder, args, dtype):
     """Generates the images `batch`, indices of jobs, and saves those that are not there yet."""
     some = [jobs[i] for i in batch]
     avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
-    prompts = ["", *avoided, *(job.prompt for job in some)]
-    c_0, c_S, c_p = encode_prompts(model, prompts, warn=False).split([1, len(avoided), len(some)])
-    images = generate_images(
+    prompts = [job.prompt for job in some]
+    c_0, c_S, c_p = encode_prompts(model, "", avoided, prompts, warn=False)
+    made = images(
         model,
-        unet,
-        c_0,
         c_p,
         [job.seed for job in some],
-        make_scheduler(model.scheduler, args.steps, args.scheduler),
-        args.guidance_scale if some[0].scale is None else some[0].scale,
-        dtype,
+        unet=unet,
+        negative=c_0,
+        avoid=c_S,
+        scheduler=make_scheduler(model.scheduler, args.steps, args.scheduler),
+        guidance_scale=args.guidance_scale if some[0].scale is None else some[0].scale,
+        guidance=row.guidance,
+        warmup=args.guidance_warmup,
         size=some[0].size,
         batch_size=len(some),
-        method=row.guidance,
-        c_S=c_S,
-        warmup=args.guidance_warmup,
+        dtype=dtype,
     )
-    for image, i in zip(images, batch):
+    for image, i in zip(made, batch):
         file = folder / f"{i:05d}.png"
         if not file.exists():
             about = {

@@ -18,12 +18,11 @@ from pathlib import Path
 import weights
 from guidance import GUIDANCE
 from pipeline import (
-    InferenceUNet,
     added_word,
     avoided_prompts,
     check_warmup,
     encode_prompts,
-    generate_images,
+    images,
     make_scheduler,
     patched,
 )
@@ -214,8 +213,8 @@ def write_images(args, model_name, patches):
     for name, patch in patches.items():
         folder = Path(name) if len(patches) > 1 else Path()
         text = png_text(args, model, patch, concepts[name])
-        images = generate_all(model, patch, name, args, scheduler, dtype)
-        for number, (prompt, seed, image) in enumerate(images):
+        made = generate_all(model, patch, name, args, scheduler, dtype)
+        for number, (prompt, seed, image) in enumerate(made):
             file = folder / f"{number:05d}.png"
             save_png(image, args.out / file, prompt=prompt, seed=seed, **text)
             lines.append({"file": file.as_posix(), "prompt": prompt, "seed": seed})
@@ -265,25 +264,23 @@ def generate_all(model, patch, name, args, scheduler, dtype):
             raise UserError(
                 f"No prompt contains the word {word!r} of {args.word}: write it into one."
             )
-        texts = encode_prompts(model, [args.negative_prompt, *args.prompts, *avoid])
-        c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
-        images = generate_images(
+        c_0, c_p, c_S = encode_prompts(model, args.negative_prompt, args.prompts, avoid)
+        made = images(
             model,
-            InferenceUNet(model.unet, c_0.device, dtype),
-            c_0,
             c_p.repeat_interleave(args.num_images, 0),
             seeds,
-            scheduler,
-            args.guidance_scale,
-            dtype,
+            negative=c_0,
+            avoid=c_S,
+            scheduler=scheduler,
+            guidance_scale=args.guidance_scale,
+            guidance=args.method,
+            warmup=args.guidance_warmup,
             size=args.resolution,
             batch_size=args.batch_size,
+            dtype=dtype,
             bar=name,
-            method=args.method,
-            c_S=c_S,
-            warmup=args.guidance_warmup,
         )
-        yield from zip(prompts, seeds, images)
+        yield from zip(prompts, seeds, made)
 
 
 def make_grid(rows, args, patches):

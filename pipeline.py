@@ -48,7 +48,7 @@ def make_scheduler(config, steps, kind=None):
     try:
         return SAMPLERS[kind](steps, **noise_schedule(config))
     except ValueError as e:
-        raise UserError(str(e)) from None
+        raise UserError(f"{e}: ask for fewer.") from None
 
 
 # ---------------------------------------------------------------------------------------- prompts
