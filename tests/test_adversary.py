@@ -10,7 +10,6 @@ import presets
 import train
 from adversaries import Adversary
 from presets import METHODS
-from support.errors import UserError
 
 SIZES = UNETS["2 heads, plain first"] | dict(cross_attention_dim=TEXT["hidden_size"])
 B, STEPS = 3, 4
@@ -144,24 +143,6 @@ def test_a_full_prompt_keeps_its_end_of_text(models):
 
 
 # ---------------------------------------------------------------------- flags
-STAR = ["--model", "toy", "--concept", "star", "--device", "cpu"]
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("--keep circle", "--keep has no effect without --preserve"),
-        ("--keep no.txt --preserve 0.3", "--keep no.txt cannot be read"),
-        ("--concept star red --method ablate --anchor circle", "takes one concept"),
-        ("--method ablate --anchor circle --train-params embedding", "embedding trains only"),
-        ("--model x/y --preset toy-hold", "keeps prompts of the toy models"),
-    ],
-)
-def test_what_cannot_work_is_refused(words, said):
-    with pytest.raises(UserError, match=said):
-        presets.settle(train.parse([*STAR, "--adversary", "1", *words.split()]))
-
-
 def test_the_concepts_own_words_are_not_kept():
     def kept(*concepts):
         args = ["--model", "toy", "--preset", "toy-hold", "--concept", *concepts]
