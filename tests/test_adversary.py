@@ -157,5 +157,5 @@ def test_the_concepts_own_words_are_not_kept():
 def test_keep_reads_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("circle\n\na red square\n", encoding="utf-8")
-    args = train.parse([*STAR, "--preserve", "0.3", "--keep", str(file)])
+    args = train.parse(f"--model toy --concept star --preserve 0.3 --keep {file}".split())
     assert presets.settle(args)["keep"] == ["circle", "a red square"]
