@@ -524,19 +524,11 @@ def differences(a, b):
 
 
 # ---------------------------------------------------------------------- trainings
-def out_of_memory():
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def disk_full():
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 STOPS = {
-    "Ctrl-C": lambda: signal.raise_signal(signal.SIGINT),
-    "SIGTERM": lambda: signal.raise_signal(signal.SIGTERM),
-    "full memory": out_of_memory,
-    "full disk": disk_full,
+    "Ctrl-C": signal.SIGINT,
+    "SIGTERM": signal.SIGTERM,
+    "full memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "full disk": OSError(errno.ENOSPC, "No space left on device"),
 }
 
 
@@ -548,7 +540,9 @@ def stopped(how, where, number):
     def counted(*given, **named):
         calls.append(1)
         if len(calls) == number:
-            STOPS[how]()
+            if isinstance(STOPS[how], Exception):
+                raise STOPS[how]
+            signal.raise_signal(STOPS[how])
         return function(*given, **named)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

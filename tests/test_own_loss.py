@@ -3,7 +3,8 @@
 import pytest
 from common import SHORT, differences, run, stopped
 
-from support.own_loss import OwnLossError, call_loss
+from support.errors import UserError
+from support.own_loss import call_loss
 
 GOOD = """
 import torch
@@ -65,7 +66,7 @@ def test_a_full_memory_is_not_a_mistake_of_the_loss():
 
     with pytest.raises(MemoryError):
         call_loss(full, "my.py:full")
-    with pytest.raises(OwnLossError, match="shapes"):
+    with pytest.raises(UserError, match="shapes"):
         call_loss(wrong, "my.py:wrong")
 
 

@@ -232,7 +232,6 @@ def test_the_emoji_model_takes_a_share_of_the_toy_presets_rates(words, lr):
     [
         ("--iters 1 --warmup 1", "never reaches"),
         ("--method ablate --train-params embedding --anchor star", "the anchor's own word 'star'"),
-        ("--method uce --states last", "maps the concept to the start token"),
     ],
 )
 def test_what_is_only_a_warning(words, said, capsys):
