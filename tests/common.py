@@ -596,7 +596,8 @@ def follows_fp32(line, out, dtype, loss, norm, cosine, z):
     8 % (5 %), its cosine at least 0.949 (0.946), z_t 22 % (2 %).
     """
     full, half = (
-        training(f"{line} --warmup 0 --ema 0.999 --dtype {name}", out) for name in ("fp32", dtype)
+        training(f"{line} --warmup 0 --ema 0.999 --dtype {name}", out / name)
+        for name in ("fp32", dtype)
     )
     theta, theta_full = trained(half), trained(full)
     before, sampled = flat(theta), []  # fp32's z_t

@@ -23,7 +23,7 @@ called = 0
 
 
 def loss(**x):
-    """Is wrong in its fourth call. The first one is the check before the run."""
+    """Is wrong in its fourth call, at iteration 3."""
     global called
     called += 1
     value = sdd_loss(**x)
@@ -35,8 +35,8 @@ def loss(**x):
 @pytest.mark.parametrize(
     "fault, said",
     [
-        ("value * float('nan')", "diverged at iteration 2 (loss nan"),
-        ("value * 1e9", "diverged at iteration 2 (loss "),
+        ("value * float('nan')", "diverged at iteration 3 (loss nan"),
+        ("value * 1e9", "diverged at iteration 3 (loss "),
         ("value + 0 * (value - value.detach()).sqrt()", "gradient norm nan"),
     ],
 )
@@ -48,7 +48,7 @@ def test_a_diverged_loss_stops_the_run_before_the_step(fault, said, tmp_path, ca
     tensors, metadata = weights.read(tmp_path / "o" / "checkpoint.safetensors")
     assert metadata["iterations"] == "2"
     assert all(x.isfinite().all() for x in tensors.values() if x.is_floating_point())
-    assert len((tmp_path / "o" / "log.csv").read_text().splitlines()) == 1 + 2
+    assert len((tmp_path / "o" / "log.csv").read_text().splitlines()) == 1 + 3
     assert not (tmp_path / "o" / "erased.safetensors").exists()
 
 
