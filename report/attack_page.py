@@ -1,14 +1,19 @@
-"""The content of an attack's page: the finding, the curve, the table, and the rows of images.
+"""The page of an attack: the finding, the curve, the table, and the rows of images.
 
 evaluation/attacks.py writes results.json, which this file reads.
 """
 
 import weights
-from report.charts import interval_in_words, share_chart
-from report.inputs import number, read_data_uri, read_dict, read_json, read_list
+from report.blocks import SDD, made, read_image, read_json
+from report.charts import line_chart
+from support.statistics import cell, counted, in_words
 
 ROW_SIDE = 1280  # pixels of a row of images, at most
 CHANCE = "by chance (empty prompt)"
+ABOUT_IMAGES = (
+    "Each column has the same seed. A row shows the first of the images that were counted."
+)
+FIRST_ATTEMPT = "An image counts from the first attempt on that shows the concept."
 HOW = {
     "word": "a learned word",
     "tokens": "searched words",
@@ -17,116 +22,69 @@ HOW = {
 }
 
 
-def attack_content(folder):
-    """What attack.html.j2 shows of the attack in a folder: {name: value}."""
-    problems = []
-    results = read_json(folder / "results.json", problems)
-    settings = read_dict(results, "settings") or read_json(folder / "attack.json", problems)
-    points, chance = counts(results, "points"), counts(results, "chance")
-    unit, detected = unit_of(settings), bool(results.get("detected"))
-    patch = str(settings.get("patch", "?"))
+def attack_page(folder):
+    """The page of the attack in a folder; see blocks.py."""
+    settings, results = read_json(folder / "attack.json"), read_json(folder / "results.json")
+    patch, model = settings["patch"], settings["model"]
+    target, with_patch = weights.name_of_patch(patch), f"patch {patch}"
+    if patch == "none":
+        target, with_patch = "the untouched model", "without a patch"
+    if results.get("finished"):
+        state = f"Finished. Model {model}, {with_patch}."
+    else:
+        state = (
+            f"Not finished. Model {model}, {with_patch}. Reload this page to see the newest state. "
+            "After a stop, the same command continues."
+        )
     return {
-        "concept": settings.get("concept", "?"),
-        "how": HOW.get(settings.get("kind"), "?"),
-        "target": "the untouched model" if patch == "none" else weights.name_of_patch(patch),
-        "patch": patch,
-        "settings": settings,
-        "finding": finding(results) if points and chance else "Nothing is measured yet.",
-        "finished": bool(results.get("finished")),
-        "unit": unit,
-        "chart": curve(points, chance, unit) if points and detected else None,
-        "rows": table_rows(points, chance, unit, detected),
-        "images": [image_row(folder, point, unit, detected, problems) for point in points],
-        "command": results.get("command"),
-        "versions": read_dict(results, "versions"),
-        "problems": problems,
+        "heading": f"Attack on {target}: {settings['concept']} with {HOW[settings['kind']]}",
+        "subtitle": results.get("finding", "Nothing is measured yet."),
+        "intro": [{"text": state}],
+        "sections": [
+            *(measurements(folder, results) if results else []),
+            made(results, settings),
+        ],
+        "model": model,
+        "paper": SDD,
     }
 
 
-def counts(results, key):
-    """The measurements in results[key] that are complete: {"step", "hits", "n", …}."""
-    complete = []
-    for point in read_list(results, key):
-        if not isinstance(point, dict):
-            continue
-        numbers = [point.get(name) for name in ("step", "hits", "n")]
-        if all(isinstance(x, int) for x in numbers) and 0 <= point["hits"] <= point["n"] > 0:
-            complete.append(point)
-    return complete
-
-
-def unit_of(settings):
-    """What an attack counts: "step" or "attempt"."""
-    return "attempt" if settings.get("kind") == "noise" else "step"
-
-
-def count(n, unit):
-    """ "1 step", "40 steps"."""
-    return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
-
-
-# ------------------------------------------------------------------------------------- in words
-def finding(results):
-    """What the attack found, for the page and the terminal. results: results.json's content."""
-    settings, half = read_dict(results, "settings"), number(results.get("half"))
-    if not results.get("detected"):
-        return (
-            f"Nothing is counted, because no detector for {settings.get('concept')!r} was there: "
-            "look at the images."
-        )
-    if half is not None:
-        text = f"after {count(round(half), unit_of(settings))}"
-    else:
-        text = "never" if results.get("finished") else "not yet"
-    chance = counts(results, "chance")[-1]
-    return (
-        f"The concept is back in half of the images: {text}. By chance (empty prompt): "
-        f"{chance['hits']} of {chance['n']}."
-    )
+def measurements(folder, results):
+    """The curve, the table, and the images after each measurement."""
+    points, chance, detected = results["points"], results["chance"], results["detected"]
+    unit = "attempt" if results["settings"]["kind"] == "noise" else "step"
+    chance = {point["step"]: point for point in chance} if len(chance) > 1 else {}
+    rows, images = [], [{"text": ABOUT_IMAGES}]
+    for point in points:
+        step = point["step"]
+        row, after = {unit: str(step)}, f"after {step} {unit}{'' if step == 1 else 's'}"
+        if detected:
+            row["images with the concept"] = share(point)
+            after += f": {point['hits']} of {point['n']} show the concept"
+        if detected and chance:
+            row[CHANCE] = share(chance[step]) if step in chance else "–"
+        if unit == "attempt":
+            row["noise"] = f"η = {point['eta']}, times {point['scale']}"
+        else:
+            row |= {"loss": cell(point["loss"]), "prompt": point["prompt"]}
+        rows.append(row)
+        image = read_image(folder / "images" / f"{step:06d}.png", f"images {after}", ROW_SIDE)
+        images.append({"sheet": image, "title": after})
+    lines = [list(row.values()) for row in rows]
+    table = [{"table": lines, "head": list(rows[0]), "style": "figures", "label": "Table"}]
+    if unit == "attempt":
+        table.append({"text": FIRST_ATTEMPT, "soft": True})
+    series = {"with the attack": points} | ({CHANCE: chance.values()} if chance else {})
+    for name, line in series.items():
+        series[name] = [(point["step"], counted(point["hits"], point["n"])) for point in line]
+    curve = line_chart("Images that show the concept", series, unit)
+    return [
+        ("curve", "Curve", [{"charts": [curve]}] if detected else []),
+        ("table", "Table", table),
+        ("images", "Images", images),
+    ]
 
 
 def share(point):
     """ "3 of 24: 12.5 % (4 to 31 %)"."""
-    return f"{point['hits']} of {point['n']}: {interval_in_words(point['hits'], point['n'])}"
-
-
-# -------------------------------------------------------------------------------------- figures
-def curve(points, chance, unit):
-    """The share of images that show the concept; where chance was measured often, also that."""
-    series = {"with the attack": points}
-    if len(chance) > 1:
-        series[CHANCE] = chance
-    shares = {
-        name: [(point["step"], point["hits"], point["n"]) for point in line]
-        for name, line in series.items()
-    }
-    return share_chart("Images that show the concept", shares, unit)
-
-
-def table_rows(points, chance, unit, detected):
-    """[{title of a column: text}], a row per measurement."""
-    rows, by_step = [], {point["step"]: point for point in chance}
-    for point in points:
-        row = {unit: str(point["step"])}
-        if detected:
-            row["images with the concept"] = share(point)
-        if detected and len(chance) > 1:
-            row[CHANCE] = share(by_step[point["step"]]) if point["step"] in by_step else "–"
-        if unit == "attempt":
-            row["noise"] = f"η = {point.get('eta')}, times {point.get('scale')}"
-        else:
-            loss = number(point.get("loss"))
-            row["loss"] = "–" if loss is None else f"{loss:.4g}"
-            row["prompt"] = str(point.get("prompt"))
-        rows.append(row)
-    return rows
-
-
-def image_row(folder, point, unit, detected, problems):
-    """{caption, source} of the images after a measurement."""
-    file = folder / "images" / f"{point['step']:06d}.png"
-    counted = f": {point['hits']} of {point['n']} show the concept" if detected else ""
-    return {
-        "caption": f"after {count(point['step'], unit)}{counted}",
-        "source": read_data_uri(file, ROW_SIDE, problems),
-    }
+    return f"{point['hits']} of {point['n']}: {in_words(counted(point['hits'], point['n']))}"

@@ -1,31 +1,23 @@
-"""Charts as the numbers that the templates draw in SVG: lines, and dots with intervals."""
+"""Charts as shapes of SVG: lines, and a dot per row of a table. Figures have their intervals."""
 
 import math
 
 import numpy as np
+
+from support.statistics import Figure, in_words
 
 POINTS = 400  # of a line at most: a chart is about as many pixels wide
 LEFT, RIGHT, TOP, BOTTOM = 60, 390, 20, 190  # the plot area of a line chart of 400 × 220 units
 DOT_LEFT, DOT_RIGHT = 150, 380  # the plot area of a dot chart that is 400 units wide
 DOT_TOP, DOT_ROW = 8, 24
 NAME_LENGTH = 20  # letters of a name that fit left of the dots
+PERCENT = [(percent / 100, f"{percent} %") for percent in (0, 25, 50, 75, 100)]
 
 
-def wilson(hits, n, z=1.96):
-    """The 95 % interval of a proportion, hits of n (Wilson 1927): (low, high) in 0..1."""
-    if not n:
-        return 0.0, 1.0
-    p = hits / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def interval_in_words(hits, n):
-    """A proportion with its 95 % interval."""
-    low, high = wilson(hits, n)
-    return f"{100 * hits / n:.1f} % ({100 * low:.0f} to {100 * high:.0f} %)"
+def shape(tag, style=None, text="", about="", **places):
+    """An element of SVG. text: of <text>; about: what the pointer shows."""
+    places = {key: round(x, 1) if isinstance(x, float) else x for key, x in places.items()}
+    return {"tag": tag, "attributes": {"class": style} | places, "text": text, "about": about}
 
 
 def ticks(low, high):
@@ -39,139 +31,106 @@ def ticks(low, high):
 
 def running_mean(line, window):
     """[(x, y)] -> [(x, mean of the last `window` values of y)]; of fewer at the beginning."""
-    means = []
-    for i, (x, _) in enumerate(line):
-        values = [y for _, y in line[max(0, i + 1 - window) : i + 1]]
-        means.append((x, sum(values) / len(values)))
-    return means
+    values = [y for _, y in line]
+    return [(x, np.mean(values[max(0, i + 1 - window) : i + 1])) for i, (x, _) in enumerate(line)]
 
 
-def line_chart(title, series, faint=None):
-    """{name: [(x, y)]} -> what the template draws: lines, ticks, and the chart in words.
+def line_chart(title, series, unit="iteration", faint=False):
+    """Lines {name: [(x, y)]}. y: a number, or a Figure, drawn as its share with its interval.
 
-    Long series are averaged in groups, so that a line has at most POINTS points. The series
-    `faint` is drawn as a background of the others.
+    Long lines of numbers are averaged in groups, so that they have at most POINTS points. faint:
+    the first line is drawn as a background of the others.
     """
-    longest = max(len(line) for line in series.values())
-    group = math.ceil(longest / POINTS)
-    means = {name: group_means(line, group) for name, line in series.items()}
-    points = [point for line in means.values() for point in line]
-    x_max = float(max(x for x, _ in points)) or 1.0
-    y_min = min(0.0, *(float(y) for _, y in points))
-    y_max = max(0.0, *(float(y) for _, y in points))
-    if y_min == y_max:
-        y_max = 1.0
-    strong = [name for name in series if name != faint]
-    lines = []
-    for name, line in means.items():
-        style = "faint" if name == faint else f"line{strong.index(name)}"
-        placed = place(line, x_max, y_max, y_min)
-        dots = [(*placed[0].split(","), "")] if len(placed) == 1 else []
-        line = {"name": name, "style": style, "points": " ".join(placed), "dots": dots}
-        lines.append(line | {"band": None})
-    grouped = f"; each point is the mean of {group} iterations" if group > 1 else ""
+    has_intervals = isinstance(next(iter(series.values()))[0][1], Figure)
+    if has_intervals:
+        lines = {name: [(x, y.share) for x, y in line] for name, line in series.items()}
+        y_min, y_max, y_ticks = 0.0, 1.0, PERCENT
+        caption = f"By {unit}. The band is the 95\N{NO-BREAK SPACE}% Wilson interval."
+    else:
+        n = math.ceil(max(len(line) for line in series.values()) / POINTS)
+        lines = {}
+        for name, line in series.items():
+            lines[name] = [np.mean(line[i : i + n], axis=0) for i in range(0, len(line), n)]
+        y_s = [y for line in lines.values() for _, y in line]
+        y_min, y_max = min(0.0, *y_s), max(0.0, *y_s)
+        if y_min == y_max:
+            y_max = 1.0
+        y_ticks = [(y, f"{y:.3g}") for y in ticks(y_min, y_max)]
+        grouped = f"; each point is the mean of {n} iterations" if n > 1 else ""
+        caption = f"By iteration, counted from 0{grouped}."
+    x_max = max(x for line in lines.values() for x, _ in line) or 1
+
+    def place(x, y):
+        height = (y - y_min) / (y_max - y_min)
+        return LEFT + (RIGHT - LEFT) * x / x_max, BOTTOM - (BOTTOM - TOP) * height
+
+    def path(points):
+        return " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
+
+    shapes = []
+    for number, name in y_ticks:
+        _, y = place(0, number)
+        shapes.append(shape("line", "axis", x1=LEFT, x2=RIGHT, y1=y, y2=y))
+        shapes.append(shape("text", "end", name, x=LEFT - 6, y=y + 4))
+    for number in ticks(0, x_max):
+        if number == round(number):  # there are no parts of a step
+            x, _ = place(number, 0)
+            shapes.append(shape("text", text=f"{number:g}", x=x, y=BOTTOM + 18))
+    styles = ["faint"] * faint + ["line0", "line1"]
+    for style, (name, line) in zip(styles, series.items()):
+        abouts = [""] if len(line) == 1 else []
+        if has_intervals:
+            abouts = [f"{unit} {x}: {in_words(y)}" for x, y in line]
+            low, high = zip(*(((x, y.interval[0]), (x, y.interval[1])) for x, y in line))
+            shapes.append(shape("polygon", f"band {style}", points=path([*low, *high[::-1]])))
+        shapes.append(shape("polyline", style, points=path(lines[name])))
+        for (x, y), about in zip(lines[name], abouts):
+            x, y = place(x, y)
+            shapes.append(shape("circle", style, about=about, cx=x, cy=y, r=3))
     return {
         "title": title,
-        "lines": lines,
-        "in_words": "; ".join(describe(name, line) for name, line in series.items()) + ".",
-        "caption": f"By iteration, counted from 0{grouped}.",
-        "x": [(place_x(x, x_max), f"{x:g}") for x in ticks(0, x_max)],
-        "y": [(place_y(y, y_max, y_min), f"{y:.3g}") for y in ticks(y_min, y_max)],
+        "height": 220,
+        "shapes": shapes,
+        "legend": list(zip(styles, series)),
+        "caption": caption,
+        "in_words": "; ".join(describe(name, line, unit) for name, line in series.items()),
     }
 
 
-def share_chart(title, series, unit):
-    """{name: [(x, hits, n)]} -> the same for shares from 0 to 100 %: lines with Wilson intervals.
-
-    unit: what x counts, "step" or "attempt".
-    """
-    x_max = float(max(x for line in series.values() for x, _, _ in line)) or 1.0
-    lines, in_words = [], []
-    for i, (name, counts) in enumerate(series.items()):
-        shares = [(x, hits / n) for x, hits, n in counts]
-        lows = [(x, wilson(hits, n)[0]) for x, hits, n in counts]
-        highs = [(x, wilson(hits, n)[1]) for x, hits, n in counts]
-        texts = [f"{unit} {x}: {interval_in_words(hits, n)}" for x, hits, n in counts]
-        placed = place(shares, x_max)
-        lines.append(
-            {
-                "name": name,
-                "style": f"line{i}",
-                "points": " ".join(placed),
-                "band": " ".join(place([*lows, *reversed(highs)], x_max)),
-                "dots": [(*point.split(","), text) for point, text in zip(placed, texts)],
-            }
-        )
-        in_words.append(f"{name}: {texts[0]}, {texts[-1]}" if len(texts) > 1 else texts[0])
-    return {
-        "title": title,
-        "lines": lines,
-        "in_words": "; ".join(in_words) + ".",
-        "caption": f"By {unit}. The band is the 95\N{NO-BREAK SPACE}% Wilson interval.",
-        "x": [(place_x(x, x_max), f"{x:g}") for x in ticks(0, x_max) if x == round(x)],
-        "y": [(place_y(percent / 100, 1), f"{percent} %") for percent in (0, 25, 50, 75, 100)],
-    }
-
-
-def place_x(x, x_max):
-    return LEFT + (RIGHT - LEFT) * x / x_max
-
-
-def place_y(y, y_max, y_min=0.0):
-    return BOTTOM - (BOTTOM - TOP) * (y - y_min) / (y_max - y_min)
-
-
-def place(line, x_max, y_max=1.0, y_min=0.0):
-    """[(x, y)] -> their places in a line chart, as SVG writes them: ["x,y"]."""
-    return [f"{place_x(x, x_max):.1f},{place_y(y, y_max, y_min):.1f}" for x, y in line]
-
-
-def group_means(line, size):
-    """The means of `size` points at a time."""
-    return [np.mean(line[i : i + size], axis=0) for i in range(0, len(line), size)]
-
-
-def describe(name, line):
+def describe(name, line, unit):
     """A line in words, for readers who cannot see it."""
-    (x_first, y_first), (x_last, y_last) = line[0], line[-1]
+    (first, start), (last, end) = line[0], line[-1]
+    if isinstance(start, Figure):
+        return f"{name}: {unit} {first}: {in_words(start)}, {unit} {last}: {in_words(end)}"
     low, high = min(y for _, y in line), max(y for _, y in line)
     return (
-        f"{name}: {y_first:.3g} at iteration {x_first:.0f}, {y_last:.3g} at iteration "
-        f"{x_last:.0f}, between {low:.3g} and {high:.3g}"
+        f"{name}: {start:.3g} at iteration {first:.0f}, {end:.3g} at iteration {last:.0f}, "
+        f"between {low:.3g} and {high:.3g}"
     )
 
 
-def dot_chart(title, rows):
-    """[(name, (hits, n), is_original)] -> what the template draws: a dot with its Wilson interval
-    per row, on an axis from 0 to 100 %."""
+def dot_chart(title, arrow, rows):
+    """[(name, Figure, is it the original's?)] as dots with intervals, from 0 to 100 %."""
+    bottom, shapes, described = DOT_TOP + DOT_ROW * len(rows), [], []
 
-    def place_share(share):
-        return f"{DOT_LEFT + (DOT_RIGHT - DOT_LEFT) * share:.1f}"
+    def place(share):
+        return DOT_LEFT + (DOT_RIGHT - DOT_LEFT) * share
 
-    dots, in_words = [], []
-    for i, (name, (hits, n), is_original) in enumerate(rows):
-        share, (low, high) = hits / n, wilson(hits, n)
-        text = f"{name}: {interval_in_words(hits, n)}, n = {n}"
+    for share, name in PERCENT:
+        x = place(share)
+        shapes.append(shape("line", "axis", x1=x, x2=x, y1=DOT_TOP, y2=bottom))
+        shapes.append(shape("text", text=name, x=x, y=bottom + 16))
+    for i, (name, figure, is_original) in enumerate(rows):
+        y, (low, high) = DOT_TOP + DOT_ROW * (i + 0.5), figure.interval
+        about = f"{name}: {in_words(figure)}, n = {figure.n}"
         short = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
-        dots.append(
-            {
-                "name": short,
-                "text": text,
-                "y": DOT_TOP + DOT_ROW * (i + 0.5),
-                "x": place_share(share),
-                "low": place_share(low),
-                "high": place_share(high),
-                "original": is_original,
-            }
-        )
-        in_words.append(text)
-    bottom = DOT_TOP + DOT_ROW * len(rows)
-    return {
-        "title": title,
-        "dots": dots,
-        "in_words": "; ".join(in_words) + ".",
-        "top": DOT_TOP,
-        "bottom": bottom,
-        "height": bottom + 24,
-        "x": [(place_share(percent / 100), f"{percent} %") for percent in (0, 25, 50, 75, 100)],
-    }
+        style = "original" if is_original else "line0"
+        shapes += [
+            shape("text", "end", short, about, x=DOT_LEFT - 8, y=y + 4),
+            shape("line", style, about=about, x1=place(low), x2=place(high), y1=y, y2=y),
+            shape("circle", f"dot {style}", about=about, cx=place(figure.share), cy=y, r=4),
+        ]
+        described.append(about)
+    words = "; ".join(described)
+    height = bottom + 24
+    return {"title": title, "arrow": arrow, "height": height, "shapes": shapes, "in_words": words}

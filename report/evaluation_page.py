@@ -1,203 +1,129 @@
-"""The content of an evaluation's page: the table, dot charts, plots and sample images.
+"""The page of an evaluation: the table, charts of its first columns, sample images and plots.
 
-evaluation/tables.py describes results.json, which this file reads. Files of older versions have no
-"columns", "paper" and "samples": their columns are named by their keys, in the order of the file,
-and the sheets are shown instead of single images.
+evaluation/tables.py describes results.json, which this file reads.
 """
 
-from report.charts import dot_chart, wilson
-from report.inputs import (
-    data_uri,
-    number,
-    read_data_uri,
-    read_dict,
-    read_image,
-    read_json,
-    read_list,
-)
-from support.statistics import figure
+from report.blocks import SDD, made, read_image, read_json
+from report.charts import dot_chart
+from support.statistics import cell, figure, is_original, judge, n_text, original_of
 
 CHARTS = 4  # dot charts, of the columns that decide
 SAMPLES = 6  # images of each part of a suite
 SAMPLE_SIDE = 192  # pixels of a sample image, at most
-SHEET_SIDE = 1280  # and of a plot or a sheet
+PLOT_SIDE = 1280  # and of a plot
 PLOTS = ("curve", "matrix")
-ARROWS = {"low": "↓ lower is better", "high": "↑ higher is better"}
+ARROWS = {"low": "↓ lower is better", "high": "↑ higher is better", None: ""}
+NO_TABLE = "There is no table yet. Run the command of this evaluation again."
+INTERVALS = "Percentages and 95\N{NO-BREAK SPACE}% intervals"
+LEGEND = (
+    "A figure with brackets is a percentage with its 95\N{NO-BREAK SPACE}% Wilson interval. "
+    "“better” and “worse” compare with the original model, where the two intervals do not overlap."
+)
 
 
-def evaluation_content(folder):
-    """What evaluation.html.j2 shows of the evaluation in a folder: {name: value}."""
-    problems = []
-    results = read_json(folder / "results.json", problems)
-    settings = read_dict(results, "settings") or read_json(folder / "eval.json", problems)
-    rows = [row for row in read_list(results, "rows") if isinstance(row, dict)]
-    columns = read_columns(results, rows)
-    if not rows:
-        problems.append("There is no table yet. Run the command of this evaluation again.")
-    several = len({erased(row) for row in rows}) > 1
+def evaluation_page(folder):
+    """The page of the evaluation in a folder; see blocks.py."""
+    settings, results = read_json(folder / "eval.json"), read_json(folder / "results.json")
+    sections = []
+    if results:
+        rows, columns = results["rows"], results["columns"]
+        several = len({erased(row) for row in rows}) > 1
+        names = [f"{row['model']} ({erased(row)})" if several else row["model"] for row in rows]
+        sections = [
+            ("table", "Table", table(rows, columns, several, results["notes"])),
+            ("charts", INTERVALS, charts(rows, columns, names)),
+            ("samples", "Sample images", samples(folder, rows, names)),
+            ("plots", "Plots", plots(folder)),
+        ]
     return {
-        "suite": settings.get("suite", folder.name),
-        "summary": results.get("summary"),
-        "settings": settings,
-        "head": [column_head(column, rows) for column in columns],
-        "several": several,
-        "rows": [table_row(row, rows, columns) for row in rows],
-        "charts": dot_charts(rows, columns, several),
-        "notes": read_list(results, "notes"),
-        "samples": sample_tables(folder, rows, several, problems),
-        "sheets": sheets(folder, rows, problems),
-        "command": results.get("command"),
-        "versions": read_dict(results, "versions"),
-        "problems": problems,
+        "heading": f"Evaluation: {settings['suite']}",
+        "subtitle": results.get("summary") or "",
+        "intro": [] if results else [{"list": [NO_TABLE], "notice": True}],
+        "sections": [*sections, made(results, settings)],
+        "model": settings["model"],
+        "paper": SDD,
     }
-
-
-# -------------------------------------------------------------------------------------- table
-def read_columns(results, rows):
-    """[{key, title, better, about}] of the columns that a row has, the deciding ones first."""
-    keys = list(dict.fromkeys(key for row in rows for key in read_dict(row, "figures")))
-    given = [c for c in read_list(results, "columns") if isinstance(c, dict) and "key" in c]
-    columns = given or [{"key": key, "title": key.replace("_", " ")} for key in keys]
-    defaults = {"better": None, "about": ""}
-    return [defaults | column for column in columns if column["key"] in keys]
-
-
-def proportion(value):
-    """(hits, n) if the figure is a proportion with n > 0, else None."""
-    found = figure(value)
-    return (found.hits, found.n) if found else None
 
 
 def erased(row):
     """The concepts of a row in one text."""
-    return ", ".join(str(concept) for concept in read_list(row, "erased"))
+    return ", ".join(row["erased"]) or "–"
 
 
-def name_of(row, several):
-    """The row's name; with its concepts if the rows erase different ones."""
-    name = str(row.get("model", "?"))
-    return f"{name} ({erased(row)})" if several and erased(row) else name
+def table(rows, columns, several, notes):
+    """A line per row. The paper's figures stand in columns of their own."""
+    head, lines = ["model"], [[row["model"]] for row in rows]
 
+    def add(title, texts):
+        head.append(title)
+        for line, text in zip(lines, texts):
+            line.append(text)
 
-def is_original(row):
-    return row.get("model") == "original"
-
-
-def original_of(row, rows):
-    """The original's row to compare with: of the same concepts, or the only one."""
-    originals = [other for other in rows if is_original(other)]
-    same = [other for other in originals if erased(other) == erased(row)]
-    return next(iter(same or originals), None)
-
-
-def column_head(column, rows):
-    """{title, arrow, n, about, paper} of a column."""
-    values = [proportion(read_dict(row, "figures").get(column["key"])) for row in rows]
-    counts = {value[1] for value in values if value}
-    sign = "=" if len(counts) == 1 else "≤"
-    return {
-        "title": column["title"],
-        "arrow": ARROWS.get(column["better"], ""),
-        "n": f"n {sign} {max(counts)}" if counts else "",
-        "about": column["about"],
-        "paper": any(column["key"] in read_dict(row, "paper") for row in rows),
-    }
-
-
-def table_row(row, rows, columns):
-    """{name, erased, cells: [{text, mark, paper}]}; the mark is "better", "worse" or ""."""
-    before = original_of(row, rows)
-    cells = []
+    if several:
+        add("erased", [erased(row) for row in rows])
     for column in columns:
-        value = read_dict(row, "figures").get(column["key"])
-        then = read_dict(before, "figures").get(column["key"]) if before else None
-        mark = "" if is_original(row) else compare(value, then, column["better"])
-        paper = number(read_dict(row, "paper").get(column["key"]))
-        cells.append(
-            {
-                "text": cell(value),
-                "mark": mark,
-                "paper": "–" if paper is None else f"{paper:.4g}",
-            }
-        )
-    return {"name": str(row.get("model", "?")), "erased": erased(row) or "–", "cells": cells}
+        key, title = column["key"], column["title"]
+        below = [ARROWS[column["better"]], n_text(row["figures"].get(key) for row in rows)]
+        title_cell = {"text": title, "lines": list(filter(None, below)), "about": column["about"]}
+        add(title_cell, [figure_cell(row, rows, column) for row in rows])
+        if any(key in row["paper"] for row in rows):
+            add(f"{title} in the paper", [cell(row["paper"].get(key)) for row in rows])
+    blocks = [{"table": lines, "head": head, "style": "measured", "label": "Table"}]
+    if not several and rows[-1]["erased"]:
+        blocks.append({"text": f"Erased: {erased(rows[-1])}.", "soft": True})
+    return [*blocks, {"text": LEGEND, "soft": True}, *({"text": note} for note in notes)]
 
 
-def cell(value):
-    """A figure as text: a number, or "–", or "12.0 (7–20)", per cent with their 95 % interval."""
-    if hits_n := proportion(value):
-        hits, n = hits_n
-        low, high = wilson(hits, n)
-        return f"{100 * hits / n:.1f} ({100 * low:.0f}–{100 * high:.0f})"
-    value = number(value)
-    return "–" if value is None else f"{value:.4g}"
+def figure_cell(row, rows, column):
+    """A figure, marked as better or worse than the original where the intervals do not overlap."""
+    value, better, original = (
+        row["figures"].get(column["key"]),
+        column["better"],
+        original_of(row, rows),
+    )
+    now, then = figure(value), original and figure(original["figures"].get(column["key"]))
+    mark = ""
+    if now and then and better and not is_original(row):
+        mark = judge(now, then, better).replace("open", "")
+    return {"text": cell(value), "mark": mark}
 
 
-def compare(value, original, better):
-    """ "better" or "worse" than the original if the two 95 % intervals do not overlap, else ""."""
-    value, original = proportion(value), proportion(original)
-    if not value or not original or better not in ARROWS:
-        return ""
-    (low, high), (low_before, high_before) = wilson(*value), wilson(*original)
-    if high < low_before:
-        return "better" if better == "low" else "worse"
-    if low > high_before:
-        return "better" if better == "high" else "worse"
-    return ""
-
-
-# -------------------------------------------------------------------------------------- charts
-def dot_charts(rows, columns, several):
+def charts(rows, columns, names):
     """A dot chart for each of the first columns that are proportions in at least two rows."""
-    charts = []
+    found = []
     for column in columns:
         dots = []
-        for row in rows:
-            if value := proportion(read_dict(row, "figures").get(column["key"])):
-                dots.append((name_of(row, several), value, is_original(row)))
+        for row, name in zip(rows, names):
+            if value := figure(row["figures"].get(column["key"])):
+                dots.append((name, value, is_original(row)))
         if len(dots) >= 2:
-            chart = dot_chart(column["title"], dots)
-            charts.append(chart | {"arrow": ARROWS.get(column["better"], "")})
-    return charts[:CHARTS]
+            found.append(dot_chart(column["title"], ARROWS[column["better"]], dots))
+    return [{"charts": found[:CHARTS]}] if found else []
 
 
-# -------------------------------------------------------------------------------------- images
-def sample_tables(folder, rows, several, problems):
-    """[{title, prompts, rows: [{name, images}]}]: a table per part of the suite.
-
-    Rows with the same prompts share a table.
-    """
-    tables = {}
-    for row in rows:
-        for part in read_list(row, "samples"):
-            if not isinstance(part, dict):
-                continue
-            images = [image for image in read_list(part, "images") if isinstance(image, dict)]
-            images = images[:SAMPLES]
-            prompts = tuple(str(image.get("prompt", "")) for image in images)
-            key = str(part.get("title", "")), prompts
-            files = [folder / str(image.get("file", "")) for image in images]
-            uris = [read_data_uri(file, SAMPLE_SIDE, problems) for file in files]
-            tables.setdefault(key, []).append({"name": name_of(row, several), "images": uris})
-    return [
-        {"title": title, "prompts": prompts, "rows": found}
-        for (title, prompts), found in tables.items()
-    ]
+def samples(folder, rows, names):
+    """A table of images for each part of the suite; rows with the same prompts share it."""
+    parts = {}
+    for row, name in zip(rows, names):
+        for part in row["samples"]:
+            line, prompts = [name], []
+            for image in part["images"][:SAMPLES]:
+                alt = f"{name}: {image['prompt'] or 'empty prompt'}"
+                line.append(read_image(folder / image["file"], alt, SAMPLE_SIDE))
+                prompts.append(image["prompt"] or "(empty prompt)")
+            parts.setdefault((part["title"] or "Prompts", *prompts), []).append(line)
+    blocks = [{"text": "Each column is one prompt with the same noise for every model."}]
+    for (title, *prompts), lines in parts.items():
+        block = {"table": lines, "head": ["model", *prompts], "style": "samples", "title": title}
+        blocks.append(block | {"label": f"Images: {title}"})
+    return blocks
 
 
-def sheets(folder, rows, problems):
-    """[(name, data URI)] of the plots; without single images also of the sheets."""
-    has_samples = any(read_list(row, "samples") for row in rows)
-    plots, others = [], []
-    for file in sorted(folder.glob("*.png")):
-        if file.stem in PLOTS:
-            plots.append(file)
-        elif not has_samples:
-            others.append(file)
-    others.sort(key=lambda file: not file.stem.startswith("original"))
-    found = []
-    for file in plots + others:
-        image, _ = read_image(file, problems)
-        if image:
-            found.append((file.stem, data_uri(image, SHEET_SIDE)))
-    return found
+def plots(folder):
+    """The plots, if the suite has some."""
+    blocks = []
+    for name in PLOTS:
+        if (folder / f"{name}.png").exists():
+            image = read_image(folder / f"{name}.png", f"plot: {name}", PLOT_SIDE)
+            blocks.append({"sheet": image, "title": name})
+    return blocks

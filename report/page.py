@@ -4,7 +4,8 @@
 
 The page contains its images, so it needs no server and no network. It is made only from the files
 in the folder: during a run, after a kill, or long after. The page names files that are missing or
-damaged. What it shows: run_page.py, evaluation_page.py and attack_page.py; how: page.html.j2.
+damaged. What it shows: run_page.py, evaluation_page.py and attack_page.py, as blocks (blocks.py);
+how: page.html.j2 and page.css.
 """
 
 import support.openmp  # noqa: F401 (before torch)
@@ -18,14 +19,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from report.attack_page import attack_content
-from report.evaluation_page import evaluation_content
+from report.attack_page import attack_page
+from report.blocks import link_to_readme
+from report.evaluation_page import evaluation_page
 from report.previews import finished_previews, sheet_file
-from report.run_page import FIGURES, in_words, run_content
+from report.run_page import FIGURES, run_page
 from support.cli import Parser, run_command
 from support.errors import UserError
 from support.files import write_text
 from toy import worlds
+
+PAGES = {"run.json": run_page, "eval.json": evaluation_page, "attack.json": attack_page}
 
 
 def make(folder):
@@ -34,41 +38,36 @@ def make(folder):
     UserError without jinja2, or if the folder has no run, evaluation or attack.
     """
     folder = Path(folder)
-    jinja2 = require_jinja2()
-    if (folder / "run.json").is_file():
-        template, content = "run.html.j2", run_content(folder)
-    elif (folder / "eval.json").is_file():
-        template, content = "evaluation.html.j2", evaluation_content(folder)
-    elif (folder / "attack.json").is_file():
-        template, content = "attack.html.j2", attack_content(folder)
-    else:
-        raise UserError(
-            f"{folder} has neither a run of train.py (run.json) nor an evaluation of eval.py "
-            "(eval.json) nor an attack of attack.py (attack.json): give the --out folder of one of "
-            "them."
-        )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["in_words"] = in_words
-    made = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
-    credit = worlds.of(content["settings"].get("model")).CREDIT
-    html = environment.get_template(template).render(content, made=made, credit=credit)
-    write_text(folder / "index.html", html + "\n")
-
-
-def require_jinja2():
     try:
         import jinja2
     except ImportError:
         raise UserError(
             "A page needs jinja2, which is not installed: pip install jinja2."
         ) from None
-    return jinja2
+    page_of = next((PAGES[name] for name in PAGES if (folder / name).is_file()), None)
+    if page_of is None:
+        raise UserError(
+            f"{folder} has neither a run of train.py (run.json) nor an evaluation of eval.py "
+            "(eval.json) nor an attack of attack.py (attack.json): give the --out folder of one of "
+            "them."
+        )
+    try:
+        page = page_of(folder)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"The files in {folder} cannot be read ({e!r}).") from e
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page |= {
+        "readme": link_to_readme(folder),
+        "credit": worlds.of(page["model"]).CREDIT,
+        "made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+    }
+    html = environment.get_template("page.html.j2").render(page)
+    write_text(folder / "index.html", html + "\n")
 
 
 @functools.cache
@@ -98,6 +97,15 @@ def require_tensorboard():
     return SummaryWriter
 
 
+class NoWriter:
+    """Takes the place of TensorBoard's writer, and writes nothing."""
+
+    def flush(self, *_, **__):
+        pass
+
+    add_scalar = add_image = flush
+
+
 class Reporter:
     """Updates the page of a run. With to="tensorboard" also writes events into tensorboard/.
 
@@ -108,17 +116,16 @@ class Reporter:
     def __init__(self, folder, to=None, start=0):
         self.folder = folder
         self.reported = {done for done in finished_previews(folder) if done < start}
-        self.writer = None
+        self.writer = NoWriter()
         if to:
             self.writer = require_tensorboard()(folder / "tensorboard", purge_step=start)
 
     def log_row(self, row):
         """After each row of log.csv, {column: value}."""
-        if self.writer:
-            with self.events() as writer:
-                for key in FIGURES:
-                    if key in row:
-                        writer.add_scalar(key.replace("_", "/"), row[key], row["iteration"])
+        with self.events() as writer:
+            for key in FIGURES:
+                if key in row:
+                    writer.add_scalar(key.replace("_", "/"), row[key], row["iteration"])
         if "gap_student" in row:
             self.log_previews()
 
@@ -128,13 +135,9 @@ class Reporter:
         for done in finished_previews(self.folder):
             if done not in self.reported:
                 self.reported.add(done)
-                self.log_sheet(done)
-
-    def log_sheet(self, done):
-        if self.writer:
-            with self.events() as writer:
-                sheet = np.asarray(Image.open(sheet_file(self.folder, done)).convert("RGB"))
-                writer.add_image("previews", sheet, done, dataformats="HWC")
+                with self.events() as writer:
+                    sheet = np.asarray(Image.open(sheet_file(self.folder, done)).convert("RGB"))
+                    writer.add_image("previews", sheet, done, dataformats="HWC")
 
     @contextmanager
     def events(self):
@@ -144,18 +147,14 @@ class Reporter:
             self.writer.flush()
         except Exception as e:
             warn(f"TensorBoard's events end here: {e!r}")
-            self.writer = None
+            self.writer = NoWriter()
 
 
 # ---------------------------------------------------------------------------------- the command
 def parse(argv=None):
     parser = Parser(prog="python -m report.page", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=Path,
-        metavar="FOLDER",
-        help="the --out folder of train.py, eval.py or attack.py",
-    )
+    about = "the --out folder of train.py, eval.py or attack.py"
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help=about)
     return parser.parse_args(argv)
 
 

@@ -1,16 +1,16 @@
-"""The content of a training run's page: before and after, the film, the curves, how to use it."""
+"""The page of a training run: before and after, the film, the curves, how to use the result."""
 
-import os
+import csv
+import math
 import shlex
 from pathlib import Path
 
 import weights
-from presets import METHODS, PRESETS, preset_values
+from presets import METHODS, preset_values
+from report.blocks import SDD, Html, in_words, made, path_from_project, read_image, read_json
 from report.charts import line_chart, running_mean
-from report.inputs import read_data_uri, read_dict, read_json, read_list, read_log
 from report.previews import finished_previews, image_file, thin_out
 
-ROOT = Path(__file__).parent.parent  # the project's folder
 SIDE = 512  # pixels of an image before and after, at most
 FILM_SIDE = 256  # and of an image of the film
 FRAMES = 40  # of the film at most: 40 × 6 prompts × 2 JPEGs of 256 pixels a side are about 5 MB
@@ -29,9 +29,23 @@ KINDS = {
     "implied": "implies the concept: should change",
     "stay": "should stay",
 }
-NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
+RESUME = Html(
+    "Reload this page to see the newest state. After a stop, <code>python train.py --resume --out"
+    "</code> with this folder continues the run."
+)
+NO_PREVIEWS = Html(
+    "This run has no images, because it was started with <code>--preview-every 0</code>."
+)
+WITH_DIFFUSERS = Html(
+    "With diffusers (<code>pip install diffusers</code>), also in the project's folder:"
+)
+GAP_AND_DRIFT = (
+    "Gap: mean |e(c_s) − e(c_0)|², how differently the model answers the concept and the empty "
+    "prompt. Drift: mean |e(c_0) − e°(c_0)|², how far its answer to the empty prompt has moved "
+    "from the original's. Both are measured on fixed latents at each preview."
+)
 PAPERS = {
-    "sdd": ("SDD", "2307.05977"),
+    "sdd": SDD,
     "esd-x": ("ESD", "2303.07345"),
     "esd-u": ("ESD", "2303.07345"),
     "ablate": ("Ablating Concepts", "2303.13516"),
@@ -44,118 +58,112 @@ PAPERS = {
 }
 
 
-def run_content(folder):
-    """What run.html.j2 shows of the run in a folder: {name: value}."""
-    problems = []
-    run = read_json(folder / "run.json", problems)
-    settings = read_dict(run, "args")
-    prompts = [str(prompt) for prompt in read_list(settings, "preview")]
-    rows = read_log(folder / "log.csv", FIGURES)
-    all_previews = finished_previews(folder)
+def run_page(folder):
+    """The page of the run in a folder; see blocks.py."""
+    run = read_json(folder / "run.json")
+    settings, rows = run["args"], read_log(folder / "log.csv")
     finished = (folder / "erased.safetensors").is_file()
+    count = int(rows[-1]["iteration"]) + 1 if rows else 0
+    done = f"{count} of {settings['iters']} iterations"
+    state = (
+        f"{'Finished' if finished else 'Not finished'}: {done}. Model {settings['model']}, "
+        f"preset {settings['preset']}, seed {settings['seed']}."
+    )
     return {
-        "settings": settings,
-        "concept": in_words(settings.get("concept")),
-        "date": run.get("date"),
-        "training_time": training_time(read_dict(run, "training")),
-        "done": int(rows[-1]["iteration"]) + 1 if rows else 0,
-        "finished": finished,
-        "seeds": in_words(read_list(run, "preview_seeds")),
-        "after": name_of_after(settings, all_previews, finished),
-        "pairs": before_and_after(folder, settings, prompts, all_previews, run, problems),
-        "frames": film(folder, prompts, thin_out(all_previews, FRAMES), problems),
-        "number_of_previews": len(all_previews),
-        "charts": curves(rows),
-        "columns": ["iteration", *FIGURES],
-        "rows": rows_for_table(rows),
-        "generate": generate_command(folder, settings, prompts, run),
-        "diffusers": diffusers_snippet(folder, settings, prompts),
-        "differences": differences(settings),
-        "command": run.get("command"),
-        "versions": read_dict(run, "versions"),
-        "paper": PAPERS.get(settings.get("method")),
-        "readme": link_to_readme(folder),
-        "problems": list(dict.fromkeys(problems)),
+        "heading": f"Erasing {in_words(settings['concept'])} with {settings['method']}",
+        "date": run["date"],
+        "subtitle": f"{run['date']}, {training_time(run) or done}",
+        "intro": [{"text": state}] if finished else [{"text": state}, {"text": RESUME}],
+        "sections": [
+            ("compare", "Before and after", before_and_after(folder, run, finished)),
+            ("film", "Student and teacher over the iterations", film(folder, settings)),
+            ("curves", "Curves", curves(rows)),
+            ("use", "Generate images with the result", use(folder, run) if finished else []),
+            made(run, settings, *differences(settings)),
+        ],
+        "model": settings["model"],
+        "paper": PAPERS[settings["method"]],
     }
 
 
-def in_words(value):
-    """A setting as text."""
-    if value is None or value == []:
-        return "none"
-    if isinstance(value, list):
-        return ", ".join(str(x) for x in value)
-    return str(value)
-
-
-def training_time(training):
-    """ "40 iterations in 1 min 5 s", from run.json.
-
-    None before the end of the run, and if a kill came between the last checkpoint and the note.
-    """
-    try:
-        minutes, seconds = divmod(int(training["seconds"]), 60)
-        iterations = int(training["iterations"])
-    except (KeyError, TypeError, ValueError):
+def training_time(run):
+    """ "40 iterations in 1 min 5 s"; None before the end of the run."""
+    if "training" not in run:
         return None
+    minutes, seconds = divmod(int(run["training"]["seconds"]), 60)
     time = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    return f"{iterations} iterations in {time.replace(' ', NO_BREAK_SPACE)}"
+    time = time.replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{run['training']['iterations']} iterations in {time}"
 
 
 # -------------------------------------------------------------------------------------- images
-def output_of(settings):
-    """Which model is the result of the run: "teacher" or "student"."""
-    method = METHODS.get(settings.get("method"))
-    return method.output if method else "student"
-
-
-def name_of_after(settings, previews, finished):
+def before_and_after(folder, run, finished):
+    """A card per prompt, from the newest preview."""
+    settings, previews = run["args"], finished_previews(folder)
     if not previews:
-        return None
-    if finished and previews[-1] == settings.get("iters"):
-        return f"the {output_of(settings)}, which is the result"
-    return f"the {output_of(settings)} after {previews[-1]} iterations"
+        none_yet = "There are no images of this run yet."
+        return [{"text": none_yet if settings["preview_every"] else NO_PREVIEWS}]
+    model, done = METHODS[settings["method"]].output, previews[-1]
+    after = f"the {model} after {done} iterations"
+    if finished and done == settings["iters"]:
+        after = f"the {model}, which is the result"
+    about = (
+        f"The same prompt and the same noise, before (the original model) and after ({after}). "
+        f"The noise has the seeds {in_words(run['preview_seeds'])}, one per prompt."
+    )
+    shown = {"before": ("original", 0, "before"), "after": (model, done, "after")}
+    kinds = [KINDS.get(kind) for kind in run["preview_kinds"]]
+    return [{"text": about}, {"pairs": cards(folder, settings, shown, SIDE, kinds)}]
 
 
-def before_and_after(folder, settings, prompts, previews, run, problems):
-    """[{prompt, kind, before, after}], a dict per prompt, from the newest preview."""
-    if not previews:
-        return []
-    kinds = read_list(run, "preview_kinds")
-    output = output_of(settings)
-    pairs = []
-    for n, prompt in enumerate(prompts):
-        before = image_file(folder, "original", n, 0)
-        after = image_file(folder, output, n, previews[-1])
-        pairs.append(
-            {
-                "prompt": prompt,
-                "kind": KINDS.get(kinds[n]) if n < len(kinds) else None,
-                "before": read_data_uri(before, SIDE, problems),
-                "after": read_data_uri(after, SIDE, problems),
-            }
-        )
-    return pairs
+def film(folder, settings):
+    """A frame per preview, with a card per prompt."""
+    frames, previews = [], finished_previews(folder)
+    for done in thin_out(previews, FRAMES):
+        shown = {}
+        for model in ("student", "teacher"):
+            shown[model] = (model, done, f"{model} after {done} iterations")
+        frames.append({"done": done, "pairs": cards(folder, settings, shown, FILM_SIDE)})
+    blocks = [{"film": frames}] if frames else []
+    if len(frames) < len(previews):
+        number = f"{len(frames)} of {len(previews)} previews, evenly spaced"
+        blocks.insert(0, {"text": f"{number}; the others are in previews/.", "soft": True})
+    return blocks
 
 
-def film(folder, prompts, previews, problems):
-    """[{done, images: [{prompt, student, teacher}]}], a frame per preview."""
-    frames = []
-    for done in previews:
-        images = []
-        for n, prompt in enumerate(prompts):
-            image = {"prompt": prompt}
-            for model in ("student", "teacher"):
-                file = image_file(folder, model, n, done)
-                image[model] = read_data_uri(file, FILM_SIDE, problems)
-            images.append(image)
-        frames.append({"done": done, "images": images})
-    return frames
+def cards(folder, settings, shown, side, kinds=None):
+    """A card per prompt. shown: {caption: (model, iterations, the image in words)}."""
+    found = []
+    for n, prompt in enumerate(settings["preview"]):
+        images = {}
+        for caption, (model, done, about) in shown.items():
+            file = image_file(folder, model, n, done)
+            images[caption] = read_image(file, f"{prompt}, {about}", side)
+        found.append({"prompt": prompt, "kind": kinds and kinds[n], "images": images})
+    return found
 
 
 # -------------------------------------------------------------------------------------- figures
+def read_log(file):
+    """The rows of log.csv, {column: number, or None}. A kill can cut the last line."""
+    if not file.exists():
+        return []
+    with open(file, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    rows = [{key: number(row[key]) for key in ("iteration", *FIGURES)} for row in rows]
+    return [row for row in rows if row["iteration"] is not None]
+
+
+def number(text):
+    """A finite float, or None."""
+    try:
+        return float(text) if math.isfinite(float(text)) else None
+    except (TypeError, ValueError):
+        return None
+
+
 def curves(rows):
-    """A chart for each of CURVES that has figures."""
+    """A chart for each of CURVES that has figures, and the figures as a table."""
     charts = []
     for title, columns in CURVES.items():
         series = {}
@@ -163,19 +171,25 @@ def curves(rows):
             line = [(row["iteration"], row[key]) for row in rows if row[key] is not None]
             if line:
                 series[name] = line
-        if title == "Loss" and len(line) >= MEAN_FROM:
-            charts.append(loss_chart(title, series))
-        elif series:
-            charts.append(line_chart(title, series))
-    return charts
-
-
-def loss_chart(title, series):
-    """Each iteration's loss, and its running mean: the loss jumps, because t and z_t are random."""
-    ((name, line),) = series.items()
-    window = max(5, len(line) // 10)
-    mean = {f"mean of the last {window} iterations": running_mean(line, window)}
-    return line_chart(title, series | mean, faint=name)
+        jumps = title == "Loss" and len(line) >= MEAN_FROM  # because t and z_t are random
+        if jumps:
+            window = max(5, len(line) // 10)
+            series[f"mean of the last {window} iterations"] = running_mean(line, window)
+        if series:
+            charts.append(line_chart(title, series, faint=jumps))
+    if not charts:
+        return []
+    head = ["iteration", *FIGURES]
+    lines = []
+    for row in rows_for_table(rows):
+        lines.append(["–" if row[key] is None else f"{row[key]:.4g}" for key in head])
+    table = {"table": lines, "head": [key.replace("_", " ") for key in head], "style": "figures"}
+    table |= {"label": "Figures", "caption": "From log.csv, which has every iteration"}
+    return [
+        {"charts": charts},
+        {"text": GAP_AND_DRIFT, "soft": True},
+        {"details": [table], "summary": "The figures as a table"},
+    ]
 
 
 def rows_for_table(rows):
@@ -186,81 +200,68 @@ def rows_for_table(rows):
 
 # -------------------------------------------------------------------------------------- settings
 def differences(settings):
-    """[(setting, value, the preset's value)]; None if the preset is unknown or has no effect."""
-    method = METHODS.get(settings.get("method"))
-    needed = {"preset", "concept", "method", "batch_size"}
-    if (
-        method is None
-        or method.loss is None
-        or not needed <= settings.keys()
-        or settings["preset"] not in PRESETS
-    ):
-        return None
+    """Which settings differ from the preset. Nothing for a closed form: most have no effect."""
+    name, preset = settings["method"], settings["preset"]
+    method = METHODS[name]
+    if method.loss is None:
+        return []
     expected = preset_values(settings, method)
     expected |= {"train_params": method.train_params, "latents": method.latents}
     del expected["preview"]  # the prompts are above, with their images
-    return [
-        (key, settings[key], value)
+    lines = [
+        f"{key.replace('_', ' ')}: {in_words(settings[key])} (preset: {in_words(value)})"
         for key, value in expected.items()
-        if key in settings and settings[key] != value
+        if settings[key] != value
     ]
+    if not lines:
+        return [{"text": f"Every setting has the value of the preset {preset} for {name}."}]
+    return [{"text": f"Differs from the preset {preset}:"}, {"list": lines}]
 
 
 # -------------------------------------------------------------------------------------- use it
-def path_from_project(path):
-    """The path as a user types it in the project's folder."""
-    path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
+def use(folder, run):
+    """How to generate images with the result, here and in diffusers."""
+    command = generate_command(folder, run)
+    blocks = [
+        {"text": "In the project's folder, the one with train.py:"},
+        {"code": command, "name": "Command that generates an image"},
+    ]
+    if run["args"]["train_params"] != "embedding":  # else the patch is not for the UNet
+        snippet = diffusers_snippet(folder, run["args"])
+        blocks += [{"text": WITH_DIFFUSERS}, {"code": snippet, "name": "Python for diffusers"}]
+    return blocks
 
 
-def link_to_readme(folder):
-    """A relative link to the project's README; None if the folder is not in the project."""
-    if not folder.resolve().is_relative_to(ROOT):
-        return None
-    return Path(os.path.relpath(ROOT / "README.md", folder.resolve())).as_posix()
-
-
-def generate_command(folder, settings, prompts, run):
+def generate_command(folder, run):
     """The command that generates the first preview again, with the erased model."""
-    model = str(settings.get("model"))
+    settings = run["args"]
+    model, prompt = settings["model"], settings["preview"][0]
     if model not in weights.TOYS and Path(model).is_dir():
         model = path_from_project(model)
-    words = ["python", "generate.py", *prompts[:1], "--model", model]
-    words += ["--patch", path_from_project(folder / "erased.safetensors")]
-    seeds = read_list(run, "preview_seeds")
-    flags = {
-        "--revision": settings.get("revision"),
-        "--seed": seeds[0] if seeds else None,
-        "--scheduler": "ddim",
-        "--steps": settings.get("preview_steps"),
-        "--guidance-scale": settings.get("preview_guidance_scale"),
-    }
-    for flag, value in flags.items():
-        if value is not None:
-            words += [flag, str(value)]
-    if prompts and prompts[0].startswith("-"):  # it would be read as a flag
-        words = [*words[:2], *words[3:], "--", prompts[0]]
-    return shlex.join(words)
+    words = ["--model", model, "--patch", path_from_project(folder / "erased.safetensors")]
+    if settings["revision"]:
+        words += ["--revision", settings["revision"]]
+    words += ["--seed", run["preview_seeds"][0], "--scheduler", "ddim"]
+    words += ["--steps", settings["preview_steps"]]
+    words += ["--guidance-scale", settings["preview_guidance_scale"]]
+    # After "--", a prompt that begins with "-" is not read as a flag.
+    words = [*words, "--", prompt] if prompt.startswith("-") else [prompt, *words]
+    return shlex.join(["python", "generate.py", *map(str, words)])
 
 
-def diffusers_snippet(folder, settings, prompts):
-    """Python that loads the patch in diffusers; None if the patch is not for the UNet."""
-    if settings.get("train_params") == "embedding":
-        return None
-    model = str(settings.get("model"))
+def diffusers_snippet(folder, settings):
+    """Python that loads the patch in diffusers."""
+    model, revision = settings["model"], settings["revision"]
     if model in weights.TOYS:
         model = f"toy/{weights.TOYS[model].name}"
     elif Path(model).is_dir():
         model = path_from_project(model)
-    arguments = repr(model)
-    if settings.get("revision"):
-        arguments += f", revision={str(settings['revision'])!r}"
+    arguments = f"{model!r}, revision={revision!r}" if revision else repr(model)
     patch = path_from_project(folder / "erased.safetensors")
-    prompt = prompts[0] if prompts else ""
     return f"""\
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 pipeline = StableDiffusionPipeline.from_pretrained({arguments})
 pipeline.unet.load_state_dict(load_file({patch!r}), strict=False)
-pipeline({prompt!r}).images[0].save("erased.png")"""
+pipeline({settings["preview"][0]!r}).images[0].save("erased.png")"""

@@ -8,7 +8,6 @@ import torch
 from common import command
 
 import sdd
-from support.cli import run_command
 from tools import bench
 
 CPU = torch.device("cpu")
@@ -27,24 +26,6 @@ def test_figures():
     assert (theirs[0], ours[0]) == names and float(theirs[2]) == 1
     ratio = float(theirs[1]) / float(ours[1])  # above 1: ours is the faster
     assert float(ours[2]) == pytest.approx(ratio, rel=0.02, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--only", "ours as shiped"], "did you mean ours as shipped?"),
-        (["--parts", "step", "--k", "7"], "--k 7 is more than the 6 steps"),
-        (["--only", "ours, --compile"], "'ours, --compile' needs a CUDA GPU"),
-        (["--parts", "memory"], "'memory' needs a CUDA GPU: leave it out of --parts"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_sentence(words, said, capsys):
-    try:
-        status = run_command(bench.bench, bench.parse([*words, "--size", "toy", "--device", "cpu"]))
-    except SystemExit as e:
-        status = e.code
-    error = capsys.readouterr().err
-    assert status == 2 and said in error and error.count("\n") == 1
 
 
 def test_help_quotes_names_with_spaces(capsys):
