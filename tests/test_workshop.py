@@ -19,7 +19,7 @@ MISSING = [
     if importlib.util.find_spec(name) is None
 ]
 pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"the workshop needs {', '.join(MISSING)}: see requirements-workshop.txt"
+    bool(MISSING), reason=f"the workshop needs {', '.join(MISSING)}: see requirements-extra.txt"
 )
 # an absolute path, of any system
 LOCAL = re.compile(r"(?<![\w.])/\w[\w.-]*/\w|\b[A-Za-z]:\\\w|site-packages|ipykernel_\d")

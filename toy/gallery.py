@@ -6,7 +6,7 @@
 With --patch FILE, the erased model makes the images. All images begin from the noise of one seed.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import sys
 from pathlib import Path

@@ -25,7 +25,7 @@ that is cut short continues as if it had not been. What differs from Stable Diff
    (toy/emoji_model/README.md has figures).
 """
 
-import support.openmp  # noqa: F401
+import support.openmp
 
 import copy
 import csv
