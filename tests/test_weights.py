@@ -660,7 +660,7 @@ def test_a_checkpoint_of_another_run(tmp_path):
         weights.load_checkpoint(tmp_path / "none.safetensors", {}, optimizer)
 
 
-# ------------------------------------------------------------------------- --patch [NAME=]FILE | none
+# ---------------------------------------------------------------------- --patch [NAME=]FILE | none
 def test_the_grammar_of_patches(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1").mkdir()
