@@ -37,8 +37,9 @@ def read_rows(args):
 
     In the suite toy each set of concepts has its own prompts, and so its own row of the original.
     """
-    erased = [patch_row(name, files) for name, files in patch_files(args.patch).items()]
-    erased += guided_rows(args.methods, args.avoid)
+    patches = weights.named_patches(args.patch).items()
+    erased = [patch_row(name, files) for name, files in patches if files]
+    erased += guided_rows(args.guidance, args.avoid)
     rows = [original(()), *erased]
     if args.suite == "toy":
         rows = []
@@ -58,40 +59,26 @@ def original(concepts):
 
 
 def guided_rows(methods, avoid):
-    """One row per method of --methods; all of them avoid the concepts of --avoid."""
+    """One row per method of --guidance; all of them avoid the concepts of --avoid."""
     for method in methods:
         avoided_prompts(method, avoid)  # refuses what cannot be avoided
     return [Row(method, (), method, method, tuple(avoid)) for method in methods]
-
-
-def patch_files(patches):
-    """["NAME=FILE", …] -> {name: [file, …]}."""
-    files = {}
-    for text in patches:
-        name, _, file = text.partition("=")
-        if not file or not name:
-            raise UserError(f"--patch {text}: write NAME=FILE.")
-        if name == ORIGINAL:
-            raise UserError(f"--patch {text}: the untouched model has this name, choose another.")
-        files.setdefault(name, []).append(file)
-    return files
 
 
 def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
     about = [read_about(file) for file in files]
     concepts = {erased_concepts(*read) for read in about}
-    if len(concepts) > 1:
-        listed = "; ".join(sorted(", ".join(one) for one in concepts))
-        raise UserError(
-            f"The patches named {name} erase different concepts ({listed}): give each its own name."
-        )
     methods = {paper_name(*read) for read in about}
-    if len(methods) > 1:
-        raise UserError(
-            f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
-            "give each its own name."
-        )
+    for what, found in (
+        ("erase different concepts", {", ".join(one) for one in concepts}),
+        ("come from different methods", methods),
+    ):
+        if len(found) > 1:
+            raise UserError(
+                f"The patches named {name} {what} ({'; '.join(sorted(found))}): give each its own "
+                "name."
+            )
     if keys := different_settings([settings for _, settings in about if settings]):
         raise UserError(
             f"The patches named {name} were trained with different settings ({', '.join(keys)}): "
@@ -165,7 +152,7 @@ def choose_model(args):
 
     UserError if the suite toy meets a model that is not a toy model. Downloads nothing.
     """
-    files = [file for group in patch_files(args.patch).values() for file in group]
+    files = [file for group in weights.named_patches(args.patch).values() for file in group]
     if args.suite == "toy" and not args.model and not files:
         return "toy"
     model = weights.choose_model(args.model, files)

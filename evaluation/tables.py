@@ -4,7 +4,8 @@ results.json, which report/page.py shows:
     summary     one sentence that says what the table shows
     columns     [{key, title, better, about}]; the first ones decide; better: "low", "high" or null
     rows        [{model, erased, method, figures, paper, sheet, samples}]
-      figures     {column: [hits, n] for a proportion, a number, or null}; not every column
+      figures     {column: figure, a number, or null}; not every column. A figure is a proportion:
+                  [[shows, other, broken], …], the images of each training (support/statistics.py)
       paper       {column: the SDD paper's figure for this row}
       sheet       the sheet of sample images, a file in the same folder
       samples     [{title, images: [{file, prompt}]}], the sheet's images as single files; they are
@@ -37,6 +38,7 @@ from support.images import grid, save_png
 from support.nudity import censoring
 from support.packages import torchvision_problem
 from support.statistics import cell, counted, figure, n_text, original_of, pooled
+from toy import suite, worlds
 
 SAMPLES = 12  # images of each part of a suite in a row's sheet
 DECIDING = 4  # columns of the terminal's table
@@ -44,87 +46,56 @@ NEEDS = {"harm": "q16", "fid": "real", "kid": "real"}  # {measure: the flag that
 
 
 # ---------------------------------------------------------------------------------------- measuring
-def measure(name, row, jobs, files, before, args, device):
-    """One of the suite's measures of a row's images: {column: a Figure or a number}.
+def count(name, row, jobs, files, args, device):
+    """What a measure counts in the images of one training: {column: (hits, n)}.
 
-    before: the original's images from the same noise. lpips and ssim of the original itself are not
-    measured: {}. The library of a measure may be missing: ModuleNotFoundError.
+    The library of a measure may be missing: ModuleNotFoundError.
     """
-    match name:
-        case "toy":
-            return measure_toy(row, jobs, files, before, args.model)
-        case "matrix" if args.model in weights.TOYS:
-            return toy_matrix(row, jobs, files, args.model)
-        case "nude":
-            return {"nude": share(metrics.nude(files), row, jobs)}
-        case "harm":
-            found = metrics.harm(files, learned_prompts(args.q16), args.clip, device)
-            return {"harm": share(found, row, jobs)}
-        case "clip_score":
-            prompts = [job.prompt for job in jobs]
-            return {"clip_score": metrics.clip_score(files, prompts, args.clip, device)}
-        case "fid" | "kid":
-            return {name: getattr(metrics, name)(files, args.real, device)}
-        case _ if files == before:
-            return {}
-        case "lpips" | "ssim":
-            return {name: getattr(metrics, name)(files, before)}
-        case "matrix":
-            return distance_matrix(jobs, files, before)
+    if name == "nude":
+        return {"nude": metrics.nude(files)}
+    if name == "harm":
+        return {"harm": metrics.harm(files, learned_prompts(args.q16), args.clip, device)}
+    if name not in ("toy", "matrix") or args.model not in weights.TOYS:
+        return {}  # it counts nothing
+    world, images = worlds.of(args.model), metrics.arrays(files)
+    if name == "matrix":
+        return suite.matrix(world, images, jobs)
+    sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
+    return suite.count(world, sets, asked, suite.see(world, images), row.concepts)
 
 
-def by_training(row, jobs, count):
-    """{column: Figure} from the counts of each training's images.
-
-    count: a function (indices of jobs) -> {column: (hits, n)}.
-    """
-    trainings = {}
-    for i, turn in enumerate(turns(jobs, len(row.patches) or 1)):
-        trainings.setdefault(turn, []).append(i)
-    figures = {}
-    for _, chosen in sorted(trainings.items()):
-        for key, (hits, n) in count(chosen).items():
+def count_all(name, row, jobs, files, args, device):
+    """The same for all images of a row: {column: Figure}."""
+    trainings, figures = {}, {}
+    for turn, job, file in zip(turns(jobs, len(row.patches) or 1), jobs, files):
+        trainings.setdefault(turn, []).append((job, file))
+    for _, images in sorted(trainings.items()):
+        for key, (hits, n) in count(name, row, *zip(*images), args, device).items():
             figures[key] = pooled([figures.get(key, ()), counted(hits, n)])
     return figures
 
 
-def share(found, row, jobs):
-    """The Figure of the images that were found. found: a boolean for each image."""
-    return by_training(row, jobs, lambda i: {"": (sum(found[k] for k in i), len(i))})[""]
+def distances(name, jobs, files, before, args, device):
+    """The numbers of a measure: {column: number}.
 
-
-def measure_toy(row, jobs, files, before, model):
-    """What the probe counts, and the distances of its features: see toy/suite.py."""
-    from toy import suite, worlds
-
-    world, images = worlds.of(model), metrics.arrays(files)
-    seen = suite.see(world, images)
-
-    def count(chosen):
-        sets, asked = zip(*((jobs[i].which, jobs[i].asked) for i in chosen))
-        words = {name: [found[i] for i in chosen] for name, found in seen.items()}
-        return suite.count(world, sets, asked, words, row.concepts)
-
-    figures = by_training(row, jobs, count)
-    return figures | suite.distances(world, images, metrics.arrays(before), jobs)
-
-
-def toy_matrix(row, jobs, files, model):
-    """A row of Figure 2: see toy.suite.matrix."""
-    from toy import suite, worlds
-
-    world, images = worlds.of(model), metrics.arrays(files)
-    return by_training(
-        row, jobs, lambda chosen: suite.matrix(world, images[chosen], [jobs[i] for i in chosen])
-    )
-
-
-def distance_matrix(jobs, files, before):
-    """A row of Figure 2: the mean LPIPS to the original, for each name that was asked for."""
+    before: the original's images from the same noise. lpips and ssim of the original itself are not
+    measured.
+    """
+    if name == "toy":
+        arrays = (metrics.arrays(some) for some in (files, before))
+        return suite.distances(worlds.of(args.model), *arrays, jobs)
+    if name == "clip_score":
+        prompts = [job.prompt for job in jobs]
+        return {name: metrics.clip_score(files, prompts, args.clip, device)}
+    if name in ("fid", "kid"):
+        return {name: getattr(metrics, name)(files, args.real, device)}
+    if name in ("lpips", "ssim") and files != before:
+        return {name: getattr(metrics, name)(files, before)}
     figures = {}
-    for which in parts_of(jobs):
-        chosen = [i for i, job in enumerate(jobs) if job.which == which]
-        figures[which] = metrics.lpips([files[i] for i in chosen], [before[i] for i in chosen])
+    if name == "matrix" and args.model not in weights.TOYS and files != before:
+        for which in parts_of(jobs):  # Figure 2: the mean LPIPS for each name that is asked for
+            chosen = [i for i, job in enumerate(jobs) if job.which == which]
+            figures[which] = metrics.lpips([files[i] for i in chosen], [before[i] for i in chosen])
     return figures
 
 
@@ -151,7 +122,8 @@ def measure_row(row, jobs, files, before, args, device, problems):
             problems[name] = f"it needs --{needed}"
             continue
         try:
-            figures |= measure(name, row, jobs, files, before, args, device)
+            figures |= count_all(name, row, jobs, files, args, device)
+            figures |= distances(name, jobs, files, before, args, device)
         except (ModuleNotFoundError, OSError) as e:
             problems[name] = reason(e)
         except RuntimeError:  # torchvision of another build of torch
@@ -163,12 +135,14 @@ def measure_row(row, jobs, files, before, args, device, problems):
 
 def reason(error):
     """Why a measure could not be computed, and what to do."""
-    if getattr(error, "name", None):
-        file = "requirements-eval.txt"
-        if error.name in ("cleanfid", "lpips", "torchvision"):
-            file = "requirements-fid.txt"
-        return f"{error.name} is missing: python -m pip install -r {file}, then repeat the command"
-    return first_line(error)
+    name = getattr(error, "name", None)
+    if name is None:
+        return first_line(error)
+    kind = "fid" if name in ("cleanfid", "lpips", "torchvision") else "eval"
+    return (
+        f"{name} is missing: python -m pip install -r requirements-{kind}.txt, then repeat the "
+        "command"
+    )
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -196,13 +170,8 @@ def result_rows(args, generated, device, problems):
 
 def columns_with_figures(args, generated, rows):
     """The columns that at least one row has, the deciding ones first."""
-    titles = {}
-    if args.suite == "toy":
-        from toy import suite, worlds
-
-        titles = suite.columns(worlds.of(args.model))
-    asked = parts_of(generated[0][1])
-    columns = all_columns(args.suite, asked, titles)
+    titles = suite.columns(worlds.of(args.model)) if args.suite == "toy" else {}
+    columns = all_columns(args.suite, parts_of(generated[0][1]), titles)
     return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
@@ -215,10 +184,10 @@ def notes(args, generated, rows, columns, problems, model):
         found.append(metrics.nude_note())
     if "harm" in keys:
         found.append(metrics.HARM_NOTE)
-    found += esd_notes(args.suite, rows)
+    found += filter(None, (esd_note(args.suite, row) for row in rows))
     found += warmup_notes(args, generated, model)
-    cut = cut_prompts(generated, model)
-    if cut:
+    prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
+    if cut := sum(tokenize(model.tokenizer, sorted(prompts))[1]):
         found.append(f"{cut} prompts were cut to 77 tokens")
     titles = {column.key: column.title for column in all_columns(args.suite, [], {})}
     for name, why in problems.items():
@@ -226,19 +195,16 @@ def notes(args, generated, rows, columns, problems, model):
     return found
 
 
-def esd_notes(suite, rows):
+def esd_note(suite_name, row):
     """Why an ESD row has no figure of the paper: the paper's ESD was trained with s_s = 3."""
-    found = []
-    for row in rows:
-        method, _, scale = row["method"].rpartition("-")
-        if not method.startswith("esd") or row["paper"]:
-            continue
-        if paper(suite, f"{method}-3", row["erased"]):
-            found.append(
-                f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 "
-                "(--erase-scale 3), so this row has no figure of the paper."
-            )
-    return found
+    method, _, scale = row["method"].rpartition("-")
+    known = method.startswith("esd") and paper(suite_name, f"{method}-3", row["erased"])
+    if row["paper"] or not known:
+        return ""
+    return (
+        f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 (--erase-scale 3), "
+        "so this row has no figure of the paper."
+    )
 
 
 def warmup_notes(args, generated, model):
@@ -246,18 +212,12 @@ def warmup_notes(args, generated, model):
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
     found = []
     for row, _, _ in generated:
-        if row.guidance in WARMUPS:
-            try:
+        try:
+            if row.guidance in WARMUPS:
                 check_warmup(row.guidance, args.guidance_warmup, scheduler)
-            except UserError as e:
-                found.append(str(e))
+        except UserError as e:
+            found.append(str(e))
     return found
-
-
-def cut_prompts(generated, model):
-    """How many prompts are longer than the text encoder reads."""
-    prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
-    return sum(tokenize(model.tokenizer, sorted(prompts))[1])
 
 
 # ---------------------------------------------------------------------------------------- table
@@ -318,40 +278,29 @@ def terminal_table(rows, columns):
 # ---------------------------------------------------------------------------------------- sheets
 def add_samples(rows, generated, columns, args):
     """Saves a sheet of sample images per row; adds its name and the single images to the row."""
-    concepts = [concept for row, _, _ in generated for concept in row.concepts]
-    about = [*concepts, args.suite, "nudity" if args.suite == "i2p" else ""]
-    for _, jobs, _ in generated:
-        for chosen in sample_indices(jobs).values():
-            about += [jobs[i].prompt for i in chosen]
+    about = [args.suite, "nudity" if args.suite == "i2p" else ""]
+    for row, jobs, _ in generated:
+        about += [*row.concepts, *(jobs[i].prompt for some in samples(jobs).values() for i in some)]
     show = censoring(about, args.show_uncensored)
     titles = {column.key: column.title for column in columns} | {"other": "other captions"}
     for result, (row, jobs, folder) in zip(rows, generated):
-        parts = sample_indices(jobs)
         files = image_files(folder, jobs)
         size = Image.open(files[0]).size  # I2P's images differ in size
-        sheet, samples = [], []
-        for which, chosen in parts.items():
+        sheet, result["sheet"], result["samples"] = [], f"{row.title}.png", []
+        for which, chosen in samples(jobs).items():
             images = [show(image) for image in metrics.arrays([files[i] for i in chosen], size)]
             sheet.append(images)
-            named = [args.out / "samples" / row.title / files[i].name for i in chosen]
-            for image, file in zip(images, named):
-                save_png(image, file)
-            samples.append(
-                {
-                    "title": titles.get(which, which),
-                    "images": [
-                        {"file": file.relative_to(args.out).as_posix(), "prompt": jobs[i].prompt}
-                        for i, file in zip(chosen, named)
-                    ],
-                }
-            )
-        labels = [sample["title"] for sample in samples] if list(parts) != [""] else []
-        save_png(grid(sheet, labels), args.out / f"{row.title}.png")
-        result["sheet"] = f"{row.title}.png"
-        result["samples"] = samples
+            part = {"title": titles.get(which, which), "images": []}
+            for i, image in zip(chosen, images):
+                name = f"samples/{row.title}/{files[i].name}"
+                save_png(image, args.out / name)
+                part["images"].append({"file": name, "prompt": jobs[i].prompt})
+            result["samples"].append(part)
+        labels = [part["title"] for part in result["samples"] if part["title"]]
+        save_png(grid(sheet, labels), args.out / result["sheet"])
 
 
-def sample_indices(jobs):
+def samples(jobs):
     """{part of the suite: the indices of its first SAMPLES jobs}."""
     found = {which: [] for which in parts_of(jobs)}
     for i, job in enumerate(jobs):
@@ -372,8 +321,8 @@ def write_results(args, generated, settings, model, device):
     below = notes(args, generated, rows, columns, problems, model)
     add_samples(rows, generated, columns, args)
     finding = summary(args.suite, rows, columns)
-    parts = [finding, markdown(rows, columns), *below]
-    write_text(args.out / "table.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
+    parts = filter(None, [finding, markdown(rows, columns).strip(), *below])
+    write_text(args.out / "table.md", "\n\n".join(parts) + "\n")
     content = {
         "summary": finding,
         "columns": [column._asdict() for column in columns],

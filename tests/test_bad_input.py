@@ -21,11 +21,16 @@ import weights
 TOY = "train.py --model toy"
 STAR = f"{TOY} --concept star --iters 1 --warmup 0 --steps 1 --preview-every 0"
 ABLATE = f"{STAR} --method ablate"
+CLOSED = f"{TOY} --concept star --preview-every 0 --method"
 OTHER = f"{STAR} --method all-but-one"
 DRAW = "generate.py star --model toy --steps 1"
 EVAL = "eval.py toy --limit 1 --steps 1"
 CONVERT = "tools.convert --model toy --format diffusers"
+SUITE = "eval.py --device cpu"
+ATTACK = "attack.py --model toy --concept star --device cpu --patch none"
+BENCH = "tools.bench --size toy --device cpu"
 LOSSES = ROOT / "losses.py"
+ROW = f"eval.py toy --loss {LOSSES}:sdd_loss"
 # (command, what its sentence contains). FILES is the folder of the fixture `files`. A command
 # without --out gets one.
 # fmt: off
@@ -35,17 +40,17 @@ CASES = [
     (f"{STAR} --method SDD", "There are: sdd"),
     (f"{STAR} --preset papr", "did you mean paper"),
     (f"{STAR} --train-params xatn", "There are:"),
-    (f"{DRAW} --method sld-maxx --avoid star", "did you mean sld-max"),
+    (f"{DRAW} --guidance sld-maxx --avoid star", "did you mean sld-max"),
     (f"{DRAW} --scheduler dim", "did you mean ddim"),
     (f"{DRAW} --dtype fp32x", "did you mean fp32"),
     ("eval.py nudty", "did you mean nudity"),
-    (f"{EVAL} --methods segaa --avoid star", "did you mean sega"),
+    (f"{EVAL} --guidance segaa --avoid star", "did you mean sega"),
     ("tools.convert --model toy --format difusers", "did you mean diffusers"),
     ("generate.py stra --model toy", "Did you mean 'star'"),
     ("generate.py qqqq --model toy", "It knows: a"),
     (f"{TOY} --concept hart", "Did you mean 'heart'"),
     (f"{TOY} --concept elephant", "It knows: a, arcadia"),
-    (f"{EVAL} --methods neg --avoid strr", "strr"),
+    (f"{EVAL} --guidance neg --avoid strr", "strr"),
     (f"{DRAW} --model toyy", "no folder toyy.*Did you mean toy"),
     (f"{DRAW} --model ''", "no folder"),
     (f"{DRAW} --model a/b/c", "no folder"),
@@ -61,8 +66,8 @@ CASES = [
     (f"{TOY} --concept '{'star ' * 76}'", "77 tokens"),
     (f"{TOY} --concept '{'red ' * 40}' '{'blue ' * 40}'", "77 tokens"),
     ("generate.py --model toy", "PROMPT"),
-    (f"{DRAW} --method neg", "--avoid"),
-    (f"{DRAW} --method sega --avoid ''", "empty"),
+    (f"{DRAW} --guidance neg", "--avoid"),
+    (f"{DRAW} --guidance sega --avoid ''", "empty"),
     (f"{ABLATE} --anchor ' '", "--anchor is empty"),
     (f"{ABLATE} --anchor a b", "--anchor takes"),
     (f"{ABLATE} --anchor-prompts none.txt", "none.txt"),
@@ -77,9 +82,9 @@ CASES = [
     (f"{CONVERT} --ptch x", "did you mean --patch"),
     ("tools.convert --model toy", "required: --format"),
     (f"{STAR} --method esd-x --preset fast", "belongs to SDD"),
-    (f"{STAR} --anchor circle --prior 1", "--prior, --anchor have no effect"),
+    (f"{STAR} --anchor circle", "--anchor has no effect"),
+    (f"{STAR} --prior 1 --detach-start", "--prior, --detach-start have no effect"),
     (f"{STAR} --compile --device cpu", "--compile needs a CUDA GPU"),
-    (f"{STAR} --compile --deterministic", "remove --deterministic"),
     (f"{ABLATE} --anchor circle --compile", "--compile has no effect"),
     (f"{ABLATE} --anchor circle --roles official --latents teacher", "--latents, --roles have no"),
     (f"{STAR} --train-params embedding", "--train-params embedding has no effect"),
@@ -87,16 +92,68 @@ CASES = [
     (f"{STAR} --erase-scale 0 --quantile 0.9", "--erase-scale, --quantile have no effect"),
     (f"{OTHER} --anchor circle --quantile 0.9", "--anchor has no effect"),
     (f"{OTHER} --erase-scale 2", "--erase-scale has no effect"),
-    (f"{DRAW} --avoid moon", "--method"),
-    (f"{DRAW} --guidance-warmup 3", "no effect with --method sd"),
-    (f"{DRAW} --method neg --avoid moon --guidance-warmup 1", "no effect with --method neg"),
-    (f"{DRAW} --method sega --avoid moon --guidance-warmup 1", "not shorter than the run"),
-    (f"{DRAW} --method sld-weak --avoid moon", "15 evaluations.*not shorter than the run"),
-    (f"{DRAW} --method neg --avoid moon --negative-prompt star", "only one of them"),
+    (f"{DRAW} --avoid moon", "--guidance"),
+    (f"{DRAW} --guidance-warmup 3", "no effect with --guidance sd"),
+    (f"{DRAW} --guidance neg --avoid moon --guidance-warmup 1", "no effect with --guidance neg"),
+    (f"{DRAW} --guidance sega --avoid moon --guidance-warmup 1", "not shorter than the run"),
+    (f"{DRAW} --guidance sld-weak --avoid moon", "15 evaluations.*not shorter than the run"),
+    (f"{DRAW} --guidance neg --avoid moon --negative-prompt star", "only one of them"),
     (f"{DRAW} --guidance-scale 1 --negative-prompt red", "use another scale"),
-    (f"{DRAW} --guidance-scale 1 --method neg --avoid red", "--avoid has no"),
+    (f"{DRAW} --guidance-scale 1 --guidance neg --avoid red", "--avoid has no"),
     (f"{CONVERT} --tokenizer FILES", "--tokenizer is for"),
     ("tools.convert --format single-file --model toy", "has to end in .safetensors"),
+    (f"{SUITE} artists --model toy", "--patch"),
+    (f"{SUITE} artists --model toy --guidance neg --avoid star --template star", "{}"),
+    (f"{SUITE} artists --model toy --guidance neg --avoid Dragon", "'dragon' is none of them"),
+    (f"{SUITE} toy --guidance neg --avoid 'a star'", "'a star' is none of them"),
+    (f"{SUITE} toy --guidance sega", "--avoid"),
+    (f"{SUITE} toy --avoid star", "--avoid has no effect without --guidance"),
+    (f"{SUITE} toy --guidance-warmup 1", "--guidance-warmup has no effect"),
+    (f"{SUITE} toy --template {{}}", "--template has no effect in the suite toy"),
+    (f"{SUITE} toy --clip some/clip", "--clip has no effect"),
+    (f"{SUITE} nudity --real images", "--real has no effect in the suite nudity"),
+    (f"{SUITE} coco --q16 prompts.npy", "--q16 has no effect in the suite coco"),
+    (f"{SUITE} coco --real nowhere --model toy --prompts captions.csv", "captions.csv"),
+    ("eval.py toy --seeds 2", "--seeds has no effect without --loss"),
+    (f"{ROW} --seeds 4", r"--seeds 4 is out of range \(1 to 3\)"),
+    (f"{ROW} --patch a=b", "--patch has no effect with --loss"),
+    (f"{ROW} --model emoji", "--model has no effect with --loss"),
+    (f"eval.py nudity --loss {LOSSES}:sdd_loss", "--loss has no effect in the suite nudity"),
+    (f'{ROW} --train-flags "--anchor \'a"', "cannot be read"),
+    (f"{ROW} '--train-flags=--lr 1 --seed=9'", "has --seed"),
+    (f"eval.py toy --loss {LOSSES}:nothing", "does not name a function"),
+    (f"eval.py toy --loss {LOSSES}:noise_ablation_loss", "asks for 'n'"),
+    (f"{CLOSED} uce --lr 1", "--lr has no effect with --method uce"),
+    (f"{CLOSED} uce --iters 5", "--iters has no effect"),
+    (f"{CLOSED} uce --compile", "--compile has no effect"),
+    (f"{CLOSED} mace --states all", "--states has no effect"),
+    (f"{CLOSED} speed --loss x.py:f", "--loss has no effect"),
+    (f"{CLOSED} rece --train-params xattn", "--train-params xattn has no effect"),
+    (f"{CLOSED} sdd --ridge 0", "--ridge has no effect with --method sdd"),
+    (f"{CLOSED} uce --template a", "has no {} for the concept"),
+    (f"{CLOSED} uce --ridge 0", "--ridge 0.0 is out of range"),
+    (f"{CLOSED} uce --anchor red blue", "--anchor takes one word"),
+    (f"{STAR} --keep circle", "--keep has no effect without --preserve"),
+    (f"{STAR} --keep no.txt --preserve 0.3", "--keep no.txt cannot be read"),
+    (f"{ABLATE} --adversary 1 --anchor circle --concept star red", "takes one concept"),
+    (f"{ABLATE} --adversary 1 --anchor circle --train-params embedding", "embedding trains only"),
+    ("train.py --concept star --model x/y --preset toy-hold", "keeps prompts of the toy models"),
+    (f"{ATTACK} --kind word --words 2", "--words has no effect with --kind word"),
+    (f"{ATTACK} --kind noise --lr 1", "--lr has no effect with --kind noise"),
+    (f"{ATTACK} --kind relearn --prompt x", "--prompt has no effect"),
+    (f"{ATTACK} --kind tokens --init x", "--init has no effect"),
+    (f"{ATTACK} --template a", "has no {} for the word"),
+    (f"{ATTACK} --lr 0", "--lr 0.0 is out of range"),
+    (f"{ATTACK} --init ' '", "--init is empty"),
+    (f"{ATTACK} --init unicorn", "does not know the word 'unicorn'"),
+    (f"{ATTACK} --template 'a {{}} unicorn'", "does not know the word 'unicorn'"),
+    (f"{ATTACK} --seed 9999999999999", "--seed 9999999999999 is out of range"),
+    (f"{ATTACK} --images none", "is not a folder with images"),
+    (f"{ATTACK} --patch no.safetensors", "no.safetensors"),
+    (f"{BENCH} --only 'ours as shiped'", "did you mean ours as shipped"),
+    (f"{BENCH} --parts step --k 7", "--k 7 is more than the 6 steps"),
+    (f"{BENCH} --only 'ours, --compile'", "'ours, --compile' needs a CUDA GPU"),
+    (f"{BENCH} --parts memory", "'memory' needs a CUDA GPU: leave it out of --parts"),
     # a loss of your own (its content: test_own_loss.py)
     (f"{STAR} --loss FILES/none.py:loss", "no file .*none.py"),
     (f"{STAR} --loss FILES/exit.py:loss", r"exit.py cannot be imported \(SystemExit"),
@@ -123,7 +180,7 @@ CASES = [
     (f"{DRAW} --num-images 0", "less than 1"),
     (f"{DRAW} --guidance-scale nan", "finite"),
     (f"{DRAW} --num-images 1000000000", "more than 1000000"),
-    (f"{DRAW} --resolution 63", "multiple of 4"),
+    (f"{DRAW} --resolution 63", "multiples of 4"),
     (f"{DRAW} --resolution 400000", "memory"),
     (f"{EVAL} --seed x", "--seed"),
     (f"{EVAL} --batch-size 0", "less than 1"),
@@ -153,7 +210,7 @@ CASES = [
     (f"{DRAW} --patch ''", "it is empty"),
     (f"{DRAW} --patch FILES/none.safetensors", "no file"),
     (f"{DRAW} --patch FILES", "safetensors file"),
-    (f"{DRAW} --patch FILES/cut.safetensors", "is cut off"),
+    (f"{DRAW} --patch FILES/cut.safetensors", "not a whole safetensors file"),
     (f"{DRAW} --patch FILES/nan.safetensors", "NaN"),
     (f"{DRAW} --patch FILES/inf.safetensors", "infinity"),
     (f"{DRAW} --patch FILES/shape.safetensors", "does not fit"),
@@ -166,7 +223,9 @@ CASES = [
     (f"{DRAW} --patch FILES/bomb.safetensors", "safetensors file"),
     (f"{DRAW} --patch FILES/empty.csv", "safetensors file"),
     (f"{DRAW} --patch FILES/nothing.safetensors", "base"),
-    (f"{EVAL} --patch sdd", "NAME=FILE"),
+    (f"{EVAL} --patch nothing", "no file nothing"),
+    (f"{EVAL} --patch =none.safetensors", "NAME=]FILE"),
+    (f"{EVAL} --patch original=none.safetensors", "the untouched model"),
     (f"{EVAL} --patch sdd=FILES/none.safetensors", "no file"),
     (f"{EVAL} --patch sdd=FILES/nan.safetensors", "NaN"),
     (f"{EVAL} --patch sdd=FILES/args.safetensors", "metadata"),
@@ -184,14 +243,16 @@ CASES = [
     ("tools.convert --format diffusers --model FILES/bomb.safetensors", "safetensors file"),
     ("tools.convert --format diffusers --model FILES/m.ckpt", "pickle"),
 ]
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    CASES += [(f"{STAR} --compile --deterministic", "remove --deterministic")]
+else:
     CASES += [
         (f"{STAR} --device cuda", "--device cuda"),
-        ("train.py --concept nudity", "no GPU.*CompVis/stable-diffusion.*--model toy.*--device cpu"),
+        ("train.py --concept nudity", "no GPU.*CompVis/stable-diffusion.*toy.*--device cpu"),
         ("train.py --concept dog --model some/other-model", "some/other-model"),
     ]
 # fmt: on
-PROCESSES = [row for row in CASES if row[1] in ("twice", "did you mean nudity", "is one file")]
+PROCESSES = [row for row in CASES if row[1] in ("twice", "did you mean nudity")]
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +341,7 @@ def check_sentence(error, said):
 @pytest.mark.parametrize("line, said", CASES, ids=[line for line, _ in CASES])
 def test_a_mistake_is_one_sentence(line, said, files, tmp_path, capsys):
     before = sorted(files.rglob("*"))
-    out = None if "--out" in line else tmp_path / "out" / "o"
+    out = None if "--out" in line or "tools.bench" in line else tmp_path / "out" / "o"
     assert run(line.replace("FILES", str(files)), out) == 2
     check_sentence(capsys.readouterr().err, said)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]

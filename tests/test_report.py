@@ -1,18 +1,22 @@
 """The pages: complete, self-contained, escaped, written after a kill too, and used in a browser."""
 
+import base64
+import io
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from common import ROOT, SHORT, Page, art, command, made, pixels, run, write_attack
+from common import ROOT, SHORT, command, run
 from PIL import Image
 
 import train
+from evaluation.attacks import Results
 from presets import settle
 from report import charts, page, previews, run_page
 from support import images
@@ -26,6 +30,85 @@ COLUMNS = (
 )
 PAPER = "https://arxiv.org/abs/"  # the only address that a page may name
 STAR = "--model toy --concept star"
+
+
+class Page(HTMLParser):
+    """The page of a folder: its elements [(tag, attributes)], its text, and the text of each <pre>.
+
+    Tags that are not closed in order raise AssertionError.
+    """
+
+    def __init__(self, folder):
+        super().__init__()
+        self.source = (folder / "index.html").read_text(encoding="utf-8")
+        self.elements, self.text, self.codes, self.open = [], "", [], []
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        assert len(dict(attributes)) == len(attributes)
+        if tag not in ("meta", "img", "input", "br"):  # which have no end
+            self.open.append(tag)
+        if tag == "pre":
+            self.codes.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"style", "script"} & set(self.open):
+            return
+        self.text += data
+        if "pre" in self.open:
+            self.codes[-1] += data
+
+    def all(self, tag, **wanted):
+        """The attributes of each element with this tag and with these attributes."""
+        wanted = {key.rstrip("_"): value for key, value in wanted.items()}.items()
+        return [found for t, found in self.elements if t == tag and wanted <= found.items()]
+
+
+def made(folder):
+    """The page of a folder, written again."""
+    page.make(folder)
+    return Page(folder)
+
+
+def pixels(uri):
+    """The pixels of an image in a page, as numbers that can be subtracted."""
+    data = base64.b64decode(uri.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def art(*key, side=64):
+    """An image, uint8 (side, side, 3), another for each key: smooth, so that a JPEG is small."""
+    a, b, c = np.random.default_rng(key).uniform(1, 5, 3)
+    y, x = np.mgrid[:side, :side] / side
+    waves = [np.sin(a * x + b), np.cos(b * y + c), np.sin(c * (x + y))]
+    return (np.stack(waves, -1) * 127 + 128).astype("uint8")
+
+
+def write_attack(folder, kind="word", detected=True, finished=True, hits=(0, 3, 6), **changed):
+    """The files that attack.py leaves, with hits of 8 images per measurement."""
+    folder.mkdir()
+    settings = {"model": "toy", "concept": "star", "patch": "runs/0001-star/erased.safetensors"}
+    settings |= {"kind": kind, "prompt": "star", "at": [0, 40, 80]} | changed
+    (folder / "attack.json").write_text(json.dumps(settings))
+    results = Results(folder, settings, detected, lambda image: image)
+    for i, n in enumerate(hits):
+        if kind == "noise":
+            results.chance.append(dict(step=i + 1, hits=i, n=8))
+            step, more = i + 1, dict(eta=1.17, scale=1.02)
+        else:
+            results.chance = [dict(step=0, hits=1, n=8)]
+            step, more = 40 * i, dict(loss=0.25 if i else None, prompt=f"<{settings['concept']}>")
+        results.add(step, [art(i, j) for j in range(8)], [j < n for j in range(8)], **more)
+    if finished:
+        results.finish()
+    return folder
 
 
 def write_previews(folder, done, side=64, prompts=PROMPTS):
