@@ -19,7 +19,7 @@ load_textual_inversion. The same command continues after a kill. adversaries.py 
 themselves, and says where they differ from the papers.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import hashlib
 import json

@@ -15,7 +15,7 @@ with its 95 % Wilson interval. `torchrun --nproc-per-node N eval.py …` divides
 GPUs.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import hashlib
 import itertools

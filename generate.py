@@ -9,7 +9,7 @@ noise of its own, seeded with seed + n on the CPU. So a seed means the same nois
 and on any device, and the same image but for rounding.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import json
 import sys

@@ -113,8 +113,8 @@ def embed(model, *groups):
     """Each group's embeddings: it has them already, or is encoded, together with the others."""
     texts = [group for group in groups if not isinstance(group, torch.Tensor)]
     # The last group is empty, so that one group of texts also gives a tuple.
-    none = not any(isinstance(text, str) or len(text) for text in texts)
-    encoded = iter(texts if none else encode_prompts(model, *texts, []))
+    some = any(group != [] for group in texts)
+    encoded = iter(encode_prompts(model, *texts, []) if some else texts)
     return [group if isinstance(group, torch.Tensor) else next(encoded) for group in groups]
 
 

@@ -80,8 +80,6 @@ BLOCKS = {
         up_block_types={"UpBlock2D", "CrossAttnUpBlock2D"},
     ),
     "vae": dict(down_block_types={"DownEncoderBlock2D"}, up_block_types={"UpDecoderBlock2D"}),
-    "text_encoder": {},
-    "scheduler": {},
 }
 # Config keys that are arguments of our modules.
 ARGUMENTS = {
@@ -90,27 +88,13 @@ ARGUMENTS = {
 ARGUMENTS["scheduler"] = set(inspect.signature(DDIM).parameters) - {"steps"}
 FRACTIONS = {"beta_start", "beta_end", "layer_norm_eps", "scaling_factor"}  # the rest: integers
 # Config keys that do not change the arithmetic, whatever their value.
-INERT = {
-    "architectures",
-    "initializer_factor",
-    "initializer_range",
-    "projection_dim",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "force_upcast",
-    "addition_embed_type_num_heads",
-    "clip_sample_range",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-}
-
-
-# What diffusers' samplers use for a key that scheduler_config.json does not have. SD 1.4's own
-# file has all keys in which these differ from SD 1.4.
+INERT = """
+    architectures initializer_factor initializer_range projection_dim torch_dtype dtype
+    transformers_version bos_token_id eos_token_id pad_token_id force_upcast clip_sample_range
+    addition_embed_type_num_heads dynamic_thresholding_ratio sample_max_value
+""".split()
+# What diffusers' samplers use for a key that scheduler_config.json does not have: the first table
+# for both samplers, the second one in addition. SD 1.4's own file has every key that differs here.
 SCHEDULER_DEFAULTS = dict(
     beta_start=0.0001,
     beta_end=0.02,
@@ -155,11 +139,6 @@ def check_name(model):
     )
 
 
-def model_of_patch(file):
-    """The name of the model that a patch was made for, from its metadata. None without a name."""
-    return read(file)[1].get("model")
-
-
 def name_of_patch(file):
     """The name of a patch: of its folder if it is erased.safetensors, else of the file."""
     file = Path(os.path.abspath(file))  # without "..": the name becomes a folder of generate.py
@@ -198,26 +177,22 @@ def choose_model(given, patches):
     """
     names = {}
     for file in patches:
-        name = model_of_patch(file)
+        name = read(file)[1].get("model")
         if name:
             names.setdefault(name, file)
-    if given is None and len(names) > 1:
-        (first, file_1), (second, file_2) = list(names.items())[:2]
+    if given is not None:
+        for name, file in names.items():
+            if name in TOYS and given not in TOYS and not Path(given).exists():
+                raise UserError(f"{file} was made for the model {name}: use --model {name}.")
+        return given
+    if not names:
+        return DEFAULT_MODEL
+    (name, file), *others = names.items()
+    if others:
         raise UserError(
-            f"{file_1} was made for the model {first}, and {file_2} for {second}: use patches "
-            "of one model."
+            f"{file} was made for the model {name}, and {others[0][1]} for {others[0][0]}: use "
+            "patches of one model."
         )
-    for name, file in names.items():
-        if given is None:
-            check_patch_model(name, file)
-            return name
-        if name in TOYS and given not in TOYS and not Path(given).exists():
-            raise UserError(f"{file} was made for the model {name}: use --model {name}.")
-    return DEFAULT_MODEL if given is None else given
-
-
-def check_patch_model(name, file):
-    """UserError if the model that a patch names is a folder that is no longer there."""
     try:
         check_name(name)
     except UserError:
@@ -225,40 +200,40 @@ def check_patch_model(name, file):
             f"{file} was made for the model {name}, which is not on this machine: name the model's "
             "folder with --model."
         ) from None
+    return name
 
 
 def find(model, revision=None):
     """The folder that contains `model`. A hub id is downloaded first, only what `load` reads."""
     check_name(model)
-    if model in TOYS or Path(model).is_dir():
-        if revision:
-            raise UserError(
-                f"--revision is for models from the hub; {model} is a folder on this machine."
-            )
-        folder = TOYS.get(model) or Path(model)
-        if model in TOYS and not (folder / "unet").is_dir():
-            raise UserError(
-                f"The weights of the model {model} are not here yet. Train it (hours): python -m "
-                f"toy.pretrain {model}. Or use --model toy."
-            )
-        return folder
-    from huggingface_hub import HfApi, snapshot_download
+    if model not in TOYS and not Path(model).is_dir():
+        return download(model, revision)
+    if revision:
+        raise UserError(
+            f"--revision is for models from the hub; {model} is a folder on this machine."
+        )
+    return TOYS.get(model) or Path(model)
+
+
+def download(model, revision):
+    """The folder of a model from the hub. Without a network: of a complete earlier download."""
+    import huggingface_hub as hub
 
     try:
-        names = set(HfApi().list_repo_files(model, revision=revision))
+        folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns="scheduler/*"))
+        try:
+            names = {file.path for file in hub.get_cached_repo_tree(model, revision=revision)}
+        except hub.errors.CachedRepoTreeNotFoundError:  # an older huggingface_hub downloaded it
+            names = file_names(folder)
         wanted = files_to_download(names, model)
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return Path(hub.snapshot_download(model, revision=revision, allow_patterns=wanted))
     except UserError:
         raise
     except Exception as e:  # the hub's client raises some twenty classes
-        folder = complete_download(model, revision)
-        if folder:
-            return folder
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
-            f"Cannot get {model} from the hub ({reason}): check the name and the network, then run "
-            "the same command again (a download continues where it stopped), or name a local "
-            "folder."
+            f"Cannot get {model} from the hub ({first_line(e)}): check the name and the network, "
+            "then run the same command again (a download continues where it stopped), or name a "
+            "local folder."
         ) from e
 
 
@@ -271,20 +246,6 @@ def files_to_download(names, model):
         if name.startswith("tokenizer/") and name.endswith((".json", ".txt")):
             wanted.append(name)
     return wanted
-
-
-def complete_download(model, revision):
-    """The folder of an earlier download; None if there is none or a download was interrupted."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        names = file_names(folder)
-        for network in NETWORKS:
-            weights_file(names, network, model)
-        return folder
-    except Exception:  # of the hub's client, or a UserError about a missing file
-        return None
 
 
 def file_names(folder):
@@ -332,12 +293,12 @@ def read_config(folder, part):
         missing = {key: value for key, value in defaults.items() if key not in config}
     for key, value in (missing | config).items():
         if not is_implemented(part, key, value):
-            note = (
-                " (diffusers' default: the file does not have this key)" if key in missing else ""
-            )
+            note = ""
+            if key in missing:
+                note = " (diffusers' default: the file does not have this key)"
             raise UserError(
-                f"{file}: {key} = {shortened(value)}{note} is not what Stable Diffusion 1.x "
-                "computes, and is not implemented."
+                f"{file}: {key} = {value!r:.60}{note} is not what Stable Diffusion 1.x computes, "
+                "and is not implemented."
             )
     return missing | config
 
@@ -346,10 +307,8 @@ def is_implemented(part, key, value):
     """Whether our modules compute what a config with this value asks for."""
     if key in ONLY[part]:
         return value == ONLY[part][key]
-    if key in BLOCKS[part]:
-        return isinstance(value, list) and all(
-            isinstance(block, str) and block in BLOCKS[part][key] for block in value
-        )
+    if key in BLOCKS.get(part, {}):
+        return isinstance(value, list) and all(str(block) in BLOCKS[part][key] for block in value)
     if key in ARGUMENTS[part] or (key == "sample_size" and value is not None):
         numbers = [value]
         if key == "block_out_channels" and isinstance(value, list) and value:
@@ -357,12 +316,6 @@ def is_implemented(part, key, value):
         kinds = (int, float) if key in FRACTIONS else (int,)
         return all(type(number) in kinds and number >= 0 for number in numbers)
     return key.startswith("_") or key in INERT or not value
-
-
-def shortened(value):
-    """A value as text of at most 60 characters: trained_betas is a list of a thousand numbers."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 # ------------------------------------------------------------------------------------------ tensors
@@ -377,30 +330,13 @@ def read(file):
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
     except (SafetensorError, OSError) as e:
-        reason = first_cut(file) or e
         raise UserError(
-            f"{file} is not a whole safetensors file ({reason}): fetch or make it again."
+            f"{file} is not a whole safetensors file ({e}): fetch or make it again."
         ) from e
     why = damage(tensors, metadata)
     if why:
         raise UserError(f"{file} {why}: it is damaged; fetch or make it again.")
     return tensors, metadata
-
-
-def first_cut(file):
-    """The first tensor that a truncated file does not contain completely, as text; else None."""
-    try:
-        with open(file, "rb") as f:
-            n = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(n)) if n < 100_000_000 else {}
-        here = os.path.getsize(file) - 8 - n  # bytes of tensors
-        header.pop("__metadata__", None)
-        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if tensor["data_offsets"][1] > here:
-                return f"{name} is cut off"
-        return None
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return None  # the header is damaged, too
 
 
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022's names
@@ -489,6 +425,7 @@ def load_tokenizer(folder):
 def load(model=DEFAULT_MODEL, revision=None):
     """A Model: three networks (float32, on the CPU, in eval mode), tokenizer and sampler's config.
 
+    All parameters are frozen (requires_grad is False): whoever trains some switches these on.
     UserError if a file is missing, damaged, or not what Stable Diffusion 1.x computes.
     """
     folder = find(model, revision)

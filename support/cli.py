@@ -293,7 +293,6 @@ def run_command(
     nothing has been written.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.excepthook = sys.__excepthook__  # support/packages.py's is for imports
     try:
         with warnings.catch_warnings():
             silence_libraries()

@@ -7,7 +7,7 @@ times. 20,000 rounds cost almost nothing on an idle machine. Your own setting is
 
 import os
 
-import support.packages  # noqa: F401 (a missing package is a sentence)
+import support.packages
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

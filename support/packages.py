@@ -1,61 +1,29 @@
-"""Checks the Python version and the installed packages, so that what is missing is one sentence.
+"""Packages that are missing, or of another build than torch: one sentence.
 
-support/openmp.py imports this file, and so does each command, before torch. It uses nothing but the
-standard library, and no syntax that is newer than Python 3.8.
+support/openmp.py imports this file before torch, so it needs nothing but the standard library.
 """
 
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-OLDEST_PYTHON = (3, 11)
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
-
-def python_problem(found):
-    """A sentence if the Python version `found`, (3, 10) for example, is too old; else None."""
-    if found >= OLDEST_PYTHON:
+def installed(name):
+    """The version of a package; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
         return None
-    return "This is Python {}.{}, and the project needs Python 3.11 or newer.".format(*found)
-
-
-def required_packages():
-    """The names of the packages in requirements.txt."""
-    names = []
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        name = line.partition("#")[0].partition("==")[0].strip()
-        if name:
-            names.append(name)
-    return names
-
-
-def package_problem(names):
-    """A sentence if one of the packages `names` is not installed; else None."""
-    missing = []
-    for name in names:
-        try:
-            version(name)
-        except PackageNotFoundError:
-            missing.append(name)
-    if not missing:
-        return None
-    return (
-        "These Python packages are missing: {}. Activate the virtual environment, or install them: "
-        "python -m pip install -r requirements.txt"
-    ).format(", ".join(missing))
 
 
 def torchvision_problem():
-    """A sentence if torchvision is built for another torch; else None.
+    """A sentence if torchvision is not built for this torch and cannot be imported; else None.
 
-    PyPI has torchvision for CUDA only (on Linux). It installs next to the CPU build of torch, but
-    then torchvision, and CLIP in transformers, cannot be imported.
+    On Linux PyPI has torchvision for CUDA only. It installs next to the CPU build of torch, too.
     """
-    try:
-        torch, torchvision = version("torch"), version("torchvision")
-    except PackageNotFoundError:
-        return None
-    if torch.endswith("+cpu") == torchvision.endswith("+cpu"):
+    torch, torchvision = installed("torch"), installed("torchvision")
+    if torchvision is None or torch.endswith("+cpu") == torchvision.endswith("+cpu"):
         return None
     index = " --index-url https://download.pytorch.org/whl/cpu" if torch.endswith("+cpu") else ""
     return (
@@ -65,21 +33,13 @@ def torchvision_problem():
     )
 
 
-def stop_on_interrupt(kind, error, traceback):
-    """sys.excepthook: Ctrl-C while the packages are imported is a sentence, not a traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-def check():
-    """Ends the program with status 2 and a sentence if something is missing."""
-    problem = python_problem(sys.version_info[:2]) or package_problem(required_packages())
-    if problem:
-        print("error: " + problem, file=sys.stderr)
-        sys.exit(2)
-    sys.excepthook = stop_on_interrupt
-
-
-check()
+REQUIREMENTS = (Path(__file__).parent.parent / "requirements.txt").read_text(encoding="utf-8")
+MISSING = [name for name in re.findall(r"^(\w+)==", REQUIREMENTS, re.M) if not installed(name)]
+if MISSING:
+    print(
+        f"error: These Python packages are missing: {', '.join(MISSING)}. Activate the virtual "
+        "environment, or install them for Python 3.11 or newer: python -m pip install -r "
+        "requirements.txt",
+        file=sys.stderr,
+    )
+    sys.exit(2)

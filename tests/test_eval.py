@@ -23,26 +23,6 @@ from toy import suite as toy_suite
 
 ONE = "eval.py toy --limit 1 --steps 1 --device cpu"
 TOY = "eval.py toy --limit 5 --steps 3 --batch-size 4 --device cpu --threads 1"
-BAD = [  # (command line, part of the sentence)
-    ("eval.py artists --model toy", "--patch"),
-    ("eval.py artists --model toy --guidance neg --avoid star --template star", "{}"),
-    ("eval.py toy --avoid star", "--avoid has no effect without --guidance"),
-    ("eval.py toy --guidance-warmup 1", "--guidance-warmup has no effect"),
-    ("eval.py toy --template {}", "--template has no effect in the suite toy"),
-    ("eval.py nudity --real images", "--real has no effect in the suite nudity"),
-    ("eval.py coco --q16 prompts.npy", "--q16 has no effect in the suite coco"),
-    ("eval.py coco --real nowhere --model toy --prompts captions.csv", "captions.csv"),
-    ("eval.py toy --patch nothing", "no file nothing"),
-    ("eval.py toy --patch =none.safetensors", "NAME=]FILE"),
-    ("eval.py toy --patch original=none.safetensors", "the untouched model"),
-    ("eval.py toy --clip some/clip", "--clip has no effect"),
-    ("eval.py toy --patch a=none.safetensors", "none.safetensors"),
-    ("eval.py toy --guidance sega", "--avoid"),
-    ("eval.py toy --guidance neg --avoid 'a star'", "'a star' is none of them"),
-    ("eval.py artists --model toy --guidance neg --avoid Dragon", "'dragon' is none of them"),
-    ("eval.py i2p --prompts none.csv", "none.csv"),
-    ("eval.py coco --prompts none.csv", "none.csv"),
-]
 
 
 def result(folder):
@@ -238,10 +218,8 @@ def test_a_folder_with_images_of_other_weights_or_prompts_is_refused(
         model.unet.conv_out.weight.mul_(0.5)
         return model
 
-    for module, name, other in (
-        (weights, "load", other_weights),
-        (toy_suite, "jobs", lambda *given: jobs(*given)[1:]),
-    ):
+    fewer = lambda *given: jobs(*given)[1:]  # noqa: E731
+    for module, name, other in ((weights, "load", other_weights), (toy_suite, "jobs", fewer)):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, other)
             assert run(line, out) == 2
@@ -256,20 +234,18 @@ def test_batches_are_cut_by_index_size_and_scale():
     jobs = [suites.Job("a", i) for i in range(5)]
     jobs += [suites.Job("b", seed, 7.0, (512, 640)) for seed in (0, 1)]
     jobs += [suites.Job("c", 0, 8.0, (512, 640))]
-    assert list(evaluation.batches(jobs, 4)) == [[0, 1, 2, 3], [4], [5, 6], [7]]
+    assert list(evaluation.batches(jobs, range(8), 4)) == [[0, 1, 2, 3], [4], [5, 6], [7]]
 
 
 # ---------------------------------------------------------------------------------------- rows
-@pytest.mark.parametrize(
-    "changes, concepts",
-    [
-        ({"concepts": "star, red", "args": {"concept": ["star, red"]}}, ("star, red",)),
-        ({"concepts": "star, red", "args": {"concept": ["star", "red"]}}, ("star", "red")),
-        ({"concepts": "star, red", "args": {"concept": []}}, ("star", "red")),
-    ],
-)
-def test_a_concept_may_contain_a_comma(changes, concepts, patch):
-    assert rows.patch_row("sdd", [changed(patch, "comma", **changes)]).concepts == concepts
+def test_a_concept_may_contain_a_comma(patch):
+    for given, concepts in (
+        (["star, red"], ("star, red",)),
+        (["star", "red"], ("star", "red")),
+        ([], ("star", "red")),  # only the text
+    ):
+        file = changed(patch, "comma", concepts="star, red", args={"concept": given})
+        assert rows.patch_row("sdd", [file]).concepts == concepts
 
 
 def test_the_toys_names_are_those_of_its_probe(tmp_path):
@@ -284,24 +260,22 @@ def test_the_toys_names_are_those_of_its_probe(tmp_path):
     "changes, said",
     [
         ({}, "hold the same weights"),
-        ({"method": "esd-x"}, r"different methods \(esd-x-1, sdd\)"),
+        ({"method": "esd-x"}, r"different methods \(esd-x-1; sdd\)"),
         ({"args": {"concept": ["red"]}}, r"different concepts \(red; star\)"),
         ({"args": {"lr": 0.5, "iters": 3}}, r"different settings \(iters, lr\)"),
-        ({"args": {"seed": 9, "preview": ["x"]}, "sha256": "other"}, None),
     ],
 )
-def test_patches_of_one_name_are_trainings_of_one_recipe(changes, said, patch):
-    files = [patch, changed(patch, "changed", **changes)]
-    if said is None:
-        assert len(rows.patch_row("sdd", files).patches) == 2
-        return
+def test_patches_of_one_name_are_trainings_of_one_recipe(changes, said, patch, second):
+    """Only what does not change the training may differ: the seed, for example."""
+    fine = [patch, changed(second, "fine", args={"seed": 9, "preview": ["x"]})]
+    assert len(rows.patch_row("sdd", fine).patches) == 2
     with pytest.raises(UserError, match=said):
-        rows.patch_row("sdd", files)
+        rows.patch_row("sdd", [patch, changed(patch, "changed", **changes)])
 
 
-def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch):
+def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch, second):
     own = changed(patch, "own", args={"loss": "my_loss.py:l1"})
-    again = changed(patch, "again", args={"loss": "../my_loss.py:l1"}, sha256="other")
+    again = changed(second, "again", args={"loss": "../my_loss.py:l1"})
     found = rows.patch_row("l1", [own, again])
     assert found.method == "sdd with my_loss.py:l1"
     assert suites.paper("nudity", found.method, ("nudity",)) == {}
@@ -333,12 +307,6 @@ def test_a_command_that_failed_at_once_can_be_corrected(tmp_path, capsys):
     assert result(tmp_path / "o")["rows"][0]["figures"]["frechet"] is None
 
 
-@pytest.mark.parametrize("line, said", BAD)
-def test_bad_command_lines(line, said, tmp_path, capsys):
-    assert run(f"{line} --device cpu", tmp_path / "o") == 2
-    assert said in capsys.readouterr().err and not (tmp_path / "o").exists()
-
-
 # ---------------------------------------------------------------------------------------- defaults
 def parsed(line):
     return evaluation.parse(line.split())
@@ -362,8 +330,8 @@ def test_the_suites_have_their_papers_settings():
         ("artists --model emoji --steps 7 --dtype fp16", 7, torch.float16, "ddim"),
         (f"coco --model {weights.DEFAULT_MODEL}", 25, torch.float16, "pndm"),
     ):
-        args = parsed(line)
-        assert args.steps == steps and evaluation.choose_scheduler(args) == sampler
+        args = evaluation.settle(parsed(line))
+        assert args.steps == steps and args.scheduler == sampler
         assert evaluation.choose_dtype(args, torch.device("cuda")) == dtype
 
 
@@ -402,10 +370,7 @@ def test_the_summary_says_who_leaves_the_least():
 
 
 def test_the_summary_of_numbers():
-    found = [
-        row("original", [], clip_score=0.27),
-        row("neg", ["x"], clip_score=0.26, lpips=0.2),
-    ]
+    found = [row("original", [], clip_score=0.27), row("neg", ["x"], clip_score=0.26, lpips=0.2)]
     text = findings.summary("coco", found, columns.OTHERS["coco"])
     assert text == "CLIP score: original 0.27 and neg 0.26."
     del found[0]["figures"]["clip_score"]  # the original has no distance to itself

@@ -315,18 +315,3 @@ def test_negative_prompt_flag_equals_neg(tmp_path):
     text = Image.open(tmp_path / "a" / "00000.png").text
     assert text["guidance"] == "neg"
     assert text["avoid"] == "red; a star"
-
-
-@pytest.mark.parametrize(
-    "words, complaint",
-    [
-        (["--guidance", "sega"], "--avoid"),
-        (["--avoid", "red"], "--guidance"),
-        (["--guidance", "neg", "--avoid", " "], "empty"),
-        (["--guidance", "neg", "--avoid", "red", "--negative-prompt", "blue"], "one of them"),
-    ],
-)
-def test_flags_that_contradict_each_other(words, complaint, tmp_path, capsys):
-    assert run_generate("a star", tmp_path / "c", *words) == 2
-    assert complaint in capsys.readouterr().err
-    assert not (tmp_path / "c").exists()

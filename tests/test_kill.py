@@ -22,65 +22,59 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from common import differences, run  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
+import eval  # noqa: E402, F401 (before the forks)
+import train  # noqa: E402, F401
 import weights  # noqa: E402
-from support.cli import run_command  # noqa: E402
-from support.files import LOCK, checksum  # noqa: E402
-from tools import convert  # noqa: E402
+from support.files import LOCK  # noqa: E402
+from tools import convert  # noqa: E402, F401
 
-TRAIN = (
-    "--model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 --batch-size 1 "
-    "--save-every 1 --preview-every 2 "
-    "--preview-steps 1 --export-every 2 --device cpu"
-).split()
-EVAL = "toy --limit 1 --steps 1 --batch-size 1 --guidance neg --avoid star --device cpu".split()
-CONVERT = "--model toy --dtype fp16 --format".split()
-COMMANDS = {  # what is made, its arguments (given the folder to put it into), share of the kills
+CONVERT = "tools.convert --model toy --dtype fp16 --format"
+COMMANDS = {  # what is made, its command, share of the kills
     "training": (
         "run",
-        lambda out: (
-            train.train,
-            train.parse(
-                [*(TRAIN if not (out / "run.json").exists() else ["--resume"]), "--out", str(out)]
-            ),
-        ),
+        "train.py --model toy --concept star --preview star --iters 4 --warmup 2 --steps 1 "
+        "--batch-size 1 --save-every 1 --preview-every 2 --preview-steps 1 --export-every 2 "
+        "--device cpu",
         0.5,
     ),
     "evaluation": (
         "table",
-        lambda out: (evaluation.evaluate, evaluation.parse([*EVAL, "--out", str(out)])),
+        "eval.py toy --limit 1 --steps 1 --batch-size 1 --guidance neg --avoid star --device cpu",
         0.3,
     ),
-    "export, a folder": (
-        "model",
-        lambda out: (convert.convert, convert.parse([*CONVERT, "diffusers", "--out", str(out)])),
-        0.1,
-    ),
-    "export, a file": (
-        "m.safetensors",
-        lambda out: (convert.convert, convert.parse([*CONVERT, "single-file", "--out", str(out)])),
-        0.1,
-    ),
+    "export, a folder": ("model", f"{CONVERT} diffusers", 0.1),
+    "export, a file": ("m.safetensors", f"{CONVERT} single-file", 0.1),
 }
+FAULTS = (
+    "half files under a final name",
+    "restarts that did not go on",
+    "results that differ",
+    "left temporary files",
+)
 
 
-def start(make, out):
-    """The command as a process; what it says goes to a file beside the folder."""
+def start(line, out):
+    """The command as a process; what it says goes to a file next to the folder."""
+    if line.startswith("train.py") and (out / "run.json").exists():
+        line = "train.py --resume"
     if pid := os.fork():
         return pid
     said = os.open(out.parent.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1), os.dup2(said, 2)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    status = 1
     try:
-        status = run_command(*make(out))
+        status = run(line, out)
     finally:  # a traceback ends here, too: the test behind the fork must not go on twice
-        os._exit(status if "status" in locals() else 1)
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def wait(pid, seconds=None):
@@ -94,63 +88,25 @@ def wait(pid, seconds=None):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), spent
 
 
-def readable(folder):
+def unreadable(folder):
     """Whatever has its final name is whole: the names of those that are not."""
     bad = []
     for file in folder.rglob("*.*"):
         path = file.relative_to(folder).as_posix()
+        if ".writing-" in path or "-unfinished" in path or file.is_dir() or file.name == LOCK:
+            continue
         try:
-            if ".writing-" in path or "-unfinished" in path or file.is_dir() or file.name == LOCK:
-                continue
-            elif file.suffix == ".safetensors":
+            if file.suffix == ".safetensors":
                 weights.read(file)
             elif file.suffix in (".png", ".webp"):
                 Image.open(file).load()
             elif file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
-            elif not file.read_bytes().endswith(b"\n") and (
-                file.suffix != ".csv" or file.stat().st_size
-            ):
+            elif file.suffix != ".csv" and not file.read_bytes().endswith(b"\n"):
                 bad.append(path)
         except Exception as e:
             bad.append(f"{path} ({e!r})")
     return bad
-
-
-def contents(folder):
-    """{file: its content}, without dates, times and the folder's name.
-
-    Of weights it is the checksum and the metadata, because their bytes have no fixed order.
-    """
-
-    def inside(file):
-        if file.suffix == ".safetensors":
-            tensors, metadata = weights.read(file)
-            return checksum(tensors), metadata
-        content = file.read_bytes()
-        if file.suffix == ".html":  # it says when it was made, where, and how long training took.
-            # After a kill between the last checkpoint and run.json, nobody knows how long.
-            content = content.decode().replace(str(folder), "FOLDER")
-            content = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "DATE", content)
-            content = re.sub(r"\d+ iterations in (\d+\smin\s)?\d+\ss", "TIME", content)
-            content = re.sub(r"(\d+) of \1 iterations", "TIME", content)
-        if file.name == "run.json":
-            run = json.loads(content)
-            run.pop("training", None)  # how long it took
-            return run
-        return content
-
-    return {
-        file.relative_to(folder).as_posix(): inside(file)
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
-def different(a, b):
-    a, b = contents(a), contents(b)
-    names = [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
-    return bool(names) and print(f"differs: {names}") is None
 
 
 def where(folder):
@@ -158,41 +114,39 @@ def where(folder):
     files = [file for file in folder.rglob("*") if file.is_file()]
     newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
     name = newest.relative_to(folder).as_posix() if newest else "nothing yet"
-    return (
-        "half a file beside"
-        if ".writing-" in name
-        else "an unfinished export"
-        if "-unfinished" in name
-        else re.sub(r"\d+", "N", name)
-    )
+    if ".writing-" in name:
+        return "half a file"
+    return "an unfinished export" if "-unfinished" in name else re.sub(r"\d+", "N", name)
 
 
 def kill(name, times, folder, rng):
     """Kills the command `times` times; returns Counters of where, and of what was found."""
-    what, make, _ = COMMANDS[name]
+    what, line, _ = COMMANDS[name]
     whole, found, places, n = folder / "whole", Counter(), Counter(), 0
-    status, longest = wait(start(make, whole / what))
+    status, longest = wait(start(line, whole / what))
     assert status == 0, whole.with_suffix(".txt").read_text()
     while times or n == 0:
         n += 1
         out = folder / f"killed-{n}"
-        while True:
-            pid = start(make, out / what)
+        status = -signal.SIGKILL
+        while status == -signal.SIGKILL:
+            pid = start(line, out / what)
             status, _ = wait(pid, rng.uniform(0, longest) if times else None)
-            if status != -signal.SIGKILL:
-                break
-            times -= 1
-            places[where(out)] += 1
-            found["half files under a final name"] += len(readable(out))
+            if status == -signal.SIGKILL:
+                times -= 1
+                places[where(out)] += 1
+                found["half files under a final name"] += len(unreadable(out))
         said = out.with_suffix(".txt").read_text(encoding="utf-8")
-        done = (
-            status == 0 or status == 2 and "already exists" in said
-        )  # an export that was complete when it was killed
-        found["restarts that did not go on"] += not done and print(f"{name}: {said}") is None
-        found["results that differ"] += done and different(whole, out)
-        found["left temporary files"] += sum(
-            ".writing-" in str(file) or "unfinished" in str(file) for file in out.rglob("*")
-        )
+        # An export can be complete when it is killed.
+        if status == 0 or status == 2 and "already exists" in said:
+            if names := differences(whole / what, out / what):
+                print(f"differs: {names}")
+            found["results that differ"] += bool(names)
+        else:
+            print(f"{name}: {said}")
+            found["restarts that did not go on"] += 1
+        left = [file for file in out.rglob("*") if re.search(r"\.writing-|unfinished", str(file))]
+        found["left temporary files"] += len(left)
         found["runs brought to their end"] += 1
     return places, found
 
@@ -205,28 +159,15 @@ def main(times, seed):
     for name, (_, _, share) in COMMANDS.items():
         with tempfile.TemporaryDirectory() as folder:
             places, found = kill(name, round(times * share), Path(folder), rng)
+        newest = ", ".join(f"{n}× {x}" for x, n in places.most_common())
         print(
-            f"{name}: killed {sum(places.values())} times; newest file then: "
-            + ", ".join(f"{n}× {x}" for x, n in places.most_common()),
-            flush=True,
+            f"{name}: killed {sum(places.values())} times; newest file then: {newest}", flush=True
         )
         total += Counter(kills=sum(places.values())) + found
-    bad = {
-        key: total[key]
-        for key in (
-            "half files under a final name",
-            "restarts that did not go on",
-            "results that differ",
-            "left temporary files",
-        )
-    }
-    print(
-        f"kills: {total['kills']}, "
-        f"runs brought to their end: {total['runs brought to their end']}, "
-        + ", ".join(f"{key}: {n}" for key, n in bad.items())
-        + f"; {time.monotonic() - began:.0f} s, seed {seed}"
-    )
-    return 1 if any(bad.values()) else 0
+    counts = ", ".join(f"{key}: {total[key]}" for key in ("runs brought to their end", *FAULTS))
+    seconds = time.monotonic() - began
+    print(f"kills: {total['kills']}, {counts}; {seconds:.0f} s, seed {seed}")
+    return 1 if any(total[key] for key in FAULTS) else 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads another process's clock")

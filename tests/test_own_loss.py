@@ -1,11 +1,10 @@
-"""Mistakes in a loss of the user's own: one sentence each, and the corrected command runs."""
+"""Mistakes in a loss of the user's own: one sentence each."""
 
 import pytest
-import torch
-from test_commands import SHORT, run
+from common import SHORT, differences, run, stopped
 
-import train
-import weights
+from support.errors import UserError
+from support.own_loss import call_loss
 
 GOOD = """
 import torch
@@ -29,7 +28,7 @@ MISTAKES = {  # name: (text in GOOD, what replaces it, what the sentence says)
     "an exception": ("    with torch", "    1 / 0\n    with torch", "ZeroDivisionError"),
     "a file with an error": ("import torch\n", "import torhc\n", "cannot be imported"),
 }
-STAR = ["--model", "toy", "--concept", "star", *SHORT, "--preview-every", "0", "--device", "cpu"]
+STAR = f"{SHORT} --concept star --preview-every 0"
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -38,7 +37,7 @@ def test_mistakes_are_found_before_the_run(name, tmp_path, capsys):
     assert before in GOOD
     file, out = tmp_path / "my_loss.py", tmp_path / "run"
     file.write_text(GOOD.replace(before, after, 1))
-    assert run(train, *STAR, "--loss", f"{file}:loss", "--out", out) == 2
+    assert run(f"{STAR} --loss {file}:loss", out) == 2
     error = capsys.readouterr().err
     first = next(line for line in error.splitlines() if line.startswith("error: "))
     assert said in first and f"{file}:loss" in first
@@ -47,73 +46,41 @@ def test_mistakes_are_found_before_the_run(name, tmp_path, capsys):
         assert "Traceback" in error and "my_loss.py" in error
 
 
-def test_an_exception_in_the_run_leaves_a_free_folder(tmp_path, capsys):
-    """A loss that fails only with the run's real shapes: the corrected command runs as it is."""
+def test_an_exception_in_the_run(tmp_path, capsys):
+    """A loss that fails only with the run's real shapes. The folder stays."""
     file, out = tmp_path / "my_loss.py", tmp_path / "run"
-    command = [*STAR, "--loss", f"{file}:loss", "--out", out]
     file.write_text(GOOD.replace("    with torch", "    assert z_t.shape[-1] == 8\n    with torch"))
-    assert run(train, *command) == 2
-    assert "AssertionError" in capsys.readouterr().err and not out.exists()
-    file.write_text(GOOD)
-    assert run(train, *command) == 0
+    assert run(f"{STAR} --loss {file}:loss", out) == 2
+    error = capsys.readouterr().err
+    assert "AssertionError" in error and "my_loss.py" in error and (out / "own_loss.py").exists()
+    assert run(f"{STAR} --loss {file}:loss", out) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_full_memory_is_not_a_mistake_of_the_loss():
+    def full(**_):
+        raise MemoryError
+
+    def wrong(**_):
+        raise RuntimeError("shapes")
+
+    with pytest.raises(MemoryError):
+        call_loss(full, "my.py:full")
+    with pytest.raises(UserError, match="shapes"):
+        call_loss(wrong, "my.py:wrong")
 
 
 def test_a_run_keeps_its_own_copy(tmp_path, capsys):
     """--resume uses the copy in the folder: the user's file may change or disappear."""
     file, out, whole = tmp_path / "my_loss.py", tmp_path / "run", tmp_path / "whole"
     file.write_text(GOOD)
-    assert run(train, *STAR, "--loss", f"{file}:loss", "--out", whole) == 0
-    interrupted = GOOD.replace("    with torch", "    fail_once(z_t)\n    with torch") + FAIL_ONCE
-    file.write_text(interrupted)
-    assert run(train, *STAR, "--loss", f"{file}:loss", "--out", out) == 130
+    assert run(f"{STAR} --loss {file}:loss", whole) == 0
+    with stopped("Ctrl-C", "ema.update", 3):
+        assert run(f"{STAR} --loss {file}:loss", out) == 130
     file.unlink()
-    assert run(train, "--resume", "--out", out) == 0
-    a, b = (weights.read(folder / "erased.safetensors")[0] for folder in (out, whole))
-    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert run("train.py --resume", out) == 0
+    assert differences(out, whole) == []
     capsys.readouterr()
-    (out / train.OWN_LOSS).write_text(GOOD)
-    assert run(train, "--resume", "--out", out) == 2
+    (out / "own_loss.py").write_text(GOOD + "\n")
+    assert run("train.py --resume", out) == 2
     assert "own_loss.py has changed" in capsys.readouterr().err
-
-
-FAIL_ONCE = """
-
-calls = []
-
-
-def fail_once(z_t):
-    \"\"\"Ctrl-C in the third iteration of the first process.\"\"\"
-    import os
-    import signal
-    from pathlib import Path
-
-    calls.append(1)
-    mark = Path(__file__).with_name("interrupted")
-    if len(calls) == 3 and not mark.exists() and z_t.shape[-1] > 8:
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGINT)
-"""
-
-
-def test_flags_next_to_resume_are_rejected(tmp_path, capsys):
-    out = tmp_path / "run"
-    assert run(train, *STAR, "--out", out) == 0
-    capsys.readouterr()
-    assert run(train, "--resume", "--iters", 300, "--out", out) == 2
-    assert "--iters has no effect" in capsys.readouterr().err
-    assert run(train, "--resume", "--method", "sdd", "--seed", 0, "--out", out) == 2
-    assert "--method, --seed has no effect" in capsys.readouterr().err
-
-
-def test_a_preset_skips_preview_prompts_that_the_model_does_not_know(tmp_path, capsys):
-    words = "--model toy --concept star --preset paper --iters 1 --warmup 0 --steps 2".split()
-    more = "--preview-every 1 --preview-steps 1 --device cpu".split()
-    assert run(train, *words, *more, "--out", tmp_path / "run") == 0
-    assert "'a photo of a mountain lake' is skipped" in capsys.readouterr().err
-
-
-def test_training_the_anchors_own_word_is_a_warning(tmp_path, capsys):
-    words = "--model toy --method ablate --train-params embedding --anchor star".split()
-    words += ["--concept", "red star", *SHORT, "--preview-every", "0", "--anchor-images", "2"]
-    assert run(train, *words, "--device", "cpu", "--out", tmp_path / "run") == 0
-    assert "the anchor's own word 'star'" in capsys.readouterr().err

@@ -120,23 +120,3 @@ def test_a_stop_ends_the_commands(tmp_path, monkeypatch):
     assert not own_row.running
     with pytest.raises(UserError, match="was stopped"):
         own_row.command("sleep.py")
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("toy --seeds 2", "have no effect without --loss"),
-        (f"toy --loss {LOSS} --seeds 4", "--seeds 4 is out of range (1 to 3)"),
-        (f"toy --loss {LOSS} --patch a=b", "--patch has no effect with --loss"),
-        (f"toy --loss {LOSS} --model emoji", "--model has no effect with --loss"),
-        (f"nudity --loss {LOSS}", "--loss has no effect in the suite nudity"),
-        (f'toy --loss {LOSS} --train-flags "--anchor \'a"', "cannot be read"),
-        (f"toy --loss {LOSS} '--train-flags=--lr 1 --seed=9'", "has --seed"),
-        ("toy --loss losses.py:nothing", "does not name a function"),
-        ("toy --loss losses.py:noise_ablation_loss", "asks for 'n'"),
-    ],
-)
-def test_bad_arguments(words, said, tmp_path, capsys):
-    assert evaluate(words, tmp_path / "out") == 2
-    assert said in capsys.readouterr().err
-    assert not list(tmp_path.glob("out/*.json"))

@@ -1,14 +1,19 @@
 """The samplers and classifier-free guidance compute what diffusers' schedulers and pipeline do."""
 
+import re
+
 import common
+import numpy as np
 import pytest
 import torch
 from common import TOLERANCE, randn, relative
 
 import clip_text
 import guidance
+import pipeline
 import scheduler
 import weights
+from support.errors import UserError
 
 SAMPLERS = pytest.mark.parametrize("kind", ["ddim", "pndm"])
 
@@ -210,3 +215,97 @@ def test_images_of_the_whole_pipeline(model_folder, kind, negative):
     z = guidance.sample(estimate, scheduler.SAMPLERS[kind](10), z_T)
     images = (model.vae.decode(z) / 2 + 0.5).clamp(0, 1)
     assert relative(images, expected) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return weights.load("toy")
+
+
+def test_images_of_texts_and_of_embeddings_are_the_same(toy):
+    prompts, how = ["a red star", "a moon"], dict(steps=2, scheduler="ddim", size=(16, 24))
+    c_p, c_0, c_S = pipeline.encode_prompts(toy, prompts, "", ["red"])
+    texts = list(pipeline.images(toy, prompts, [3, 4], **how))
+    assert len(texts) == 2
+    assert texts[0].shape == (16, 24, 3)
+    assert texts[0].dtype == np.uint8
+    assert np.array_equal(texts, list(pipeline.images(toy, c_p, [3, 4], **how)))
+    assert np.array_equal(texts, list(pipeline.images(toy, prompts, [3, 4], negative=c_0, **how)))
+    # Each image has noise of its own, whatever the batch. Another batch rounds differently.
+    one, apart = list(pipeline.images(toy, "a moon", [4], **how)), [3, 4]
+    apart = list(pipeline.images(toy, prompts, apart, batch_size=1, **how))
+    assert abs(one[0].astype(int) - texts[1]).max() <= 1
+    assert np.array_equal(apart[1], one[0])
+    # Without seeds they are 0, 1, ..
+    default = list(pipeline.images(toy, prompts, **how))
+    assert np.array_equal(default, list(pipeline.images(toy, prompts, [0, 1], **how)))
+    for guidance_ in ("neg", "sega"):
+        avoiding = dict(guidance=guidance_, warmup=0, **how)
+        a = list(pipeline.images(toy, prompts, avoid=["red"], **avoiding))
+        assert np.array_equal(a, list(pipeline.images(toy, c_p, avoid=c_S, **avoiding)))
+        assert not np.array_equal(a, default)
+
+
+@pytest.mark.parametrize(
+    "prompts, how, said",
+    [
+        (["a star"], dict(seeds=[1, 2]), "1 prompts and 2 seeds: use one seed per prompt"),
+        (["a star"], dict(size=22), "22 x 22 pixels: use multiples of 4"),
+        (["a star"], dict(size=(16, 30)), "16 x 30 pixels"),
+        (["a satr"], {}, "does not know the word 'satr'. Did you mean 'star'?"),
+        (["a star"], dict(negative="satr"), "does not know the word 'satr'"),
+        (["a star"], dict(guidance="neg"), "needs --avoid"),
+        (["a star"], dict(avoid=["red"]), "--avoid needs a method"),
+        (["a star"], dict(steps=1000), "1000 sampling steps do not fit"),
+    ],
+)
+def test_images_that_cannot_be_made_are_one_sentence(toy, prompts, how, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        list(pipeline.images(toy, prompts, **how))
+
+
+def test_encoded_groups(toy):
+    """One tensor per group of prompts, also for an empty group; one tensor for one group."""
+    prompts = ["a star", "a moon on sand", "red"]
+    each = torch.cat([pipeline.encode_prompts(toy, prompt) for prompt in ["", *prompts]])
+    c_0, c_p, nothing, last = pipeline.encode_prompts(toy, "", prompts[:2], [], ["red"])
+    assert [len(c) for c in (c_0, c_p, nothing, last)] == [1, 2, 0, 1]
+    assert relative(torch.cat([c_0, c_p, nothing, last]), each) <= TOLERANCE
+    assert relative(pipeline.encode_prompts(toy, prompts), each[1:]) <= TOLERANCE
+
+
+def test_a_prompt_that_is_cut_is_a_warning(toy, capsys):
+    long = "a star " * 60
+    pipeline.encode_prompts(toy, ["a star", long], [long])
+    assert "2 of 3 prompts are longer than 77 tokens" in capsys.readouterr().err
+    pipeline.encode_prompts(toy, long, warn=False)
+    assert not capsys.readouterr().err
+
+
+def test_saved_latents_continue_with_the_same_images(toy, tmp_path, monkeypatch):
+    """3 images of 2 prompts in turn, saved after each one; the file already has the first."""
+    monkeypatch.setattr(pipeline, "SAVED", 1)
+    file, c_p = tmp_path / "z.safetensors", pipeline.encode_prompts(toy, ["a star", "a moon"])
+    how = dict(steps=1, scheduler="ddim", size=16)
+    whole = pipeline.saved_latents(file, "images", toy, c_p, 3, 5, **how)
+    expected = pipeline.generate_latents(toy, c_p[[0, 1, 0]], [5, 6, 7], batch_size=1, **how)
+    assert torch.equal(whole, torch.cat(list(expected)))
+    _, settings = weights.read(file)
+    weights.save(file, {"z_0": whole[:1]}, settings)
+    assert torch.equal(pipeline.saved_latents(file, "images", toy, c_p, 3, 5, **how), whole)
+    with pytest.raises(UserError, match="holds other images than this run needs"):
+        pipeline.saved_latents(file, "images", toy, c_p, 3, 6, **how)
+
+
+def test_a_patch_is_in_the_model_only_inside_the_block(toy, tmp_path):
+    names = [name for name in toy.unet.state_dict() if ".attn2.to_v." in name]
+    before = {name: x.clone() for name, x in toy.unet.state_dict().items()}
+    weights.save(tmp_path / "p.safetensors", {name: before[name] + 1 for name in names}, {"a": "b"})
+    with pipeline.patched(toy, tmp_path / "p.safetensors") as metadata:
+        inside = toy.unet.state_dict()
+        changed = [name for name in before if not torch.equal(inside[name], before[name])]
+        assert changed == names
+        assert metadata["a"] == "b"
+    assert all(torch.equal(x, before[name]) for name, x in toy.unet.state_dict().items())
+    with pipeline.patched(toy, None) as metadata:
+        assert metadata == {}

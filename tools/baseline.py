@@ -6,51 +6,38 @@ import torch
 import torch.nn.functional as F
 
 import weights
+from tools.convert import sd14_configs
 
 PROMPT = "star"  # a word that the toy model's tokenizer knows
-SD14_SCHEDULER = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    steps_offset=1,
-    clip_sample=False,
-    set_alpha_to_one=False,
-)
 
 
-def their_parts(size, device):
-    """(unet, vae, text_encoder, tokenizer) by diffusers and transformers.
+def their_pipeline(size, device):
+    """A StableDiffusionPipeline with DDIM.
 
-    size: "toy" for the toy model; "sd14" for random weights with SD 1.4's sizes.
+    size: "toy" for the toy model; "sd14" for random weights with SD 1.4's sizes, and the toy
+    model's tokenizer.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(weights.TOY / "tokenizer")
-    if size == "toy":
-        unet = UNet2DConditionModel.from_pretrained(weights.TOY, subfolder="unet").to(device)
-        vae = AutoencoderKL.from_pretrained(weights.TOY, subfolder="vae").to(device)
-        text_encoder = CLIPTextModel.from_pretrained(weights.TOY / "text_encoder").to(device)
-        return unet, vae, text_encoder, tokenizer
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
     )
-    with torch.device(device):
-        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
-        vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            sample_size=512,
-            block_out_channels=[128, 256, 512, 512],
-            layers_per_block=2,
-            latent_channels=4,
-        )
-        text_encoder = CLIPTextModel(config)
-    return unet, vae, text_encoder, tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    parts = {}
+    if size == "sd14":
+        configs = sd14_configs()
+        with torch.device(device):
+            parts = dict(
+                unet=UNet2DConditionModel.from_config(configs["unet"]),
+                vae=AutoencoderKL.from_config(configs["vae"]),
+                text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
+            )
+    pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY, **parts).to(device)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 class Authors:
@@ -61,20 +48,18 @@ class Authors:
     """
 
     def __init__(self, size, device, batch_size, steps, dtype):
-        from diffusers import DDIMScheduler
-
-        self.unet, _, self.text_encoder, self.tokenizer = their_parts(size, device)
+        pipeline = their_pipeline(size, device)
+        self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
+        self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.text_encoder.requires_grad_(False)
         self.unet.requires_grad_(True)
         self.trained = [p for name, p in self.unet.named_parameters() if "attn2" in name]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
-        self.scheduler = DDIMScheduler(**SD14_SCHEDULER)
         self.scheduler.set_timesteps(steps, device=device)
         side = self.unet.config.sample_size
         self.device, self.dtype = device, dtype
         self.shape = (batch_size, 4, side, side)
-        self.parts = [self.unet, self.ema, self.optimizer]
 
     def encode(self, prompts):
         """Embeddings, each (batch size, 77, D)."""

@@ -14,7 +14,7 @@ they are in its metadata. A model card is written too: README.md in the folder, 
 the file.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import inspect
 import json
@@ -25,25 +25,22 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import torch
 
 import weights
 from clip_text import MAX_TOKENS
 from support.cli import DTYPES, Parser, one_of, run_command
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.files import lock_folder, used_files
 from tools.compvis_names import UNUSED, from_original, some_names, to_original
 from tools.model_card import card
 from weights import NETWORKS
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # SD 1.4's tokenizer comes from there
-TOKENIZER_FILES = [
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-]
+TOKENIZER_FILES = (
+    "vocab.json merges.txt tokenizer.json tokenizer_config.json special_tokens_map.json".split()
+)
 CONFIGS = {**dict.fromkeys(NETWORKS, "config.json"), "scheduler": "scheduler_config.json"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -94,20 +91,13 @@ def read_single(file, folder):
     for network, module in networks.items():
         count = sum(p.numel() for p in module.parameters())
         print(f"{network}: {file}, {len(module.state_dict())} tensors, {count:,} parameters")
-    print_unused(unused)
-    return networks
-
-
-def print_unused(names):
-    """Prints which tensors of a single file were not used, grouped by the start of the name."""
-    groups = Counter()
-    for name in names:
+    groups = Counter()  # of the names, by their start
+    for name in unused:
         groups[name if name.startswith(UNUSED) else name.split(".")[0]] += 1
     if groups:
-        words = [
-            f"{group} ({n} tensors)" if n > 1 else group for group, n in sorted(groups.items())
-        ]
+        words = [f"{name} ({n} tensors)" if n > 1 else name for name, n in sorted(groups.items())]
         print(f"not used: {', '.join(words)}")
+    return networks
 
 
 def fetch_tokenizer(where, folder, vocab_size):
@@ -115,26 +105,19 @@ def fetch_tokenizer(where, folder, vocab_size):
 
     UserError if it does not have `vocab_size` words.
     """
-    advice = (
-        f"name a folder with CLIP's {', '.join(TOKENIZER_FILES[:2])} and {TOKENIZER_FILES[3]} with "
-        "--tokenizer."
-    )
-    try:
-        source = Path(where)
-        if not source.is_dir():
-            from huggingface_hub import snapshot_download
-
-            source = Path(snapshot_download(where, allow_patterns=TOKENIZER_FILES))
-        if (source / "tokenizer").is_dir():
-            source = source / "tokenizer"
-        copy_tokenizer(source, folder)
-    except Exception as e:  # the hub's client raises some twenty classes
-        reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise UserError(
-            f"Cannot get the tokenizer {where} from the hub ({reason}): check the network, "
-            f"or {advice}"
-        ) from e
-    if not (folder / "tokenizer").is_dir() or not any((folder / "tokenizer").iterdir()):
+    advice = "name a folder with CLIP's vocab.json, merges.txt and tokenizer_config.json with "
+    advice += "--tokenizer."
+    source = Path(where)
+    if not source.is_dir():
+        try:
+            source = Path(huggingface_hub.snapshot_download(where, allow_patterns=TOKENIZER_FILES))
+        except Exception as e:  # the hub's client raises some twenty classes
+            raise UserError(
+                f"Cannot get the tokenizer {where} from the hub ({first_line(e)}): check the "
+                f"network, or {advice}"
+            ) from e
+    copy_tokenizer(source / "tokenizer" if (source / "tokenizer").is_dir() else source, folder)
+    if not any((folder / "tokenizer").iterdir()):
         raise UserError(f"There is no tokenizer in {where}: {advice}")
     tokenizer = weights.load_tokenizer(folder)
     words, tokens = len(tokenizer), tokenizer.model_max_length
@@ -152,32 +135,30 @@ def copy_tokenizer(source, folder):
             shutil.copyfile(source / name, folder / "tokenizer" / name)
 
 
-def is_single_file(model):
-    file = Path(model)
-    return not file.is_dir() and (file.is_file() or file.suffix in (".safetensors", *PICKLES))
-
-
 def open_model(model, args, work):
     """(folder with configs and tokenizer, {network: module}) of a model.
 
     For a single file the folder is made inside `work`.
     """
-    if is_single_file(model):
-        if args.revision:
-            raise UserError(f"--revision is for models from the hub; {model} is a file.")
-        folder = work / Path(model).name
-        networks = read_single(Path(model), folder)
-        if args.format == "diffusers":
-            embedding = networks["text_encoder"].text_model.embeddings.token_embedding
-            fetch_tokenizer(args.tokenizer or TOKENIZER, folder, embedding.num_embeddings)
-        elif args.tokenizer:
-            raise UserError("--tokenizer has no effect with --format single-file: remove it.")
-        return folder, networks
-    if args.tokenizer:
-        raise UserError(f"--tokenizer is for a single file: {model} has a tokenizer of its own.")
-    folder = weights.find(model, args.revision)
-    loaded = weights.load(folder)
-    return folder, {network: getattr(loaded, network) for network in NETWORKS}
+    file = Path(model)
+    if file.is_dir() or not file.is_file() and file.suffix not in (".safetensors", *PICKLES):
+        if args.tokenizer:
+            raise UserError(
+                f"--tokenizer is for a single file: {model} has a tokenizer of its own."
+            )
+        folder = weights.find(model, args.revision)
+        loaded = weights.load(folder)
+        return folder, {network: getattr(loaded, network) for network in NETWORKS}
+    if args.revision:
+        raise UserError(f"--revision is for models from the hub; {model} is a file.")
+    folder = work / file.name
+    networks = read_single(file, folder)
+    if args.format == "diffusers":
+        embedding = networks["text_encoder"].text_model.embeddings.token_embedding
+        fetch_tokenizer(args.tokenizer or TOKENIZER, folder, embedding.num_embeddings)
+    elif args.tokenizer:
+        raise UserError("--tokenizer has no effect with --format single-file: remove it.")
+    return folder, networks
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -188,12 +169,8 @@ def write_json(file, content):
 
 def cast(tensors, dtype):
     """The tensors as `dtype`, a key of DTYPES. UserError if a number is too large for it."""
-    result = {}
-    too_large = []
-    for name, x in tensors.items():
-        result[name] = x.to(DTYPES[dtype])
-        if not result[name].isfinite().all():
-            too_large.append(name)
+    result = {name: x.to(DTYPES[dtype]) for name, x in tensors.items()}
+    too_large = [name for name, x in result.items() if not x.isfinite().all()]
     if too_large:
         raise UserError(
             f"There are numbers too large for {dtype} in {len(too_large)} tensors "
@@ -235,100 +212,70 @@ def write_single(out, folder, networks, dtype):
 
 
 @contextmanager
-def staged(out, card_file):
-    """Yields a working folder; at the end, moves the content of its folder `made` next to `out`.
-
-    The card is moved first. After kill -9 the working folder stays, as .NAME-unfinished, and the
-    next export removes it.
-    """
-    work = out.parent / f".{out.name}-unfinished"
-    killed = work.exists()
+def unfinished_folder(out):
+    """A folder next to `out`, for one export at a time. The next export removes a killed one's."""
+    folder = out.parent / f".{out.name}-unfinished"
     try:
-        with lock_folder(work):
+        with lock_folder(folder):
             try:
-                refuse_existing(out, card_file, killed)
-                for left in used_files(work):
+                for left in used_files(folder):
                     shutil.rmtree(left)
-                yield work
-                for made in sorted((work / "made").iterdir()):
-                    os.replace(made, out.parent / made.name)
+                yield folder
             finally:
-                shutil.rmtree(work, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as e:
         raise UserError(
             f"Cannot write {out} ({e}): free some space or choose another place with --out."
         ) from e
 
 
-def refuse_existing(out, card_file, killed):
-    """UserError if the output exists. A card alone may be left of an export that was killed."""
-    for file in (out, card_file):
-        left_over = killed and file == card_file and not out.exists()
-        if file.exists() and not left_over:
-            raise UserError(f"{file} already exists: choose another --out.")
-
-
 # -------------------------------------------------------------------------------------- the command
 @torch.no_grad()
 def convert(args):
-    single = args.format == "single-file"
-    if single and args.out.suffix != ".safetensors":
+    out, single = args.out, args.format == "single-file"
+    if single and out.suffix != ".safetensors":
         raise UserError(
-            f"--format single-file writes a file: --out {args.out} has to end in .safetensors."
+            f"--format single-file writes a file: --out {out} has to end in .safetensors."
         )
     model = weights.choose_model(args.model, [args.patch] if args.patch else [])
-    card_file = args.out.with_suffix(".md") if single else args.out / "README.md"
-    with staged(args.out, card_file) as work:
+    card_file = out.with_suffix(".md") if single else out / "README.md"
+    with unfinished_folder(out) as work:
+        for file in (out, card_file):
+            if file.exists():
+                raise UserError(f"{file} already exists: choose another --out.")
         folder, networks = open_model(model, args, work)
         metadata = None
         if args.patch:
             metadata = weights.load_patch(args.patch, networks["unet"], networks["text_encoder"])
-        made = work / "made" / args.out.name
+        made = work / "made" / out.name
         write = write_single if single else write_folder
         write(made, folder, networks, args.dtype)
         text = card(model, args.format, args.dtype, args.patch, metadata).rstrip() + "\n"
-        (made.parent / card_file.relative_to(args.out.parent)).write_text(text, encoding="utf-8")
-    print(f"{args.out}: {args.format}, {args.dtype}; its model card: {card_file}")
+        (made.parent / card_file.relative_to(out.parent)).write_text(text, encoding="utf-8")
+        for file in sorted(made.parent.iterdir()):  # the folder; or the card and the file
+            os.replace(file, out.parent / file.name)
+    print(f"{out}: {args.format}, {args.dtype}; its model card: {card_file}")
 
 
 def parse(argv=None):
     parser = Parser(prog="python -m tools.convert", description=__doc__)
-    group = parser.add_argument_group("what to convert")
-    group.add_argument(
-        "--model",
-        metavar="MODEL",
+    # fmt: off
+    add = parser.add_argument_group("what to convert").add_argument
+    add("--model", metavar="MODEL",
         help=f"{', '.join(weights.TOYS)}, a hub id, a folder in diffusers' layout, or a "
         ".safetensors file in the original layout (default: the patch's model, else "
-        f"{weights.DEFAULT_MODEL})",
-    )
-    group.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit of the model on the hub"
-    )
-    group.add_argument(
-        "--patch", type=Path, metavar="FILE", help="an erased.safetensors that train.py wrote"
-    )
-    group.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help=f"for a single file, which has none: a folder or hub id (default: {TOKENIZER})",
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--format", **one_of(["diffusers", "single-file"]), required=True, help="what to write"
-    )
-    group.add_argument(
-        "--dtype",
-        **one_of(DTYPES),
-        default="fp32",
-        help="type of the weights (default: fp32, which loses nothing)",
-    )
-    group.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="a new folder, or a new .safetensors file",
-    )
+        f"{weights.DEFAULT_MODEL})")
+    add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
+    add("--patch", type=Path, metavar="FILE", help="an erased.safetensors that train.py wrote")
+    add("--tokenizer", metavar="DIR",
+        help=f"for a single file, which has none: a folder or hub id (default: {TOKENIZER})")
+    add = parser.add_argument_group("output").add_argument
+    add("--format", **one_of(["diffusers", "single-file"]), required=True, help="what to write")
+    add("--dtype", **one_of(DTYPES), default="fp32",
+        help="type of the weights (default: fp32, which loses nothing)")
+    add("--out", type=Path, required=True, metavar="PATH",
+        help="a new folder, or a new .safetensors file")
+    # fmt: on
     return parser.parse_args(argv)
 
 

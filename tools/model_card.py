@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+import jinja2
 
 import weights
 from support.errors import UserError
@@ -18,69 +18,78 @@ LAYOUTS = {
     "diffusers": "a folder in diffusers' layout",
     "single-file": "one file in the original (CompVis) layout",
 }
-DETAILS = {  # arguments of train.py that are elsewhere in the card, or do not change the result
-    "concept",
-    "method",
-    "model",
-    "device",
-    "preview",
-    "preview_every",
-    "preview_steps",
-    "preview_guidance_scale",
-    "save_every",
-    "export_every",
-    "show_uncensored",
-}
-EVAL_SETTINGS = ("suite", "limit", "scheduler", "steps", "guidance_scale", "seed")  # of eval.py
+# Arguments of train.py that are elsewhere in the card, or do not change the result.
+DETAILS = """
+    concept method model device preview preview_every preview_steps preview_guidance_scale
+    save_every export_every show_uncensored
+""".split()
+EVAL_SETTINGS = "suite limit scheduler steps guidance_scale seed".split()  # of eval.py
 
 CARD = """---
-{{ card_data }}
+{% if "/" in base %}
+base_model: {{ base }}
+{% endif %}
+{% if layout == "diffusers" %}
+library_name: diffusers
+{% endif %}
+{% if tag %}
+license: {{ tag }}
+{% endif %}
+pipeline_tag: text-to-image
 ---
 
-# {{ title }}
+{% if patch %}
+# {{ base }} without {{ patch.concepts or "concepts that its patch does not name" }}
+{% else %}
+# {{ base }}, converted
+{% endif %}
 
 Written by SDD (safe self-distillation, arXiv 2307.05977).
 
 - base model: {{ base }}
-- format: {{ layout }}, {{ dtype }}
-{% if library_name %}
+- format: {{ layouts[layout] }}, {{ dtype }}
+
+{% if layout == "diffusers" %}
 ```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("THIS FOLDER")
 pipeline("a prompt").images[0].save("image.png")
 ```
+
 {% endif %}
-{{ changes }}
+{% if patch %}
+## What was erased, and how
 
-## Licence
-
-{{ licence }}. Converting and erasing do not change it.
-"""
-UNPATCHED = "No patch was applied: these are the tensors of {base}."
-PATCHED = """## What was erased, and how
-
-- concepts: {concepts}
-- method: {method}
-- base: {base}, fingerprint of the tensors before training {base_fingerprint}
-- versions: {versions}
+- concepts: {{ patch.concepts or "not noted" }}
+- method: {{ patch.method or "not noted" }}
+- base: {{ base }}, fingerprint of the tensors before training {{ patch.base_fingerprint }}
+- versions: {{ patch.versions or "not noted" }}
 
 Settings of `train.py`:
 
 ```json
-{settings}
+{{ settings }}
 ```
 
 ## Figures
 
-{figures}
+{{ figures }}
 
 ## Limits
 
 For a prompt with an erased concept, the model answers about as it does for the empty prompt. So the
 concept can still appear as often as it does without being asked for. Other words for it, other
 languages, other samplers, images as input or further training can bring it back, and similar
-concepts may suffer. It is a safer default, not a proof of safety: measure what you rely on."""
+concepts may suffer. It is a safer default, not a proof of safety: measure what you rely on.
+{% else %}
+No patch was applied: these are the tensors of {{ base }}.
+{% endif %}
+
+## Licence
+
+{{ licence }}. Converting and erasing do not change it.
+"""
 
 
 def figures(patch_file):
@@ -89,73 +98,40 @@ def figures(patch_file):
     eval.py notes the file's hash in its settings.
     """
     digest = hashlib.sha256(patch_file.read_bytes()).hexdigest()[:16]
-    folder = patch_file.parent
-    tables = []
-    places = [*folder.glob("results.json"), *folder.glob("*/results.json")]
-    for file in sorted([*places, *Path("tables").glob("*/results.json")]):
+    folder, tables = patch_file.parent, []
+    files = [*folder.glob("results.json"), *folder.glob("*/results.json")]
+    for file in sorted([*files, *Path("tables").glob("*/results.json")]):
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
-            if digest not in settings["files"].values():
-                continue
-            about = ", ".join(f"{key} {settings[key]}" for key in EVAL_SETTINGS)
-            table = file.with_name("table.md").read_text(encoding="utf-8").strip()
+            if digest in settings["files"].values():
+                about = ", ".join(f"{key} {settings[key]}" for key in EVAL_SETTINGS)
+                table = file.with_name("table.md").read_text(encoding="utf-8").strip()
+                tables.append(f"`eval.py` ({about}):\n\n{table}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not eval.py's, or of an older version without hashes
-        tables.append(f"`eval.py` ({about}):\n\n{table}")
+            continue  # it is not a result of eval.py
     return "\n\n".join(tables) or "No table of `eval.py` about this patch was found."
 
 
-def about_patch(base, patch_file, metadata):
-    """The card's sections about a patch. UserError if the metadata is damaged."""
-    settings = {}
+def settings_of(patch_file, metadata):
+    """The settings of train.py that a patch notes, as JSON. UserError if they are damaged."""
     try:
-        for key, value in json.loads(metadata.get("args", "{}")).items():
-            if key == "loss" and value:
-                value = Path(value).name  # no path of this machine
-            if key not in DETAILS:
-                settings[key] = value
-    except (ValueError, AttributeError) as e:
+        settings = json.loads(metadata.get("args", "{}"))
+        if settings.get("loss"):
+            settings["loss"] = Path(settings["loss"]).name  # no path of this machine
+        shown = {key: value for key, value in settings.items() if key not in DETAILS}
+    except (ValueError, AttributeError, TypeError) as e:
         raise UserError(
             f"{patch_file}: its metadata is damaged ({e}): make it again with train.py."
         ) from e
-    return PATCHED.format(
-        concepts=metadata.get("concepts", "not noted"),
-        method=metadata.get("method", "not noted"),
-        versions=metadata.get("versions", "not noted"),
-        base=base,
-        base_fingerprint=metadata["base_fingerprint"],
-        settings=json.dumps(settings, indent=1, ensure_ascii=False),
-        figures=figures(patch_file),
-    )
+    return json.dumps(shown, indent=1, ensure_ascii=False)
 
 
 def card(model, layout, dtype, patch_file=None, metadata=None):
     """The card, in Markdown. layout: a key of LAYOUTS; metadata: the patch's, if there is one."""
     base = Path(model).name if Path(model).exists() else model  # no path of this machine
-    is_hub_id = model == base and "/" in model
     tag, licence = LICENCES.get(model, (None, f"That of the base model, {base}"))
-    library_name = "diffusers" if layout == "diffusers" else None
-    title = f"{base}, converted"
-    changes = UNPATCHED.format(base=base)
-    if metadata is not None:
-        title = (
-            f"{base} without {metadata.get('concepts', 'concepts that its patch does not name')}"
-        )
-        changes = about_patch(base, patch_file, metadata)
-    card_data = ModelCardData(
-        license=tag,
-        base_model=model if is_hub_id else None,
-        pipeline_tag="text-to-image",
-        library_name=library_name,
-    )
-    made = ModelCard.from_template(
-        card_data,
-        template_str=CARD,
-        title=title,
-        layout=LAYOUTS[layout],
-        dtype=dtype,
-        base=base,
-        changes=changes,
-        licence=licence,
-    )
-    return made.content
+    facts = dict(base=base, tag=tag, licence=licence, layout=layout, dtype=dtype, patch=metadata)
+    if patch_file:
+        facts |= dict(settings=settings_of(patch_file, metadata), figures=figures(patch_file))
+    template = jinja2.Template(CARD, trim_blocks=True, keep_trailing_newline=True)
+    return template.render(facts, layouts=LAYOUTS)
