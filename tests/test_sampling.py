@@ -300,3 +300,15 @@ def test_a_patch_is_in_the_model_only_inside_the_block(toy, tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in toy.unet.state_dict().items())
     with pipeline.patched(toy, None) as metadata:
         assert metadata == {}
+
+
+def test_the_models_own_sampler_and_schedule():
+    config = dict(_class_name="DDIMScheduler", beta_start=0.001, steps_offset=0, clip_sample=False)
+    ddim = pipeline.make_scheduler(config, 10)
+    assert type(ddim) is scheduler.DDIM
+    assert ddim.timesteps[-3:] == [100, 0, 0]
+    assert ddim.alphas_cumprod[0].item() == pytest.approx(0.999)
+    assert type(pipeline.make_scheduler(config, 10, "pndm")) is scheduler.PNDM
+    assert type(pipeline.make_scheduler({"_class_name": "PNDMScheduler"}, 10)) is scheduler.PNDM
+    with pytest.raises(UserError, match="own sampler, Euler, is not implemented"):
+        pipeline.make_scheduler({"_class_name": "Euler"}, 10)
