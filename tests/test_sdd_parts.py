@@ -85,7 +85,7 @@ def test_ema_of_other_tensors_is_an_error():
 
 # ---------------------------------------------------------------------- random numbers, the rate
 class Line(nn.Module):
-    """ε = w z: so cheap that a run of a thousand iterations takes a second."""
+    """ε = w z: so cheap that a run of 500 iterations takes a second."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ def test_draw(roles, monkeypatch):
         return e(z_t, t, c_s).mean()
 
     generator = torch.Generator().manual_seed(11)
-    run = list(run_line(Line(), generator, iters=1000, roles=roles, loss=loss))
+    run = list(run_line(Line(), generator, iters=500, roles=roles, loss=loss))
     g = torch.Generator().manual_seed(11)
     for it, z, t in zip(run, z_Ts, times, strict=True):
         assert torch.equal(z, torch.randn(1, 4, 2, 2, generator=g))
@@ -131,7 +131,7 @@ def test_draw(roles, monkeypatch):
             assert t == torch.randint(low, high, (), generator=g)
             assert low <= timesteps[it.k] < high
             assert it.j == it.i % 3
-    assert len(run) == 1000
+    assert len(run) == 500
     assert {it.k for it in run} == set(range(1, 51) if roles == "paper" else range(50))
     assert {it.j for it in run} == {0, 1, 2}
 
