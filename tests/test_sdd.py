@@ -67,14 +67,12 @@ class Case(NamedTuple):
     kept: torch.Tensor | None = None
     adversary: torch.Tensor | None = None
     schedule: str = "cosine"
-    lr: float = 0.01  # so large that weights move by far more than they round
+    lr: float = 0.01  # large: weights move by far more than they round
     clip: float = 0.002  # gradients here have norms of 0.002 to 0.1
     scale: float = 1.0  # of GradScaler; 1: none
 
 
 ABLATE = Case(B=3, K=2, latents="anchor", lr=0.001)
-
-
 CASES = {
     "sdd": Case(),
     "one concept": Case(B=1, K=1, preserve=0.5, clip=0.0),
@@ -472,7 +470,7 @@ def all_but_one_still(e, c_0, **batch):
 # code, the others in our case.
 # fmt: off
 MISTAKES = {
-    "loss one timestep too noisy":      ("sdd", "grad_norm", {"sdd.random_timestep": too_noisy}),
+    "loss one timestep too noisy":      ("sdd", "loss", {"sdd.random_timestep": too_noisy}),
     "k in 0..T-1":                      ("sdd", "another draw", {"sdd.random_timestep": k_from_0}),
     "concept drawn before k":           ("sdd", "another draw",
                                          {"sdd.random_timestep": concept_first}),
@@ -548,8 +546,8 @@ def test_only_the_trained_tensors_get_a_gradient_and_change(name):
             with_grad.append(names)
 
     ours.optimizer.register_step_pre_hook(note)
-    assert len(list(ours.iterations)) == ITERS
-    assert with_grad == [set(ours.theta), set(), set()] * ITERS
+    list(itertools.islice(ours.iterations, 2))
+    assert with_grad == [set(ours.theta), set(), set()] * 2
     for module, old in zip(models, before):
         assert all(p.grad is None for p in module.parameters())
         new = module.state_dict()
