@@ -35,7 +35,9 @@ import guidance
 import losses
 import presets
 import sdd
+import weights
 from adversaries import Adversary
+from clip_text import TOKEN_EMBEDDING
 from scheduler import DDIM
 from unet import UNet
 
@@ -597,3 +599,13 @@ def test_embedding_rows_get_transformers_gradient():
     ((theirs(z, 500, their_text(tokens).last_hidden_state).sample - n) ** 2).mean().backward()
     close("gradient of the token embeddings", table.grad, their_table.grad, 1e-4)
     assert (table.grad.abs().sum(1) > 0).sum() > 20
+
+
+def test_only_the_rows_of_the_concepts_words_get_a_gradient():
+    """--train-params embedding. Each word of the toy models is one token."""
+    tokenizer = weights.load_tokenizer(weights.TOY)
+    table = torch.ones(len(tokenizer), 4, requires_grad=True)
+    ablation.mask_gradient(tokenizer, {TOKEN_EMBEDDING: table}, ["red star", "moon"])
+    table.sum().backward()
+    rows = tokenizer.convert_tokens_to_ids(["red</w>", "star</w>", "moon</w>"])
+    assert table.grad.sum(1).nonzero().flatten().tolist() == sorted(rows)
