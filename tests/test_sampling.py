@@ -20,7 +20,7 @@ SAMPLERS = pytest.mark.parametrize("kind", ["ddim", "pndm"])
 
 # ---------------------------------------------------------------------- whole trajectories
 @SAMPLERS
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 25, 50])  # 3 and 7 do not divide 1000
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 50])  # 3 and 7 do not divide 1000
 def test_trajectory(kind, steps):
     """50 steps with guidance 7.5 could amplify roundings. We measured 0 for both samplers."""
     assert common.trajectory_error(kind, steps) <= TOLERANCE
@@ -178,8 +178,7 @@ def test_negative_prompt():
 
 
 # ---------------------------------------------------------------------- the whole pipeline
-@SAMPLERS
-@pytest.mark.parametrize("negative", ["", "a blue moon"])
+@pytest.mark.parametrize("kind, negative", [("ddim", ""), ("pndm", "a blue moon")])
 def test_images_of_the_whole_pipeline(model_folder, kind, negative):
     """From prompt to image, against StableDiffusionPipeline with the same folder and z_T."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
