@@ -35,22 +35,22 @@ from PIL import Image
 from tqdm import tqdm
 
 import weights
-from ablation import generate_anchors
 from adversaries import NoisyDDIM, Relearn, Tokens, Word, noise_loss
 from evaluation.attacks import Results, make_detector
 from pipeline import (
-    InferenceUNet,
     check_words,
     encode_prompts,
-    generate_images,
+    images,
     make_scheduler,
     noise_schedule,
     patched,
+    saved_latents,
 )
-from support.censor import censoring
+from support import runs
 from support.cli import (
     Parser,
     add_common_arguments,
+    autocast,
     finite,
     natural,
     not_empty,
@@ -58,26 +58,41 @@ from support.cli import (
     pick_device,
     pick_dtype,
     positive,
-    refuse_used,
+    refuse_unused,
     run_command,
+    unused,
 )
 from support.errors import UserError
-from support.files import lock_folder, used_files, write_text
+from support.files import lock_folder
+from support.nudity import censoring
+from support.own_loss import sha256
 from toy import worlds
 
 SAVE_SECONDS = 60  # between two checkpoints
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
 ETAS, SCALES = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85), (1.0, 1.02, 1.03, 1.04)
-NUMBERS = {  # learning rates, and the steps after which images are generated; our choice
-    "word": dict(toy=2e-2, other=5e-3, at=[0, 40, 80, 160, 320]),
-    "tokens": dict(toy=1e-2, other=1e-2, at=[0, 40, 80, 160, 320]),
-    "relearn": dict(toy=1e-3, other=1e-5, at=[0, 5, 10, 20, 40, 80]),
-}
-DEFAULTS = {  # toy models, other models
-    "num_images": (64, 25),
-    "batch_size": (8, 4),
-    "steps": (12, 50),
-}
+# fmt: off
+DEFAULTS = [  # a flag, the kinds of attack that use it, and its default; our choice
+    # flag         kinds                        toy models              other models
+    ("num_images", "word tokens relearn",       64,                     25),
+    ("at",         "word tokens",               [0, 40, 80, 160, 320],  [0, 40, 80, 160, 320]),
+    ("at",         "relearn",                   [0, 5, 10, 20, 40, 80], [0, 5, 10, 20, 40, 80]),
+    ("lr",         "word",                      2e-2,                   5e-3),
+    ("lr",         "tokens",                    1e-2,                   1e-2),
+    ("lr",         "relearn",                   1e-3,                   1e-5),
+    ("batch_size", "word tokens relearn noise", 8,                      4),
+    ("steps",      "word tokens relearn noise", 12,                     50),
+    ("template",   "word relearn",              ["{}"],                 ["{}"]),
+    ("words",      "tokens",                    3,                      3),
+    ("images",     "word tokens relearn",       None,                   None),
+    ("init",       "word",                      None,                   "object"),  # or its world's
+    ("prompt",     "tokens noise",              None,                   None),  # the concept
+]
+# fmt: on
+USED_BY = {key: set() for key, *_ in DEFAULTS}  # {flag: the kinds that use it}
+for key, kinds, *_ in DEFAULTS:
+    USED_BY[key].update(kinds.split())
+DISPLAY = ("out", "show_uncensored", "given")  # arguments that change no result
 
 
 class Attack:
@@ -95,7 +110,8 @@ class Attack:
         self.scheduler = make_scheduler(model.scheduler, settings["steps"], "ddim")
         self.seeds = [settings["seed"] * 100_000 + 50_000 + i for i in range(settings["samples"])]
         self.detect = detect
-        texts = [settings["concept"], settings["prompt"], *settings["template"]]
+        self.checkpoint = out / "checkpoint.safetensors"
+        texts = [settings["concept"], settings.get("prompt", ""), *settings.get("template", [])]
         if settings["patch"] != "none":
             texts.append(weights.read(settings["patch"])[1].get("concepts", ""))
         censor = censoring(texts, show_uncensored)
@@ -107,17 +123,18 @@ class Attack:
         a, model = self.settings, self.model
         if a["images"]:
             return encode_folder(model, Path(a["images"]), a["num_images"], self.device)
-        c_0, c = encode_prompts(model, ["", a["concept"]]).split(1)
-        return generate_anchors(
+        c_0, c = encode_prompts(model, "", a["concept"])
+        return saved_latents(
             self.out / "concept.safetensors",
+            "images of the concept",
             model,
-            InferenceUNet(model.unet, self.device, self.dtype),
-            c_0,
             c,
-            self.scheduler,
             a["num_images"],
-            a["guidance_scale"],
             a["seed"] * 100_000,
+            negative=c_0,
+            scheduler=self.scheduler,
+            guidance_scale=a["guidance_scale"],
+            dtype=self.dtype,
         )
 
     @torch.no_grad()
@@ -127,20 +144,17 @@ class Attack:
         found: which images show the concept; all False where no detector can tell.
         """
         a, n = self.settings, len(self.seeds)
-        images = list(
-            generate_images(
-                self.model,
-                InferenceUNet(self.model.unet, self.device, self.dtype),
-                encode_prompts(self.model, [""]),
-                c_p[torch.arange(n) % len(c_p)],
-                self.seeds,
-                scheduler or self.scheduler,
-                a["guidance_scale"] if guidance_scale is None else guidance_scale,
-                self.dtype,
-                batch_size=a["batch_size"],
-            )
+        made = images(
+            self.model,
+            c_p[torch.arange(n) % len(c_p)],
+            self.seeds,
+            scheduler=scheduler or self.scheduler,
+            guidance_scale=a["guidance_scale"] if guidance_scale is None else guidance_scale,
+            batch_size=a["batch_size"],
+            dtype=self.dtype,
         )
-        return images, self.detect(images) if self.detect else [False] * n
+        shown = list(made)
+        return shown, self.detect(shown) if self.detect else [False] * n
 
     # ------------------------------------------------------------- word, tokens and relearn
     def learn(self):
@@ -151,7 +165,7 @@ class Attack:
         kind = KINDS[a["kind"]](self.model, a, self.device)
         generator = torch.Generator("cpu").manual_seed(a["seed"])
         if not results.chance:  # before `restore`, which changes the model
-            _, found = self.measure(encode_prompts(self.model, [""]), guidance_scale=1.0)
+            _, found = self.measure(encode_prompts(self.model, ""), guidance_scale=1.0)
             results.chance = [dict(step=0, hits=sum(found), n=len(found))]
         start, loss = self.restore(kind, generator)
         results.points = [point for point in results.points if point["step"] < start]
@@ -161,8 +175,8 @@ class Attack:
             if step in a["at"]:
                 self.save(kind, generator, step, loss)
                 with torch.no_grad():
-                    images, found = self.measure(kind.states())
-                results.add(step, images, found, loss=loss, prompt=kind.report(self.out))
+                    shown, found = self.measure(kind.states())
+                results.add(step, shown, found, loss=loss, prompt=kind.report(self.out))
             if step < last:
                 loss = self.train_step(kind, z_0, generator)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -174,12 +188,7 @@ class Attack:
 
     def train_step(self, kind, z_0, generator):
         """One step of the attack; returns its loss."""
-        low = self.dtype != torch.float32
-        # cache_enabled=False: a cast of a learned weight would be out of date after each step.
-        with (
-            torch.enable_grad(),
-            torch.autocast(self.device.type, self.dtype, enabled=low, cache_enabled=False),
-        ):
+        with torch.enable_grad(), autocast(self.device, self.dtype):
             c = kind.states(generator)
             batch = self.settings["batch_size"]
             loss = noise_loss(self.model.unet, self.scheduler, z_0, c, batch, generator)
@@ -189,19 +198,23 @@ class Attack:
         return loss.item()
 
     def save(self, kind, generator, step, loss):
-        stop_if_diverged(kind, step, loss)
+        """A checkpoint. UserError if the loss or a learned tensor is not finite."""
+        fine = loss is None or math.isfinite(loss)
+        if not fine or not all(x.isfinite().all() for x in kind.tensors.values()):
+            raise UserError(  # its images would show nothing
+                f"The attack diverged before step {step} (loss {loss}): start again in another "
+                "folder (--out) with a smaller --lr."
+            )
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
         metadata = {"step": str(step), "loss": json.dumps(loss)}
-        file = self.out / "checkpoint.safetensors"
-        weights.save_checkpoint(file, groups, kind.optimizer, metadata)
+        weights.save_checkpoint(self.checkpoint, groups, kind.optimizer, metadata)
 
     def restore(self, kind, generator):
         """Reads the checkpoint, if there is one: (the number of steps done, the last loss)."""
-        file = self.out / "checkpoint.safetensors"
-        if not file.exists():
+        if not self.checkpoint.exists():
             return 0, None
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
-        metadata = weights.load_checkpoint(file, groups, kind.optimizer)
+        metadata = weights.load_checkpoint(self.checkpoint, groups, kind.optimizer)
         generator.set_state(groups["generator"]["state"])
         return int(metadata["step"]), json.loads(metadata["loss"])
 
@@ -210,7 +223,7 @@ class Attack:
         """24 attempts. A seed counts from the first attempt on that shows the concept."""
         a, results = self.settings, self.results
         load_patch(self.model, a["patch"])
-        c_0, c_p = encode_prompts(self.model, ["", a["prompt"]]).split(1)
+        c_0, c_p = encode_prompts(self.model, "", a["prompt"])
         attempts = [(eta, scale) for eta in ETAS for scale in SCALES]
         results.chance = results.chance[: len(results.points)]
         for number, (eta, scale) in enumerate(tqdm(attempts, "noise", disable=None)):
@@ -223,19 +236,9 @@ class Attack:
             found = any_of(results.chance, found)
             results.chance.append(dict(step=number + 1, hits=sum(found), n=len(found), found=found))
             sampler = NoisyDDIM(a["steps"], eta, scale, seed, **schedule)
-            images, found = self.measure(c_p, sampler)
+            shown, found = self.measure(c_p, sampler)
             found = any_of(results.points, found)
-            results.add(number + 1, images, found, eta=eta, scale=scale)
-
-
-def stop_if_diverged(kind, step, loss):
-    """UserError if the loss or a learned tensor is not finite. Its images would show nothing."""
-    fine = loss is None or math.isfinite(loss)
-    if not fine or not all(x.isfinite().all() for x in kind.tensors.values()):
-        raise UserError(
-            f"The attack diverged before step {step} (loss {loss}): start again in another folder "
-            "(--out) with a smaller --lr."
-        )
+            results.add(number + 1, shown, found, eta=eta, scale=scale)
 
 
 def any_of(points, found):
@@ -277,100 +280,66 @@ def encode_folder(model, folder, n, device):
 
 # ---------------------------------------------------------------------------------- the command
 def settle(args):
-    """{argument: value} with the defaults of kind and model; rejects what has no effect."""
-    a = {key: value for key, value in vars(args).items() if key not in ("out", "show_uncensored")}
-    patches = [] if args.patch == "none" else [args.patch]
+    """{argument: value} that the kind of attack uses, with its defaults."""
+    refuse_unused(unused(args.given, USED_BY, args.kind), f"with --kind {args.kind}")
+    if not args.concept.strip():
+        raise UserError("The concept is empty: use --concept WORD.")
+    if args.seed > 10**12:
+        raise UserError(f"--seed {args.seed} is out of range (0 to 10^12).")
+    a = {key: value for key, value in vars(args).items() if key not in DISPLAY}
+    ((a["name"], patches),) = weights.named_patches([args.patch]).items()
+    a["patch"] = patches[0] if patches else "none"
     a["model"] = weights.choose_model(args.model, patches)
     for patch in patches:
         weights.read(patch)  # a missing or damaged file ends here
-        a["patch_sha256"] = hashlib.sha256(Path(patch).read_bytes()).hexdigest()
-    reject_unused_flags(args)
+        a["patch_sha256"] = sha256(Path(patch))
     toy = a["model"] in weights.TOYS
-    for key, (small, large) in DEFAULTS.items():
-        if a[key] is None:
-            a[key] = small if toy else large
-    if args.kind in NUMBERS:
-        numbers = NUMBERS[args.kind]
-        a["at"] = sorted(set(args.at or numbers["at"]))
-        if a["lr"] is None:
-            a["lr"] = numbers["toy"] if toy else numbers["other"]
-        if not 0 < a["lr"] <= 1e3:
-            raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
-    if a["init"] is None:
-        a["init"] = worlds.of(a["model"]).INIT if toy else "object"
     if toy:
         a["concept"] = a["concept"].lower()  # as its world writes words
+    for key, kinds, small, large in DEFAULTS:
+        if args.kind in kinds.split() and a[key] is None:
+            a[key] = small if toy else large
     if a["prompt"] is None:
         a["prompt"] = a["concept"]
-    a["words"] = args.words or 3
-    a["template"] = args.template or ["{}"]
-    a["images"] = str(args.images) if args.images else None
-    if args.images:
-        digest = hashlib.sha256()
-        for file in image_files(args.images, a["num_images"]):
-            digest.update(file.read_bytes())
-        a["images_sha256"] = digest.hexdigest()
-    for text in a["template"]:
-        if "{}" not in text:
-            raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
-    if not args.concept.strip():
-        raise UserError("The concept is empty: use --concept WORD.")
-    if not a["init"].strip():
-        raise UserError("--init is empty: name the word that the new one starts from.")
-    if args.seed > 10**12:
-        raise UserError(f"--seed {args.seed} is out of range (0 to 10^12).")
+    if a["init"] is None:
+        a["init"] = worlds.of(a["model"]).INIT
+    a = {key: value for key, value in a.items() if args.kind in USED_BY.get(key, args.kind)}
+    if args.kind in KINDS:
+        check_learning(a)
     return a
 
 
-def reject_unused_flags(args):
-    """Rejects flags that have no effect with this kind of attack."""
-    unused = []
-    if args.kind != "word":
-        unused.append("init")
-    if args.kind != "tokens":
-        unused.append("words")
-    if args.kind in ("word", "relearn"):
-        unused.append("prompt")
-    else:
-        unused.append("template")
-    if args.kind == "noise":
-        unused += ["lr", "at", "images", "num_images"]
-    given = [f"--{key.replace('_', '-')}" for key in unused if getattr(args, key) is not None]
-    if given:
-        raise UserError(f"{', '.join(given)} has no effect with --kind {args.kind}: remove it.")
-
-
-def default_folder(args):
-    """attacks/KIND-CONCEPT-PATCH, where a patch erased.safetensors is named after its folder."""
-    name = weights.name_of_patch(args.patch)
-    return Path("attacks") / re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]
-
-
-def open_folder(out, settings):
-    """Writes attack.json; a folder of the same attack is continued, another one is refused."""
-    file = out / "attack.json"
-    text = json.dumps(settings, indent=1, ensure_ascii=False)
-    if file.exists() and file.read_text(encoding="utf-8") == text:
-        return
-    if used_files(out) != [file]:  # else nothing is lost
-        refuse_used(out, ", or repeat the command that began in it to continue")
-    write_text(file, text)
+def check_learning(a):
+    """Checks the settings of an attack that learns, and notes what its own images are."""
+    a["at"] = sorted(set(a["at"]))
+    if not 0 < a["lr"] <= 1e3:
+        raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
+    for text in a.get("template", []):
+        if "{}" not in text:
+            raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
+    if not a.get("init", "object").strip():
+        raise UserError("--init is empty: name the word that the new one starts from.")
+    if a["images"]:
+        digest = hashlib.sha256()
+        for file in image_files(a["images"], a["num_images"]):
+            digest.update(file.read_bytes())
+        a["images"], a["images_sha256"] = str(a["images"]), digest.hexdigest()
 
 
 def attack(args):
-    settings = settle(args)
-    args.out = args.out or default_folder(args)
+    a = settle(args)
+    name = a["patch"] if a["patch"] == "none" else a["name"]
+    short = re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]
+    args.out = args.out or Path("attacks") / short
     with lock_folder(args.out):
-        model = weights.load(settings["model"], args.revision)
-        with patched(model, None if args.patch == "none" else args.patch):
+        model = weights.load(a["model"], args.revision)
+        with patched(model, None if a["patch"] == "none" else a["patch"]):
             pass  # refuses a patch for another model, before images are generated
-        templates = [text.replace("{}", "") for text in settings["template"]]
-        check_words(model, [settings["concept"], settings["prompt"], *templates])
-        if args.kind == "word":
-            check_words(model, [settings["init"]])
-        detect = make_detector(settings["model"], settings["concept"])
-        open_folder(args.out, settings)
-        run = Attack(args.out, settings, model, detect, args.show_uncensored)
+        templates = [text.replace("{}", "") for text in a.get("template", [])]
+        check_words(model, [a["concept"], a.get("prompt", ""), a.get("init", ""), *templates])
+        detect = make_detector(a["model"], a["concept"])
+        runs.begin_or_continue(args.out / "attack.json", a)
+        run = Attack(args.out, a, model, detect, args.show_uncensored)
         if args.kind == "noise":
             run.try_noise()
         else:
@@ -378,11 +347,23 @@ def attack(args):
         run.results.finish()
 
 
+# ------------------------------------------------------------------------------------- arguments
+def default(key):
+    """The default of a flag in words, from DEFAULTS."""
+    found = []
+    rows = [row for row in DEFAULTS if row[0] == key]
+    for _, kinds, *values in rows:
+        toy, other = (str(value).strip("[]").replace(",", "") for value in values)
+        text = other if toy == other else f"{other}, toy model {toy}"
+        found.append(text if len(rows) == 1 else f"{', '.join(kinds.split())} {text}")
+    return f"(default: {'; '.join(found)})"
+
+
 def parse(argv=None):
     parser = Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("what is attacked").add_argument
-    add("--patch", type=not_empty, required=True, metavar="FILE",
+    add("--patch", type=not_empty, required=True, metavar="[NAME=]FILE",
         help="an erased.safetensors, or none for the untouched model")
     add("--concept", required=True, metavar="WORD", help="what should come back")
     add("--kind", **one_of([*KINDS, "noise"]), default="word",
@@ -393,31 +374,29 @@ def parse(argv=None):
     add("--images", type=Path, metavar="DIR",
         help="your own images of the concept (default: the original model generates them)")
     add("--num-images", type=positive, metavar="N",
-        help="images of the concept (default: 25; toy model: 64)")
+        help=f"images of the concept {default('num_images')}")
     add("--seed", type=natural, default=0, metavar="N",
         help="the only source of random numbers (default: %(default)s)")
 
     add = parser.add_argument_group("the attack").add_argument
     add("--at", nargs="+", type=natural, metavar="N",
-        help="steps after which images are generated; the last one ends the attack (default: 0 40 "
-        "80 160 320; relearn: 0 5 10 20 40 80)")
-    add("--lr", type=finite,
-        help="learning rate (default: word 5e-3, toy model 2e-2; tokens 1e-2; relearn 1e-5, toy "
-        "model 1e-3)")
+        help="steps after which images are generated; the last one ends the attack "
+        f"{default('at')}")
+    add("--lr", type=finite, help=f"learning rate {default('lr')}")
     add("--batch-size", type=positive, metavar="B",
-        help="images per step, and images generated at a time (default: 4; toy model: 8)")
+        help=f"images per step, and images generated at a time {default('batch_size')}")
+    inits = "; ".join(f"{name}: {world.INIT}" for name, world in worlds.MODELS.items())
     add("--init", metavar="WORD",
-        help="word: the word that the new one starts from (default: object; toy: shape; emoji: "
-        "something)")
+        help=f"word: the word that the new one starts from (default: object; {inits})")
     add("--template", nargs="+", metavar="TEXT",
         help="word, relearn: prompts with {} for the word (default: the word alone)")
-    add("--words", type=positive, metavar="K", help="tokens: number of words (default: 3)")
+    add("--words", type=positive, metavar="K", help=f"tokens: number of words {default('words')}")
     add("--prompt", metavar="TEXT", help="tokens, noise: the prompt (default: the concept)")
 
     add = parser.add_argument_group("the images that are counted").add_argument
     add("--samples", type=positive, default=24, metavar="N",
         help="images after each of the steps in --at (default: %(default)s)")
-    add("--steps", type=positive, metavar="T", help="DDIM steps (default: 50; toy model: 12)")
+    add("--steps", type=positive, metavar="T", help=f"DDIM steps {default('steps')}")
     add("--guidance-scale", type=finite, default=7.5, metavar="S",
         help="how strongly the prompt guides (default: %(default)s)")
 
@@ -426,7 +405,9 @@ def parse(argv=None):
         help="output folder (default: attacks/KIND-CONCEPT-PATCH)")
     # fmt: on
     add_common_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = parser.given(argv)
+    return args
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The loss is trained on one concept (the star) and on three at once. Both models 
 any other row of the suite toy, and the first one is attacked (attack.py, word and relearn). The
 result is two tables, in which your row stands among the rows of docs/results.md, and a list of what
 your row wins and loses. The folder toy_rows has the stored rows: the rows.json of the studies `one`
-and `three` (workflow/). Your row is measured like these, with 60 images per figure instead of 200.
+and `three` (workflow/). Your row is measured like these (evaluation/study.py), with 60 images per
+figure instead of 200.
 
 Every step is a command of this project. After a stop, the same command with the same --out
 continues.
@@ -19,48 +20,46 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from evaluation.attacks import attack_figures, cost
 from evaluation.columns import all_columns
-from evaluation.comeback import comeback, cost
-from evaluation.findings import joined, overlap
+from evaluation.findings import joined
+from evaluation.study import (
+    AT,
+    EVERY,
+    LAST_STEP,
+    LONGER,
+    SEEDS,
+    THREE,
+    attack_words,
+    eval_words,
+    train_words,
+)
 from evaluation.tables import markdown
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
+from support.statistics import figure, is_original, judge
 from toy import suite, worlds
 
 ROOT = Path(__file__).parent.parent
 STORED = Path(__file__).parent / "toy_rows"
-SEEDS = (2, 3, 4)  # those of the stored rows; --seeds N takes the first N
 LIMIT = 60  # images per figure, unless --limit is given
-CONCEPTS = {"one": ["star"], "three": ["star", "red", "striped"]}  # {table: concepts}
-TITLES = {"one": "One concept: star", "three": "Three concepts: star, red, striped"}
-LONGER = {"one": [], "three": ["--iters", "300"]}  # as in the stored rows
+# {table: (its title, concepts, further words of train.py)}
+TABLES = {"one": ("One concept", ["star"], []), "three": ("Three concepts", [*THREE], LONGER)}
 ATTACKS = {  # {kind: flags of attack.py}
-    "word": ["--at", *"0 40 80 120 160 240 320".split()],
-    "relearn": ["--at", *"0 5 10 15 20 30".split()],
+    "word": ["--at", *(step for step in AT["word"] if step <= LAST_STEP)],
+    "relearn": ["--at", *AT["relearn"]],
 }
-SAMPLING = ["--steps", 12, "--device", "cpu"]  # as for the stored rows
-PREVIEWS = ["--preview-every", 40, "--preview-steps", 12]  # their time counts, as there
 OWN_FLAGS = ("--model", "--concept", "--loss", "--seed", "--device", "--out", "--resume")
-SHOWN = [  # the columns of the tables
-    "named",
-    "shuffled",
-    "implied",
-    "caption",
-    "near",
-    "base",
-    "word",
-    "word_half",
-    "relearn",
-    "relearn_half",
-    "seconds",
-]
+# The columns of the tables
+SHOWN = (
+    "named shuffled implied caption near base word word_half relearn relearn_half seconds".split()
+)
 
 
 def own_row(args):
     """The whole command: trains, attacks, measures, and writes table.md and results.json."""
     name = args.loss.rpartition(":")[2]
-    stored = read_stored()
     check_loss(load_loss(args.loss), args.loss, noise="ablate" in args.train_flags)
     train_flags = split_flags(args.train_flags)
     seeds = SEEDS[: args.seeds or 1]
@@ -69,7 +68,7 @@ def own_row(args):
     stopped.clear()
     with lock_folder(out):
         open_folder(out, args, seeds, limit)
-        work = [(table, args.loss, name, seeds, limit, train_flags, out) for table in CONCEPTS]
+        work = [(table, args.loss, name, seeds, limit, train_flags, out) for table in TABLES]
         with ThreadPoolExecutor(2) as pool:  # one thread per process, two processes at a time
             try:
                 made = [pool.submit(make_row, *one) for one in work]
@@ -78,8 +77,7 @@ def own_row(args):
             except BaseException:  # Ctrl-C, SIGTERM, or a command that failed
                 stop_commands()
                 raise
-        rows = [future.result() for future in made]
-        write(out, name, dict(zip(CONCEPTS, rows)), stored)
+        write(out, name, {table: future.result() for table, future in zip(TABLES, made)})
 
 
 def split_flags(text):
@@ -95,26 +93,12 @@ def split_flags(text):
     return words
 
 
-def read_stored():
-    """{table: the stored rows}."""
-    stored = {}
-    for table in CONCEPTS:
-        file = STORED / f"{table}.json"
-        if not file.exists():
-            raise UserError(
-                f"{file} is missing: restore it from the repository, or make it with snakemake "
-                f"--cores 2 {table} and copy results/{table}/rows.json to {file}."
-            )
-        stored[table] = json.loads(file.read_text(encoding="utf-8"))["tables"][table]
-    return stored
-
-
 def open_folder(out, args, seeds, limit):
     """Writes loss.json; a folder of the same comparison is continued, another one is refused."""
     content = {
         "loss": args.loss,
         "sha256": sha256(loss_file(args.loss)),
-        "seeds": list(seeds),
+        "seeds": seeds,
         "limit": limit,
         "train_flags": args.train_flags,
     }
@@ -133,47 +117,41 @@ def open_folder(out, args, seeds, limit):
 # ------------------------------------------------------------------------------------- commands
 def make_row(table, loss, name, seeds, limit, train_flags, out):
     """Trains, attacks and measures one set of concepts. Returns its row {"model", "figures", …}."""
-    concepts, folder = CONCEPTS[table], out / table
+    folder = out / table
     patches, attacks = [], {}
     for seed in seeds:
-        run = folder / f"run-{seed}"
-        train(run, concepts, LONGER[table], loss, seed, train_flags)
-        patches += ["--patch", f"{name}={run / 'erased.safetensors'}"]
-        if table == "one":
-            for kind, flags in ATTACKS.items():
-                attack(folder / f"{kind}-{seed}", kind, flags, concepts[0], run, seed)
-                found = folder / f"{kind}-{seed}" / "results.json"
-                attacks.setdefault(kind, []).append(json.loads(found.read_text(encoding="utf-8")))
+        patches.append(train(table, folder / f"run-{seed}", loss, seed, train_flags))
+        for kind, flags in ATTACKS.items() if table == "one" else ():
+            # A complete attack repeats only its last measurement.
+            found = folder / f"{kind}-{seed}"
+            words = attack_words("toy", "star", kind, patches[-1], seed, flags, found)
+            command("attack.py", *words)
+            attacks.setdefault(kind, []).append(read_json(found / "results.json"))
     measured = folder / "table"
     if not (measured / "results.json").exists():
-        more = ["--limit", limit, *SAMPLING, "--threads", 1, "--out", measured]
-        command("eval.py", "toy", *patches, *more)
-    row = json.loads((measured / "results.json").read_text(encoding="utf-8"))["rows"][-1]
-    figures, points_and_halves = comeback(attacks)
-    figures |= cost([folder / f"run-{seed}" / "erased.safetensors" for seed in seeds])
-    row["figures"] |= figures
+        words = ["toy", "--limit", limit]
+        for patch in patches:
+            words += ["--patch", f"{name}={patch}"]
+        command("eval.py", *eval_words(words, "toy", measured))
+    row = read_json(measured / "results.json")["rows"][-1]
+    figures, points_and_halves = attack_figures(attacks)
+    row["figures"] |= figures | cost(patches)
     row["attacks"] = points_and_halves
     return {key: row[key] for key in ("model", "erased", "method", "paper", "figures", "attacks")}
 
 
-def train(run, concepts, longer, loss, seed, train_flags):
-    """Trains one model, or continues a training that was stopped."""
-    if (run / "erased.safetensors").exists():
-        return
-    flags = ["--loss", loss, "--seed", seed, "--preview", concepts[0], *PREVIEWS]
-    flags += ["--device", "cpu", *longer]
-    flags += train_flags
-    new = ["train.py", "--model", "toy", "--concept", *concepts, *flags, "--out", run]
-    if (run / "run.json").exists():
-        new = ["train.py", "--resume", "--out", run]
-    command(*new)
+def train(table, run, loss, seed, train_flags):
+    """Trains one model, or continues a training that was stopped. Returns its patch."""
+    _, concepts, longer = TABLES[table]
+    if not (run / "erased.safetensors").exists():
+        more = ["--loss", loss, "--preview-every", EVERY, *longer]
+        words = [*train_words("toy", concepts, more, seed, run), *train_flags]
+        command("train.py", *(["--resume", "--out", run] if (run / "run.json").exists() else words))
+    return run / "erased.safetensors"
 
 
-def attack(folder, kind, flags, concept, run, seed):
-    """Attacks one model, or continues. A complete attack repeats only its last measurement."""
-    patch = run / "erased.safetensors"
-    words = ["--model", "toy", "--concept", concept, "--patch", patch, "--kind", kind]
-    command("attack.py", *words, *flags, *SAMPLING, "--seed", seed, "--out", folder)
+def read_json(file):
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 running = []  # the processes of `command`
@@ -213,16 +191,18 @@ def command(*words):
 
 
 # --------------------------------------------------------------------------------------- results
-def write(out, name, rows, stored):
-    """table.md, results.json, and what the command prints."""
+def write(out, name, rows):
+    """table.md, results.json, and what the command prints. rows: {table: your row}."""
     columns = all_columns("toy", [], suite.columns(worlds.of("toy")))
     columns = [column for key in SHOWN for column in columns if column.key == key]
     text = f"# {name}, and the stored rows\n"
     for table, row in rows.items():
-        group = [*stored[table], row]
+        title, concepts, _ = TABLES[table]
+        stored = read_json(STORED / f"{table}.json")["tables"][table]
+        group = [*stored, row]
         found = [column for column in columns if any(column.key in r["figures"] for r in group)]
-        text += f"\n## {TITLES[table]}\n\n{markdown(group, found)}\n"
-        text += "".join(f"- {line}\n" for line in verdicts(row, stored[table], found))
+        text += f"\n## {title}: {', '.join(concepts)}\n\n{markdown(group, found)}\n"
+        text += "".join(f"- {line}\n" for line in verdicts(row, stored, found))
     write_text(out / "table.md", text)
     write_text(out / "results.json", json.dumps(rows, indent=1, ensure_ascii=False))
     print(f"\n{text}\nThe same text: {out / 'table.md'}")
@@ -236,25 +216,15 @@ def verdicts(row, others, columns):
     """
     lines = []
     for column in columns:
-        mine = row["figures"].get(column.key)
-        if column.better is None or not isinstance(mine, list | tuple):
-            continue
-        better, worse, still_open = [], [], 0
+        mine = figure(row["figures"].get(column.key))
+        found = {"better": [], "worse": [], "open": []}
         for other in others:
-            theirs = other["figures"].get(column.key)
-            if other["model"] == "original" or not isinstance(theirs, list | tuple):
-                continue
-            lower = mine[0] / mine[1] < theirs[0] / theirs[1]
-            if overlap(mine, theirs):
-                still_open += 1
-            elif lower == (column.better == "low"):
-                better.append(other["model"])
-            else:
-                worse.append(other["model"])
-        if not (better or worse or still_open):  # no stored row has this column
-            continue
-        lines.append(
-            f"{column.title}: better than {joined(better) or 'none'}; "
-            f"worse than {joined(worse) or 'none'}; open against {still_open}"
-        )
+            theirs = figure(other["figures"].get(column.key))
+            if column.better and mine and theirs and not is_original(other):
+                found[judge(mine, theirs, column.better)].append(other["model"])
+        if any(found.values()):
+            lines.append(
+                f"{column.title}: better than {joined(found['better']) or 'none'}; "
+                f"worse than {joined(found['worse']) or 'none'}; open against {len(found['open'])}"
+            )
     return lines

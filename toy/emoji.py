@@ -126,7 +126,7 @@ KEEP_PROMPTS = [
     *("a cake by blob on sky", "a car by flat", "a hammer, fluent, cream", "something by noto"),
     *("a face by emojione on lilac", "a plant", "an orchard", "an apple, blob, mint"),
 ]
-# The presets were tuned on the shapes. The page of the study `alcohol` says how these were found.
+# The presets were tuned on the shapes. docs/results-emoji.md says how these were found.
 RATES, RATE = {"ablate": 0.25}, 0.5
 INIT = "something"
 # With 12 steps and 7.5, the default, the model got 84 % of the artists right, with 5 91 % (n = 93:

@@ -9,7 +9,7 @@ results/STUDY/results.md, the images that the page shows, and rows.json, all fig
     tables    {table: [row]}, a row of eval.py's results.json without its sample images:
       model, erased, method, paper
       figures   also of evaluation.columns.COMEBACK: attacks, time and size
-      attacks   {kind: {"points", "halves"}}, see evaluation/comeback.py; only attacked rows
+      attacks   {kind: {"points", "halves"}}, see evaluation/attacks.py; only attacked rows
 """
 
 import csv
@@ -17,74 +17,26 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
+import jinja2
 import torch
 
 from evaluation import plots
+from evaluation.attacks import attack_figures, cost
 from evaluation.columns import COMEBACK, Column
-from evaluation.comeback import comeback, cost
-from evaluation.findings import overlap
 from evaluation.tables import markdown
 from support.cli import Parser, one_of, positive, run_command
 from support.files import write_text
+from support.statistics import ORIGINAL, figure, judge, pooled
 from toy import worlds
 from workflow import plan
 
-MODEL_NAMES = {"toy": "toy model", "emoji": "emoji model"}
-TUNING = {  # {model: how the settings were found}
-    "toy": """Every training method was tuned on the star, with training seed 777 and 60 images per
-figure from prompts and noise of seed 777. Nothing of that is reported here. We tried four learning
-rates and one other choice (ESD: s_s = 3; Ablating: all tensors; All-but-One: λ = 0.3), then one or
-two values beyond, because for most methods the best value was at the end of the range. We kept the
-settings that left the least of the star, named and implied, without loss elsewhere. SDD's preset is
-the best of six (batch, learning rate, length and steps), its λ the better of two. sdd + adversary
-is the best of four (2 or 4 steps of the adversary, λ = 0.3 or 1, words or sentences to keep). The
-methods that only guide have their papers' presets, except for the warm-up: those are for 50 steps,
-and here are 12. We tried 2, 1 and 0, and 0 left the least of the star.""",
-    "emoji": """The settings are those that were found on the shapes, with a share of their learning
-rates. Each training method but sdd + adversary was tuned on alcohol, with training seed 777 and 60
-images per figure from prompts and noise of seed 777. These are only here. Per cent of the named
-alcohol that is left / of the other captions that are right:
-
-| method | whole rate | half | quarter | chosen |
-|---|---|---|---|---|
-| sdd | 0 / 28 | 5 / 75 | 48 / 90 | half |
-| esd-x | 0 / 72 | 0 / 77 | 7 / 82 | half |
-| esd-u | 3 / 58 | 3 / 70 | 7 / 77 | half |
-| ablate | 35 / 18 | 25 / 62 | 5 / 82 | quarter |
-| ablate-noise | 0 / 88 | 0 / 97 | 0 / 95 | half |
-| all-but-one | 5 / 80 | 5 / 88 | 15 / 88 | half |
-
-For SDD, half the rate with T = 12 or with a batch of 16 gave the same within the intervals. SDD
-with --preserve 0.3 gave 10 / 88 at the rate 6e-4 and 8 / 85 at 1.2e-3.""",
-}
-MATRIX_TUNING = {  # {model: how the settings of Figure 2 were found}
-    "toy": "SDD has settings that were tuned for a texture, ESD-x has the star's. UCE's anchor is "
-    "plain.",
-    "emoji": """The settings were tuned for noto, with training seed 777 and 60 images from prompts
-and noise of seed 777. They asked for noto and blob. Per cent of the images that show noto, which
-was erased / blob / all other words:
-
-| sdd | | esd-x | |
-|---|---|---|---|
-| lr 3e-4 | 78 / 68 / 100 | lr 4e-4 | 88 / 100 / 100 |
-| lr 6e-4 (chosen) | 62 / 75 / 98 | lr 8e-4 | 69 / 96 / 100 |
-| lr 1.2e-3 | 53 / 4 / 25 | lr 1.6e-3 | 47 / 100 / 100 |
-| lr 6e-4, T = 12 | 69 / 61 / 95 | lr 3.2e-3 (chosen) | 28 / 82 / 100 |
-| lr 9e-4, T = 12 | 78 / 29 / 75 | lr 8e-4, 320 iterations | 69 / 96 / 98 |
-| lr 4e-4, 320 iterations | 34 / 50 / 53 | | |
-| lr 6e-4, 240 iterations | 31 / 25 / 45 | | |
-| lr 6e-4, 320 iterations | 0 / 86 / 45 | | |
-| lr 6e-4, 320 iterations, --preserve 0.3 | 94 / 93 / 100 | | |
-
-UCE left 97 % of noto with the templates of presets.py, which are for things, and 56 % with those of
-plan.py.""",
-}
 # Columns; a world without kinds has no members.
 CHOICE = ("named", "members", "implied", "caption", "word_half", "word", "seconds")
 COSTS = ("seconds", "megabytes")
@@ -94,37 +46,49 @@ UNLEARN_CANVAS = [  # of Figure 2
     Column("other", "other names right (IRA)", "high"),
     Column("rest", "other words right (CRA)", "high"),
 ]
-CURVES = (plan.ORIGINAL, "sdd", "esd-x", "uce", plan.OURS)  # rows of comeback.png
-FILMS = ("sdd", "esd-x")  # rows
+DRIFTS = [  # columns of log.csv
+    Column(f"{what}_{who}", f"{what}, {who}", None)
+    for who in ("student", "teacher")
+    for what in ("gap", "drift")
+]
+CURVES = (ORIGINAL, "sdd", "esd-x", "uce", plan.OURS)  # rows of comeback.png
+
+# A claim: (sentence, table, pattern of rows to compare with, our row, {column: its title}). A group
+# in the pattern is the iteration of a point of the curve.
+LEFT = {"named": "concept named", "members": "concept by its members", "implied": "concept implied"}
+HARM = {"caption": "other captions wrong"}
+OTHERS = r"(?!sdd|original).*"  # the rest are SDD, its variants and the original
+ROLES = "Algorithm 1's roles leave less than the authors' script's"
+HARMS_LESS = "SDD harms the rest less (our question, not the paper's)"
+FIGURE_5 = "SDD leaves less than ESD-x (Figure 5)"
+TEACHER = "SDD's teacher harms the rest less than its student (Figures 3, 10, 11)"
+BY_METHOD = [
+    ("SDD leaves less of one concept (Table 1)", "one", OTHERS, "sdd", LEFT),
+    (HARMS_LESS, "one", "esd.*|sld-max", "sdd", HARM),
+    ("SDD leaves less of three concepts (Table 2)", "three", OTHERS, "sdd", LEFT),
+    ("SDD leaves less of alcohol (Table 1)", "alcohol", OTHERS, "sdd", LEFT),
+    (HARMS_LESS, "alcohol", "esd.*|sld-max", "sdd", HARM),
+    ("SDD leaves less of twenty concepts (Table 2)", "twenty", OTHERS, "sdd", LEFT),
+]
+BY_ITERATION = [
+    (FIGURE_5, "curve", r"esd-x student@(\d+)", r"sdd teacher@\1", LEFT),
+    (TEACHER, "curve", r"sdd student@(\d+)", r"sdd teacher@\1", HARM),
+]
+BY_ROLES = [
+    (ROLES, "three", "sdd, official roles", "sdd", LEFT),
+    (ROLES, "twenty", "sdd, official roles", "sdd", LEFT),
+]
+CLAIMS = (BY_METHOD, BY_ITERATION, BY_ROLES)
+VERDICTS = {"better": "holds", "open": "open", "worse": "fails"}
 
 
 # ---------------------------------------------------------------------------------------- results
-class Results(NamedTuple):
-    """The results of a study, joined."""
-
-    name: str  # of the study
-    tables: dict  # {table: its rows, as in rows.json}
-    columns: dict  # {table: its Columns}
-
-    @property
-    def study(self):
-        return plan.STUDIES[self.name]
-
-    @property
-    def model(self):
-        return plan.model_of(self.name, plan.table_names(self.name)[0])
-
-    @property
-    def folder(self):
-        return Path(plan.RESULTS) / self.name
-
-
 def read_json(file):
     return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def read_results(name):
-    """The Results of a study."""
+    """({table: its rows, as in rows.json}, {table: its Columns}) of a study."""
     tables, columns = {}, {}
     for table in plan.table_names(name):
         content = read_json(f"{plan.table_folder(name, table)}/results.json")
@@ -132,306 +96,61 @@ def read_results(name):
         tables[table] = content["rows"]
         for row in tables[table]:
             del row["sheet"], row["samples"]
-    for table in plan.STUDIES[name].tables:
-        join(name, table, tables[table])
-    return Results(name, tables, columns)
+            if table != "curve":
+                join(name, row)
+    return tables, columns
 
 
-def join(study, table, rows):
-    """Adds the figures of attacks and costs to the rows of a table."""
-    attacks, patches = plan.attacks(study, table), plan.patches(study, table)
-    for row in rows:
-        model = row["model"]
-        if model in attacks:
-            contents = {}
-            for kind, files in attacks[model].items():
-                contents[kind] = [read_json(file) for file in files]
-            figures, row["attacks"] = comeback(contents)
-            row["figures"] |= figures
-        if model in patches:
-            row["figures"] |= cost([Path(file) for file in patches[model]])
+def join(study, row):
+    """Adds the figures of attacks and costs to a row of the table."""
+    if kinds := plan.attacks(study).get(row["model"]):
+        contents = {kind: [read_json(file) for file in files] for kind, files in kinds.items()}
+        figures, row["attacks"] = attack_figures(contents)
+        row["figures"] |= figures
+    if patches := plan.patches(study).get(row["model"]):
+        row["figures"] |= cost([Path(file) for file in patches])
 
 
-def added_columns(rows, costs):
-    """The columns of attacks, or those of costs, that at least one row has."""
-    found = []
-    for column in COMEBACK:
-        if (column.key in COSTS) == costs and any(column.key in row["figures"] for row in rows):
-            found.append(column)
-    return found
+def with_figures(columns, rows):
+    """The columns that at least one row has."""
+    return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
 # ---------------------------------------------------------------------------------------- claims
-def verdict(a, b):
-    """Is the proportion a below b? "holds", "fails" (a is above) or "open": the intervals overlap.
+def compared(tables, claims):
+    """{(sentence, column of the grid): "holds", "open" or "fails"} of a list of claims.
 
-    a, b: (hits, n). The intervals are Wilson's, 95 %.
+    A column is a method, or a point of the curve.
     """
-    if overlap(a, b):
-        return "open"
-    return "holds" if a[0] / a[1] < b[0] / b[1] else "fails"
-
-
-class Comparison(NamedTuple):
-    """One cell of a grid: does `claim` hold against `against`?"""
-
-    claim: str
-    against: str  # the column
-    verdict: str
-
-
-def compare(claim, against, a, b, keys):
-    """The comparisons of the figures a and b of two rows, one for each key that both have.
-
-    keys: columns where less is better, and "wrong" for the captions that are not right.
-    """
-    found = []
-    for key in keys:
-        ours, theirs = figure(a, key), figure(b, key)
-        if ours and theirs:
-            text = f"{claim}: {KEYS[key]}"
-            found.append(Comparison(text, against, verdict(ours, theirs)))
+    found = {}
+    for sentence, table, theirs, ours, keys in claims:
+        figures = {row["model"]: row["figures"] for row in tables.get(table, [])}
+        for key, title in keys.items():
+            for row in figures:
+                if match := re.fullmatch(theirs, row):
+                    a = figure(figures[match.expand(ours)].get(key))
+                    b = figure(figures[row].get(key))
+                    column = f"{match[1]}\N{NO-BREAK SPACE}iterations" if match.groups() else row
+                    if a and b:
+                        verdict = judge(a, b, "high" if keys is HARM else "low")
+                        found[f"{sentence}: {title}", column] = VERDICTS[verdict]
     return found
 
 
-CLAIMED = {  # {table: what SDD should leave less of}
-    "one": "one concept (Table 1)",
-    "three": "three concepts (Table 2)",
-    "alcohol": "alcohol (Table 1)",
-    "twenty": "twenty concepts (Table 2)",
-}
-KEYS = {
-    "named": "concept named",
-    "members": "concept by its members",
-    "implied": "concept implied",
-    "wrong": "other captions wrong",
-}
-TARGET = ("named", "members", "implied")
-
-
-def figure(figures, key):
-    """(hits, n) of a row; None if there is none. "wrong" counts the captions that are not right."""
-    if key == "wrong":
-        hits, n = figures.get("caption", (0, 0))
-        hits = n - hits
-    else:
-        hits, n = figures.get(key, (0, 0))
-    return (hits, n) if n else None
-
-
-def figures_of(tables, name):
-    """{model: figures} of a table; empty without the table."""
-    return {row["model"]: row["figures"] for row in tables.get(name, [])}
-
-
-def is_other_paper(row):
-    """Is a row another paper's method? The rest are SDD, its variants and the original."""
-    return row != plan.ORIGINAL and not row.startswith("sdd")
-
-
-def claims_by_method(tables):
-    """The comparisons of SDD with each other paper's method."""
-    found = []
-    for table, what in CLAIMED.items():
-        figures = figures_of(tables, table)
-        for other in filter(is_other_paper, figures):
-            claim = f"SDD leaves less of {what}"
-            found += compare(claim, other, figures["sdd"], figures[other], TARGET)
-        for other in figures:
-            if table in ("one", "alcohol") and other.startswith(("esd", "sld-max")):
-                claim = "SDD harms the rest less (our question, not the paper's)"
-                found += compare(claim, other, figures["sdd"], figures[other], ["wrong"])
-    return found
-
-
-def claims_by_iteration(tables):
-    """The comparisons of Figures 3, 5, 10 and 11; none without the curve."""
-    curve = figures_of(tables, "curve")
-    found = []
-    if not curve:
-        return []
-    for i in plan.CURVE_POINTS:
-        teacher, student = curve[f"sdd teacher@{i}"], curve[f"sdd student@{i}"]
-        esd, against = curve[f"esd-x student@{i}"], f"{i}\N{NO-BREAK SPACE}iterations"
-        found += compare("SDD leaves less than ESD-x (Figure 5)", against, teacher, esd, TARGET)
-        claim = "SDD's teacher harms the rest less than its student (Figures 3, 10, 11)"
-        found += compare(claim, against, teacher, student, ["wrong"])
-    return found
-
-
-def claims_by_roles(tables):
-    """The comparison of Algorithm 1's roles with the authors' script; none without the table."""
-    found = []
-    for table in ("three", "twenty"):
-        figures = figures_of(tables, table)
-        if figures:
-            claim = "Algorithm 1's roles leave less than the authors' script's"
-            official = "sdd, official roles"
-            found += compare(claim, official, figures["sdd"], figures[official], TARGET)
-    return found
-
-
-def grid(comparisons):
-    """Markdown: one line per claim, one column per method (or iteration)."""
-    columns = list(dict.fromkeys(one.against for one in comparisons))
-    cells = {}
-    for one in comparisons:
-        cells.setdefault(one.claim, {})[one.against] = one.verdict
-    text = "| claim | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|\n"
-    for claim, verdicts in cells.items():
-        found = [verdicts.get(column, "–") for column in columns]
-        text += f"| {claim} | " + " | ".join(found) + " |\n"
-    return text
-
-
-def count_verdicts(comparisons):
-    """One sentence: how many of the comparisons hold."""
-    counts = [
-        sum(one.verdict == name for one in comparisons) for name in ("holds", "open", "fails")
-    ]
+def grid(verdicts):
+    """How many comparisons hold, and one line per sentence, one column per method (or point)."""
+    counts = Counter(verdicts.values())
+    columns = dict.fromkeys(column for _, column in verdicts)
+    lines = [["claim", *columns], ["---"] * (1 + len(columns))]
+    for sentence in dict.fromkeys(sentence for sentence, _ in verdicts):
+        lines.append([sentence, *(verdicts.get((sentence, column), "–") for column in columns)])
     return (
-        f"Of {len(comparisons)} comparisons {counts[0]} hold, {counts[1]} are open and {counts[2]} "
-        "fail.\n"
+        f"Of {len(verdicts)} comparisons {counts['holds']} hold, {counts['open']} are open and "
+        f"{counts['fails']} fail.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     )
 
 
-# ---------------------------------------------------------------------------------------- texts
-def introduction(results, cores):
-    """The head of the page: how it was made."""
-    study = results.study
-    seeds = ", ".join(map(str, study.seeds))
-    limits = f"Up to {study.limit} images per figure"
-    if study.curve_limit:
-        limits += f" ({study.curve_limit} in the curve)"
-    facts = [f"`{command(results.name, cores)}`", f"{datetime.date.today()}", platform.machine()]
-    facts += [f"{os.cpu_count()} cores", f"torch {torch.__version__}"]
-    if git_commit():
-        facts.append(f"commit {git_commit()}")
-    text = f"# The papers' claims on the {MODEL_NAMES[results.model]}\n\n{', '.join(facts)}. "
-    seconds = total_seconds(results.name)
-    if seconds is not None:
-        text += f"The times of all commands add up to {duration(seconds)}. "
-    text += f"Training seeds: {seeds}, pooled. "
-    closed = any(row.closed for table in study.tables.values() for row in table.rows)
-    if closed and len(study.seeds) > 1:
-        first = study.seeds[0]
-        text += f"The closed forms (UCE, MACE, RECE, SPEED) were made with seed {first} only. "
-    text += (
-        f"{limits}; percentages by the probe with 95 % Wilson intervals. ↓: less is better, ↑: "
-        "more is better.\n"
-    )
-    return f"{text}\n{TUNING[results.model]}\n"
-
-
-def command(study, cores):
-    """The command that makes a study. cores: None if it is not known."""
-    flag = "" if cores is None else f"--cores {cores} "
-    return f"snakemake {flag}{study}"
-
-
-def git_commit():
-    """The commit of the checkout, with "-dirty" if files differ from it; None without git."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def duration(seconds):
-    """The seconds in words."""
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
-
-def total_seconds(study):
-    """The sum of the times of all commands, as Snakemake measured them; None if one is missing."""
-    folders = [str(Path(patch).parent) for patch in plan.trainings(study)]
-    for file in plan.page_inputs(study):  # an attack is KIND-SEED.json, a table results.json
-        path = Path(file)
-        folders.append(str(path.parent if path.name == "results.json" else path.with_suffix("")))
-    seconds = 0.0
-    for folder in folders:
-        try:
-            with open(plan.benchmark_file(folder), newline="", encoding="utf-8") as f:
-                seconds += float(next(csv.DictReader(f, delimiter="\t"))["s"])
-        except FileNotFoundError:
-            return None
-    return seconds
-
-
-def choice_text(results):
-    """The table that helps to choose a method: what is left, what is kept, what comes back."""
-    table = next(iter(results.study.tables))
-    rows = results.tables[table]
-    columns = {column.key: column for column in [*results.columns[table], *COMEBACK]}
-    return (
-        "\n## Which method should I use?\n\nWhat is left of the concepts, what stays of the rest, "
-        "how long a learned word has to search until the concept is back, and how long training "
-        "takes:"
-        f"\n\n{markdown(rows, [columns[key] for key in CHOICE if key in columns])}"
-    )
-
-
-def table_text(results, table):
-    """The table that eval.py made, with the costs of training."""
-    rows = results.tables[table]
-    return markdown(rows, [*results.columns[table], *added_columns(rows, costs=True)])
-
-
-def comeback_text(results):
-    """What the attacks bring back: the plot, and a table for each table with attacks."""
-    if not any(row.get("attacks") for rows in results.tables.values() for row in rows):
-        return ""
-    text = (
-        "\n## Does the concept come back?\n\nEach attack tries to bring the concept back; "
-        "`python attack.py --help` says how. Its seeds are pooled.\n\n"
-        + image("comeback", "how many images show the concept, over the steps of the attack `word`")
-    )
-    for table, rows in results.tables.items():
-        attacked = [row for row in rows if row.get("attacks")]
-        if attacked:
-            title = results.study.tables[table].title
-            text += f"{title}:\n\n{markdown(attacked, added_columns(attacked, costs=False))}\n"
-    return text.rstrip("\n") + "\n"
-
-
-def claims_text(tables):
-    """The grids of the papers' claims."""
-    text = (
-        "\n## What holds\n\nA claim holds or fails if the two 95 % intervals do not overlap. It is "
-        "open if they do. The figures are in the tables above and below.\n"
-    )
-    for comparisons in (
-        claims_by_method(tables),
-        claims_by_iteration(tables),
-        claims_by_roles(tables),
-    ):
-        if comparisons:
-            text += f"\n{count_verdicts(comparisons)}\n{grid(comparisons)}"
-    return text
-
-
-def matrix_text(results):
-    """Figure 2."""
-    (name,) = results.tables
-    text = (
-        f"\n## {results.study.tables[name].title}\n\nHow many of the images show the name in the "
-        "prompt. "
-    )
-    text += MATRIX_TUNING[results.model]
-    text += "\n\n" + image("matrix", "the share of images that show a name, by model and by prompt")
-    text += table_text(results, name)
-    text += (
-        "\nThe same for each method, over all erased names. The measures are UnlearnCanvas's "
-        "(arXiv 2402.11846): unlearning accuracy (UA), in-domain retain accuracy (IRA) and "
-        "cross-domain retain accuracy (CRA).\n\n"
-    )
-    related = worlds.of(results.model).RELATED
-    return text + markdown(unlearn_canvas(results.tables[name], related), UNLEARN_CANVAS)
-
-
+# ---------------------------------------------------------------------------------------- tables
 def unlearn_canvas(rows, related):
     """A row per method, for UNLEARN_CANVAS. rows: of Figure 2, named METHOD or METHOD CONCEPT.
 
@@ -445,134 +164,141 @@ def unlearn_canvas(rows, related):
         for name, value in row["figures"].items():
             if name in COSTS:
                 continue
-            hits, n = value
+            shown, key = figure(value), "other"
             if name in row["erased"]:
-                key, hits = "gone", n - hits
+                shown, key = shown.complement, "gone"
             elif name == "rest":
                 key = "rest"
-            else:
-                near = any(name in related.get(erased, ()) for erased in row["erased"])
-                key = "near" if near else "other"
-            pooled, total = one["figures"].get(key, (0, 0))
-            one["figures"][key] = (pooled + hits, total + n)
+            elif any(name in related.get(erased, ()) for erased in row["erased"]):
+                key = "near"
+            one["figures"][key] = pooled([one["figures"].get(key, ()), shown])
     return list(found.values())
 
 
-def iterations_text(results):
-    """The curve, and films of two trainings."""
-    text = "\n## Student, teacher and iterations (Figures 3, 5, 10, 11)\n\n"
-    text += image("curve", "how much of the concept is left after 40, 80, 120 and 160 iterations")
-    text += f"Seed {results.study.seeds[0]}:\n\n"
-    for row in FILMS:
-        text += image(f"film_{row}", f"images of {row}'s student and teacher over the iterations")
-    return text + table_text(results, "curve")
-
-
-def image(name, text):
-    return f"![{text}]({name}.png)\n\n"
-
-
-def end_of_training(study, table, row):
-    """{column of log.csv: its mean over the seeds at the last preview}."""
-    keys = ("gap_student", "drift_student", "gap_teacher", "drift_teacher")
+def with_drifts(row, patches):
+    """A row with the gaps and drifts at the last preview of its trainings: means over the seeds."""
     last = []
-    for patch in plan.patches(study, table)[row]:
+    for patch in patches:
         with open(Path(patch).parent / "log.csv", newline="", encoding="utf-8") as f:
             last.append([line for line in csv.DictReader(f) if line["gap_student"]][-1])
-    return {key: sum(float(line[key]) for line in last) / len(last) for key in keys}
+    figures = dict(row["figures"])
+    for column in DRIFTS:
+        mean = sum(float(line[column.key]) for line in last) / len(last)
+        figures[column.key] = float(f"{mean:.2g}")
+    return row | {"figures": figures}
 
 
-def drifts_text(results):
-    """Gap and drift at the end of each training, next to what the model forgot."""
-    head = "model | erased | gap, student | drift, student | gap, teacher | drift, teacher"
-    text = (
-        "\n## Gap and drift\n\nThe gap is the mean of |e(c_s) − e(c_0)|², the drift the mean of "
-        "|e(c_0) − e°(c_0)|², on fixed latents at the last preview. A closed form has no "
-        "student and no teacher: its result counts as both.\n\n"
-        f"| {head} | concept named ↓ | other captions right ↑ |\n" + "|---" * 8 + "|\n"
-    )
-    for table in results.study.tables:
-        figures = figures_of(results.tables, table)
-        for row in results.study.tables[table].rows:
-            cells = [row.name, ", ".join(row.concepts)]
-            for value in end_of_training(results.name, table, row.name).values():
-                cells.append(f"{value:.2g}")
-            for key in ("named", "caption"):
-                hits, n = figures[row.name][key]
-                cells.append(f"{100 * hits / n:.1f}")
-            text += "| " + " | ".join(cells) + " |\n"
-    return text
+def tables_in_markdown(name, tables, columns):
+    """{name: a table of the page}, as results.md.j2 names them."""
+    study, found = plan.STUDIES[name], {}
+    if study.curve_limit:
+        found["curve"] = markdown(tables["curve"], columns["curve"])
+    if not study.rows:
+        return found
+    rows, known = tables[study.table], columns[study.table]
+    costs = [column for column in COMEBACK if column.key in COSTS]
+    found["table"] = markdown(rows, [*known, *with_figures(costs, rows)])
+    if study.templates:
+        canvas = unlearn_canvas(rows, worlds.of(study.model).RELATED)
+        return found | {"canvas": markdown(canvas, UNLEARN_CANVAS)}
+    by_key = {column.key: column for column in [*known, *COMEBACK]}
+    found["choice"] = markdown(rows, [by_key[key] for key in CHOICE if key in by_key])
+    if attacked := [row for row in rows if row.get("attacks")]:
+        shown = [column for column in COMEBACK if column.key not in COSTS]
+        found["comeback"] = markdown(attacked, with_figures(shown, attacked))
+    patches = plan.patches(name)
+    trained = [with_drifts(row, patches[row["model"]]) for row in rows if row["model"] in patches]
+    found["drifts"] = markdown(trained, [*DRIFTS, by_key["named"], by_key["caption"]])
+    return found
 
 
 # ---------------------------------------------------------------------------------------- all of it
-def page_text(results, cores):
+def git_commit():
+    """The commit of the checkout, with "-dirty" if files differ from it; None without git."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def total_time(study):
+    """The sum of the times of all commands, as Snakemake measured them; None if one is missing."""
+    seconds = 0.0
+    for file in [*plan.trainings(study), *plan.page_inputs(study)]:
+        path = Path(file)  # of an attack: KIND-SEED.json, next to its folder KIND-SEED
+        folder = path.with_suffix("") if "/attacks/" in file else path.parent
+        try:
+            with open(plan.benchmark_file(str(folder)), newline="", encoding="utf-8") as f:
+                seconds += float(next(csv.DictReader(f, delimiter="\t"))["s"])
+        except FileNotFoundError:
+            return None
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def page_text(name, tables, columns, command, commit):
     """The content of results.md."""
-    text = introduction(results, cores)
-    if any(table.templates for table in results.study.tables.values()):
-        return text + matrix_text(results)
-    if not results.study.tables:
-        return text + claims_text(results.tables) + iterations_text(results)
-    text += choice_text(results)
-    for table in results.study.tables:
-        text += f"\n## {results.study.tables[table].title}\n\n{table_text(results, table)}"
-    text += comeback_text(results) + claims_text(results.tables)
-    if "curve" in results.tables:
-        text += iterations_text(results)
-    return text + drifts_text(results)
+    study = plan.STUDIES[name]
+    facts = [f"{datetime.date.today()}", platform.machine(), f"{os.cpu_count()} cores"]
+    facts += [f"torch {torch.__version__}", *([f"commit {commit}"] if commit else [])]
+    verdicts = [compared(tables, claims) for claims in CLAIMS]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, trim_blocks=True).get_template("results.md.j2")
+    return template.render(
+        study=study,
+        closed=any(row.closed for row in study.rows),
+        command=command,
+        facts=facts,
+        time=total_time(name),
+        grids=[grid(one) for one in verdicts if one],
+        **tables_in_markdown(name, tables, columns),
+    )
 
 
-def rows_json(results, cores):
-    """The content of rows.json."""
-    study = results.study
-    return {
-        "date": f"{datetime.date.today()}",
-        "command": command(results.name, cores),
-        "commit": git_commit(),
-        "seeds": list(study.seeds),
-        "limit": study.limit,
-        "tables": results.tables,
-    }
-
-
-def write_images(results):
+def write_images(name, tables, folder):
     """comeback.png, and copies of the plots and films that the page shows."""
-    curves = {}
-    for rows in results.tables.values():
-        for row in rows:
-            if row["model"] in CURVES and "word" in row.get("attacks", {}):
-                curves[row["model"]] = row["attacks"]["word"]["points"]
+    study, curves, copies = plan.STUDIES[name], {}, {}
+    for row in tables.get(study.table, []):
+        if row["model"] in CURVES and "word" in row.get("attacks", {}):
+            curves[row["model"]] = row["attacks"]["word"]["points"]
     if curves:
-        plots.comeback(curves, results.folder / "comeback.png")
-    for table in results.tables:
-        for plot in Path(plan.table_folder(results.name, table)).glob("*.png"):
-            if plot.name in ("curve.png", "matrix.png"):
-                shutil.copyfile(plot, results.folder / plot.name)
-    if "curve" not in results.tables:
-        return
-    for row in FILMS:
-        runs = plan.run_folder(results.study.curve_table, row, results.study.seeds[0])
-        film = Path(runs) / "film.png"
-        shutil.copyfile(film, results.folder / f"film_{row}.png")
+        plots.attack_curves(curves, folder / "comeback.png")
+    if study.templates:
+        copies["matrix"] = f"{plan.table_folder(name, study.table)}/matrix.png"
+    if study.curve_limit:
+        copies["curve"] = f"{plan.table_folder(name, 'curve')}/curve.png"
+        for row in plan.CURVE_ROWS:
+            copies[f"film_{row}"] = f"{plan.run_folder(study.table, row, study.seeds[0])}/film.png"
+    for copy, file in copies.items():
+        shutil.copyfile(file, folder / f"{copy}.png")
 
 
 def write_page(args):
     """The whole command."""
-    results = read_results(args.study)
-    write_images(results)
-    content = json.dumps(rows_json(results, args.cores), indent=1, ensure_ascii=False)
-    write_text(results.folder / "rows.json", content)
-    write_text(results.folder / "results.md", page_text(results, args.cores))
-    print(f"open this page: {results.folder / 'results.md'}")
+    name, study = args.study, plan.STUDIES[args.study]
+    tables, columns = read_results(name)
+    folder = Path(plan.RESULTS) / name
+    write_images(name, tables, folder)
+    cores = f"--cores {args.cores} " if args.cores else ""  # else: not known
+    content = {
+        "date": f"{datetime.date.today()}",
+        "command": f"snakemake {cores}{name}",
+        "commit": git_commit(),
+        "seeds": study.seeds,
+        "limit": study.limit,
+        "tables": tables,
+    }
+    write_text(folder / "rows.json", json.dumps(content, indent=1, ensure_ascii=False))
+    text = page_text(name, tables, columns, content["command"], content["commit"])
+    write_text(folder / "results.md", text)
+    print(f"open this page: {folder / 'results.md'}")
 
 
 def parse(argv=None):
     parser = Parser(prog="python -m workflow.page", description=__doc__)
     parser.add_argument("study", **one_of(list(plan.STUDIES)))
-    parser.add_argument(
-        "--cores",
-        type=positive,
-        help="how many commands ran at a time, for the page (default: not known)",
-    )
+    about = "how many commands ran at a time, for the page (default: not known)"
+    parser.add_argument("--cores", type=positive, help=about)
     return parser.parse_args(argv)
 
 
