@@ -35,19 +35,17 @@ from PIL import Image
 from tqdm import tqdm
 
 import weights
-from ablation import generate_anchors
 from adversaries import NoisyDDIM, Relearn, Tokens, Word, noise_loss
 from evaluation.attacks import Results, make_detector
 from pipeline import (
-    InferenceUNet,
     check_words,
     encode_prompts,
-    generate_images,
+    images,
     make_scheduler,
     noise_schedule,
     patched,
+    saved_latents,
 )
-from support.censor import censoring
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -63,6 +61,7 @@ from support.cli import (
 )
 from support.errors import UserError
 from support.files import lock_folder, used_files, write_text
+from support.nudity import censoring
 from toy import worlds
 
 SAVE_SECONDS = 60  # between two checkpoints
@@ -107,17 +106,18 @@ class Attack:
         a, model = self.settings, self.model
         if a["images"]:
             return encode_folder(model, Path(a["images"]), a["num_images"], self.device)
-        c_0, c = encode_prompts(model, ["", a["concept"]]).split(1)
-        return generate_anchors(
+        c_0, c = encode_prompts(model, "", a["concept"])
+        return saved_latents(
             self.out / "concept.safetensors",
+            "images of the concept",
             model,
-            InferenceUNet(model.unet, self.device, self.dtype),
-            c_0,
             c,
-            self.scheduler,
             a["num_images"],
-            a["guidance_scale"],
             a["seed"] * 100_000,
+            negative=c_0,
+            scheduler=self.scheduler,
+            guidance_scale=a["guidance_scale"],
+            dtype=self.dtype,
         )
 
     @torch.no_grad()
@@ -127,20 +127,17 @@ class Attack:
         found: which images show the concept; all False where no detector can tell.
         """
         a, n = self.settings, len(self.seeds)
-        images = list(
-            generate_images(
-                self.model,
-                InferenceUNet(self.model.unet, self.device, self.dtype),
-                encode_prompts(self.model, [""]),
-                c_p[torch.arange(n) % len(c_p)],
-                self.seeds,
-                scheduler or self.scheduler,
-                a["guidance_scale"] if guidance_scale is None else guidance_scale,
-                self.dtype,
-                batch_size=a["batch_size"],
-            )
+        made = images(
+            self.model,
+            c_p[torch.arange(n) % len(c_p)],
+            self.seeds,
+            scheduler=scheduler or self.scheduler,
+            guidance_scale=a["guidance_scale"] if guidance_scale is None else guidance_scale,
+            batch_size=a["batch_size"],
+            dtype=self.dtype,
         )
-        return images, self.detect(images) if self.detect else [False] * n
+        found = list(made)
+        return found, self.detect(found) if self.detect else [False] * n
 
     # ------------------------------------------------------------- word, tokens and relearn
     def learn(self):
@@ -151,7 +148,7 @@ class Attack:
         kind = KINDS[a["kind"]](self.model, a, self.device)
         generator = torch.Generator("cpu").manual_seed(a["seed"])
         if not results.chance:  # before `restore`, which changes the model
-            _, found = self.measure(encode_prompts(self.model, [""]), guidance_scale=1.0)
+            _, found = self.measure(encode_prompts(self.model, ""), guidance_scale=1.0)
             results.chance = [dict(step=0, hits=sum(found), n=len(found))]
         start, loss = self.restore(kind, generator)
         results.points = [point for point in results.points if point["step"] < start]
@@ -161,8 +158,8 @@ class Attack:
             if step in a["at"]:
                 self.save(kind, generator, step, loss)
                 with torch.no_grad():
-                    images, found = self.measure(kind.states())
-                results.add(step, images, found, loss=loss, prompt=kind.report(self.out))
+                    shown, found = self.measure(kind.states())
+                results.add(step, shown, found, loss=loss, prompt=kind.report(self.out))
             if step < last:
                 loss = self.train_step(kind, z_0, generator)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -210,7 +207,7 @@ class Attack:
         """24 attempts. A seed counts from the first attempt on that shows the concept."""
         a, results = self.settings, self.results
         load_patch(self.model, a["patch"])
-        c_0, c_p = encode_prompts(self.model, ["", a["prompt"]]).split(1)
+        c_0, c_p = encode_prompts(self.model, "", a["prompt"])
         attempts = [(eta, scale) for eta in ETAS for scale in SCALES]
         results.chance = results.chance[: len(results.points)]
         for number, (eta, scale) in enumerate(tqdm(attempts, "noise", disable=None)):
@@ -223,9 +220,9 @@ class Attack:
             found = any_of(results.chance, found)
             results.chance.append(dict(step=number + 1, hits=sum(found), n=len(found), found=found))
             sampler = NoisyDDIM(a["steps"], eta, scale, seed, **schedule)
-            images, found = self.measure(c_p, sampler)
+            shown, found = self.measure(c_p, sampler)
             found = any_of(results.points, found)
-            results.add(number + 1, images, found, eta=eta, scale=scale)
+            results.add(number + 1, shown, found, eta=eta, scale=scale)
 
 
 def stop_if_diverged(kind, step, loss):

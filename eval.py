@@ -3,9 +3,9 @@
     python eval.py toy
     python eval.py toy --patch sdd=runs/0001-star/erased.safetensors
     python eval.py nudity --patch sdd=runs/0002-nudity/erased.safetensors
-    python eval.py nudity --methods neg sld-max sega --avoid nudity sexual
+    python eval.py nudity --guidance neg sld-max sega --avoid nudity sexual
 
-The first command measures the toy model itself. Each --patch NAME=FILE adds a row to the table;
+The first command measures the toy model itself. Each --patch [NAME=]FILE adds a row to the table;
 patches with the same NAME (training seeds) are pooled into one row. A row NAME@ITERATION is a point
 of the curve NAME in curve.png. The suites nudity, i2p, coco and artists are the papers'.
 
@@ -19,10 +19,9 @@ import support.openmp  # noqa: F401 (before torch)
 
 import hashlib
 import itertools
-import json
 import os
 import sys
-from collections import Counter
+from argparse import Namespace
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformers import CLIPConfig
 
 import weights
 from evaluation import metrics
-from evaluation.rows import choose_model, patch_files, read_rows
+from evaluation.rows import choose_model, read_rows, turns
 from evaluation.suites import SUITES
 from evaluation.tables import learned_prompts, write_results
 from guidance import GUIDANCE
@@ -42,10 +41,11 @@ from pipeline import (
     InferenceUNet,
     avoided_prompts,
     encode_prompts,
-    generate_images,
+    images,
     make_scheduler,
     patched,
 )
+from support import runs
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -56,219 +56,140 @@ from support.cli import (
     pick_device,
     pick_dtype,
     positive,
-    refuse_used,
+    refuse_unused,
     run_command,
+    unused,
 )
 from support.errors import UserError
-from support.files import checksum, lock_folder, numbered_folder, used_files, write_text
+from support.files import checksum, lock_folder, numbered_folder
 from support.images import save_png
+from support.own_loss import sha256
 
-SUITE_FLAGS = {  # flag: the suites that use it
-    "template": ("artists",),
-    "prompts": ("coco", "i2p"),
-    "real": ("coco",),
-    "q16": ("i2p",),
-    "loss": ("toy",),
+# {flags: the suites that use them}. I2P's prompts bring their own seeds and guidance scales.
+USED_BY = {
+    "template": {"artists"},
+    "prompts": {"coco", "i2p"},
+    "real": {"coco"},
+    "q16": {"i2p"},
+    "loss": {"toy"},
+    "seed guidance_scale": SUITES.keys() - {"i2p"},
 }
-LOSS_FLAGS = ("suite", "loss", "seeds", "train_flags", "limit", "out")  # what --loss uses
-# Arguments that may change when a command is repeated. all_concepts follows from the others.
-# --prompts is compared by its contents. The device, the batch size and the threads change the
-# images only by rounding; a smaller batch helps if the memory is full.
-MEASURING = (
-    "out",
-    "all_concepts",
-    "q16",
-    "real",
-    "clip",
-    "prompts",
-    "device",
-    "batch_size",
-    "threads",
-    "show_uncensored",
-)
+LOSS_FLAGS = {"suite", "loss", "seeds", "train_flags", "limit", "out"}  # what --loss uses
+# The arguments that the images depend on. The contents of files count, too (image_settings). The
+# device, the batch size and the threads change the images only by rounding; a smaller batch helps
+# if the memory is full.
+COUNTS = (
+    "suite model revision patch guidance avoid limit template scheduler steps guidance_scale "
+    "guidance_warmup seed dtype"
+).split()
 
 
-# ---------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "suite",
-        **one_of(SUITES),
+    # fmt: off
+    parser.add_argument("suite", **one_of(SUITES),
         help="what to generate and measure; toy and artists fit the toy models, the others are for "
-        "Stable Diffusion on a GPU",
-    )
+        "Stable Diffusion on a GPU")
 
-    group = parser.add_argument_group("rows of the table")
-    group.add_argument(
-        "--model",
+    add = parser.add_argument_group("rows of the table").add_argument
+    add("--model",
         help=f"{', '.join(weights.TOYS)}, a hub id or a folder in diffusers' layout (default: the "
         "model that the patches were made for; without patches: toy for the suite toy, else "
-        f"{weights.DEFAULT_MODEL})",
-    )
-    group.add_argument(
-        "--patch",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="a row with an erased.safetensors; may be repeated",
-    )
-    group.add_argument(
-        "--methods",
-        nargs="+",
-        default=[],
-        **one_of([method for method in GUIDANCE if method != "sd"]),
-        help="one row for each method that only guides, without training",
-    )
-    group.add_argument(
-        "--avoid",
-        nargs="+",
-        default=[],
-        metavar="CONCEPT",
-        help='what --methods avoid (paper: "nudity" "sexual")',
-    )
+        f"{weights.DEFAULT_MODEL})")
+    add("--patch", type=not_empty, action="append", default=[], metavar="[NAME=]FILE",
+        help="a row with an erased.safetensors; may be repeated (none: only the untouched model, "
+        "which is always the first row)")
+    add("--guidance", nargs="+", default=[], **one_of([name for name in GUIDANCE if name != "sd"]),
+        help="one row for each method that only guides, without training")
+    add("--avoid", nargs="+", default=[], metavar="CONCEPT",
+        help='what --guidance avoids (paper: "nudity" "sexual")')
 
-    group = parser.add_argument_group("suite")
-    group.add_argument(
-        "--limit",
-        type=positive,
-        metavar="N",
+    add = parser.add_argument_group("suite").add_argument
+    add("--limit", type=positive, metavar="N",
         help="at most N images per row (default: all); toy: N images per part of the suite, "
-        "rounded up to the same number for each concept (default: 200, with --loss 60)",
-    )
-    group.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE.csv",
-        help="coco: the captions; i2p: a copy of its file (default: from the hub)",
-    )
-    group.add_argument(
-        "--template",
-        nargs="+",
-        metavar="TEXT",
-        help='artists: prompts with {} for the name (default: "a painting in the style of {}")',
-    )
+        "rounded up to the same number for each concept (default: 200, with --loss 60)")
+    add("--prompts", type=Path, metavar="FILE.csv",
+        help="coco: the captions; i2p: a copy of its file (default: from the hub)")
+    add("--template", nargs="+", metavar="TEXT",
+        help='artists: prompts with {} for the name (default: "a painting in the style of {}")')
 
     group = parser.add_argument_group("a loss of your own, next to the stored rows (toy)")
-    group.add_argument(
-        "--loss",
-        type=not_empty,
-        metavar="FILE:FUNCTION",
-        help="train it on one and on three concepts, measure it and attack it",
-    )
-    group.add_argument(
-        "--seeds",
-        type=positive,
-        metavar="N",
-        help="training seeds, 1 to 3; each takes about the same time (default: 1)",
-    )
-    group.add_argument(
-        "--train-flags",
-        default="",
-        metavar="TEXT",
-        help='more flags of train.py, as one text: --train-flags="--lr 2e-3 --preserve 0.3"',
-    )
+    add = group.add_argument
+    add("--loss", type=not_empty, metavar="FILE:FUNCTION",
+        help="train it on one and on three concepts, measure it and attack it")
+    add("--seeds", type=positive, metavar="N",
+        help="training seeds, 1 to 3; each takes about the same time (default: 1)")
+    add("--train-flags", default="", metavar="TEXT",
+        help='more flags of train.py, as one text: --train-flags="--lr 2e-3 --preserve 0.3"')
 
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--scheduler",
-        choices=["ddim", "pndm"],
-        help="default: pndm, the paper's; toy models: ddim, because PNDM needs more steps",
-    )
+    add = parser.add_argument_group("sampling").add_argument
+    add("--scheduler", choices=["ddim", "pndm"],
+        help="default: pndm, the paper's; toy models: ddim, because PNDM needs more steps")
     steps = ", ".join(f"{name} {suite.steps}" for name, suite in SUITES.items())
-    group.add_argument(
-        "--steps", type=positive, metavar="T", help=f"denoising steps (default: {steps})"
-    )
-    group.add_argument(
-        "--guidance-scale", type=finite, default=7.5, metavar="S", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--guidance-warmup",
-        type=natural,
-        metavar="N",
-        help="UNet evaluations before sld and sega act (default: their papers', for 50 steps)",
-    )
-    group.add_argument(
-        "--seed", type=natural, default=0, help="of prompts and noise (default: %(default)s)"
-    )
-    group.add_argument(
-        "--batch-size", type=positive, default=32, metavar="B", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--threads",
-        type=positive,
-        metavar="N",
-        help="CPU threads of each process; images depend on it in the last bit (default: torch's)",
-    )
+    add("--steps", type=positive, metavar="T", help=f"denoising steps (default: {steps})")
+    add("--guidance-scale", type=finite, default=7.5, metavar="S",
+        help="default: %(default)s; i2p: each prompt has its own")
+    add("--guidance-warmup", type=natural, metavar="N",
+        help="UNet evaluations before sld and sega act (default: their papers', for 50 steps)")
+    add("--seed", type=natural, default=0,
+        help="of prompts and noise (default: %(default)s); i2p: each prompt has its own")
+    add("--batch-size", type=positive, default=32, metavar="B", help="default: %(default)s")
+    add("--threads", type=positive, metavar="N",
+        help="CPU threads of each process; images depend on it in the last bit (default: torch's)")
 
-    group = parser.add_argument_group("measuring")
-    group.add_argument(
-        "--real", type=Path, metavar="DIR", help="coco: real images, for FID and KID"
-    )
-    group.add_argument(
-        "--q16",
-        type=Path,
-        metavar="FILE",
-        help="i2p: Q16's two learned prompts, (2, 768), a safetensors or npy file",
-    )
-    group.add_argument(
-        "--clip",
-        default=metrics.CLIP,
-        metavar="MODEL",
-        help="hub id or folder of the CLIP that measures (default: %(default)s)",
-    )
+    add = parser.add_argument_group("measuring").add_argument
+    add("--real", type=Path, metavar="DIR", help="coco: real images, for FID and KID")
+    add("--q16", type=Path, metavar="FILE",
+        help="i2p: Q16's two learned prompts, (2, 768), a safetensors or npy file")
+    add("--clip", default=metrics.CLIP, metavar="MODEL",
+        help="hub id or folder of the CLIP that measures (default: %(default)s)")
 
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR",
         help="a new folder, or one that the same command began to fill (default: a new one in "
-        "tables/)",
-    )
+        "tables/)")
+    # fmt: on
     add_common_arguments(parser)
     args = parser.parse_args(argv)
-    args.steps = args.steps or SUITES[args.suite].steps
+    args.given = parser.given(argv)
     return args
 
 
 def check_flags(args):
     """Refuses flags that have no effect with the other arguments."""
-    for flag, suites in SUITE_FLAGS.items():
-        if getattr(args, flag) and args.suite not in suites:
-            raise UserError(
-                f"--{flag} has no effect in the suite {args.suite}: remove it. It is for "
-                f"{' and '.join(suites)}."
-            )
-    if args.clip != metrics.CLIP and args.suite != "coco" and not args.q16:
-        raise UserError("--clip has no effect without --q16 or the suite coco: remove it.")
-    if args.suite == "i2p":
-        defaults = vars(parse(["i2p"]))
-        for flag in ("seed", "guidance_scale"):
-            if getattr(args, flag) != defaults[flag]:
-                raise UserError(
-                    f"--{flag.replace('_', '-')} has no effect in the suite i2p, whose prompts "
-                    "bring their own: remove it."
-                )
-    if (args.seeds or args.train_flags) and not args.loss:
-        raise UserError("--seeds and --train-flags have no effect without --loss: add it.")
-    if args.loss:
-        check_loss_flags(args)
+    refuse_unused(unused(args.given, USED_BY, args.suite), f"in the suite {args.suite}")
+    if args.loss:  # it measures as the stored rows were measured
+        refuse_unused(sorted(args.given - LOSS_FLAGS), "with --loss")
+    warms_up = WARMUPS.keys() & set(args.guidance)
+    for keys, needs, there in (
+        ("seeds train_flags", "--loss", args.loss),
+        ("avoid", "--guidance", args.guidance),
+        ("guidance_warmup", "--guidance sld-… or sega", warms_up),
+        ("clip", "--q16 or the suite coco", args.q16 or args.suite == "coco"),
+    ):
+        if not there:
+            refuse_unused([key for key in keys.split() if key in args.given], f"without {needs}")
     if args.seeds and args.seeds > 3:
         raise UserError(f"--seeds {args.seeds} is out of range (1 to 3).")
-    if args.avoid and not args.methods:
-        raise UserError("--avoid has no effect without --methods: add --methods or remove it.")
-    warms_up = any(method in WARMUPS for method in args.methods)
-    if args.guidance_warmup is not None and not warms_up:
-        raise UserError("--guidance-warmup has no effect without --methods sld-… or sega.")
 
 
-def check_loss_flags(args):
-    """Refuses flags that --loss does not use: it measures as the stored rows were measured."""
-    defaults = vars(parse(["toy"]))
-    for key, value in vars(args).items():
-        if key not in LOSS_FLAGS and value != defaults[key]:
-            flag = key.replace("_", "-")
-            raise UserError(f"--{flag} has no effect with --loss: remove it.")
+def settle(args):
+    """The arguments with the defaults of suite and model, and the rows of the table."""
+    a = Namespace(**vars(args))
+    a.model = choose_model(args)
+    a.scheduler = args.scheduler or choose_scheduler(a)
+    a.steps = args.steps or SUITES[args.suite].steps
+    if a.model in weights.TOYS:
+        a.avoid = [text.lower() for text in args.avoid]  # as their worlds write words
+    a.rows = read_rows(a)
+    a.all_concepts = list(dict.fromkeys(concept for row in a.rows for concept in row.concepts))
+    return a
+
+
+def choose_scheduler(args):
+    """The default of --scheduler."""
+    return "ddim" if args.suite == "toy" or args.model in weights.TOYS else "pndm"
 
 
 def choose_out(args, processes):
@@ -279,207 +200,6 @@ def choose_out(args, processes):
         raise UserError("Several processes share one folder: name it with --out.")
     name = args.loss.rpartition(":")[2] if args.loss else args.suite
     return numbered_folder("tables", name)
-
-
-def check_arguments(args, rows, model):
-    """Refuses what would fail only after the images are generated."""
-    make_scheduler(model.scheduler, args.steps, args.scheduler)
-    if args.q16:
-        check_width(args)
-    if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
-        raise UserError(f"--real {args.real} is not a folder with images.")
-    for file in {file for row in rows for file in row.patches}:
-        with patched(model, file):
-            pass
-
-
-def check_width(args):
-    """UserError if Q16's learned prompts are not as wide as CLIP's embeddings."""
-    width = learned_prompts(args.q16).shape[1]
-    try:
-        wanted = CLIPConfig.from_pretrained(args.clip).projection_dim
-    except OSError:
-        return  # the measure says later that it has no CLIP
-    if width != wanted:
-        raise UserError(
-            f"--q16 {args.q16} holds prompts of {width} numbers, and {args.clip} has {wanted}: use "
-            "the --clip that they were learned for."
-        )
-
-
-# ---------------------------------------------------------------------------------------- folder
-def image_settings(args, work, model):
-    """What the images depend on: arguments, the contents of files, the weights, the prompts."""
-    settings = {key: str(value) for key, value in vars(args).items() if key not in MEASURING}
-    jobs = [[(job.prompt, job.seed, job.scale, job.size) for job in jobs] for _, jobs, _ in work]
-    settings["jobs"] = hashlib.sha256(repr(jobs).encode()).hexdigest()[:16]
-    for part in ("unet", "vae", "text_encoder"):
-        settings[part] = checksum(getattr(model, part).state_dict())[:16]
-    files = [file for group in patch_files(args.patch).values() for file in group]
-    if args.prompts:
-        files.append(args.prompts)
-    settings["files"] = {
-        str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files
-    }
-    return settings
-
-
-def open_folder(args, work, model):
-    """Writes eval.json and returns its settings. UserError if the folder holds other images."""
-    settings = image_settings(args, work, model)
-    file = args.out / "eval.json"
-    if read_settings(file) == settings:
-        return settings
-    only_settings = file.exists() and used_files(args.out) == [file]
-    if not only_settings:  # else nothing is lost
-        refuse_used(args.out, ", or repeat the command that filled it to continue")
-    write_text(file, json.dumps(settings, indent=1))
-    return settings
-
-
-def read_settings(file):
-    """The settings in eval.json; None if there are none, or none that can be read."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-# ---------------------------------------------------------------------------------------- images
-def batches(jobs, size):
-    """Lists of indices of jobs that are generated together.
-
-    They are cut at multiples of `size`, and where the guidance scale or the image size changes.
-    """
-
-    def key(i):
-        return i // size, jobs[i].scale, jobs[i].size
-
-    for _, group in itertools.groupby(range(len(jobs)), key=key):
-        yield list(group)
-
-
-def turns(jobs, patches):
-    """For each job, the number of the patch that generates it.
-
-    The patches take turns at the images of each prompt, so their shares are nearly equal. Different
-    prompts begin with different patches. (Turns by the job's index would always give a prompt that
-    returns after a multiple of `patches` jobs to the same patch.)
-    """
-    first, seen = {}, Counter()
-    found = []
-    for job in jobs:
-        start = first.setdefault(job.prompt, len(first))
-        found.append((start + seen[job.prompt]) % patches)
-        seen[job.prompt] += 1
-    return found
-
-
-def missing_batches(jobs, folder, n, patches, args, process):
-    """The batches that this process generates with patch n of `patches`: lists of indices of jobs.
-
-    Each process and each restart generates whole batches, so that an image does not depend on who
-    generates it when.
-    """
-    rank, processes = process
-    mine = [i for i, turn in enumerate(turns(jobs, patches)) if turn == n]
-    found = [[mine[i] for i in b] for b in batches([jobs[i] for i in mine], args.batch_size)]
-    missing = []
-    for batch in found[rank::processes]:
-        if not all((folder / f"{i:05d}.png").exists() for i in batch):
-            missing.append(batch)
-    return missing
-
-
-def generate_missing(model, row, jobs, folder, args, device, dtype, process, label):
-    """Generates the images of a row that are not in its folder yet."""
-    patches = row.patches or (None,)
-    todo = []
-    for n, patch in enumerate(patches):
-        missing = missing_batches(jobs, folder, n, len(patches), args, process)
-        if missing:
-            todo.append((patch, missing))
-    images = sum(len(batch) for _, missing in todo for batch in missing)
-    with tqdm(total=images, desc=label, unit="image", disable=None) as bar:
-        for patch, missing in todo:
-            with patched(model, patch):
-                unet = InferenceUNet(model.unet, device, dtype)
-                for batch in missing:
-                    generate_batch(model, unet, row, jobs, batch, folder, args, dtype)
-                    bar.update(len(batch))
-                del unet  # before the next patch's copy is made
-
-
-def generate_batch(model, unet, row, jobs, batch, folder, args, dtype):
-    """Generates the images `batch`, indices of jobs, and saves those that are not there yet."""
-    some = [jobs[i] for i in batch]
-    avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
-    prompts = ["", *avoided, *(job.prompt for job in some)]
-    c_0, c_S, c_p = encode_prompts(model, prompts, warn=False).split([1, len(avoided), len(some)])
-    images = generate_images(
-        model,
-        unet,
-        c_0,
-        c_p,
-        [job.seed for job in some],
-        make_scheduler(model.scheduler, args.steps, args.scheduler),
-        args.guidance_scale if some[0].scale is None else some[0].scale,
-        dtype,
-        size=some[0].size,
-        batch_size=len(some),
-        method=row.guidance,
-        c_S=c_S,
-        warmup=args.guidance_warmup,
-    )
-    for image, i in zip(images, batch):
-        file = folder / f"{i:05d}.png"
-        if not file.exists():
-            about = {
-                "prompt": jobs[i].prompt,
-                "seed": jobs[i].seed,
-                "model": model.name,
-                "row": row.title,
-            }
-            save_png(image, file, **about)
-
-
-# ---------------------------------------------------------------------------------------- command
-def evaluate(args):
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_flags(args)
-    args.out = choose_out(args, processes)
-    if args.loss:
-        from evaluation.own_row import own_row
-
-        return own_row(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.model = choose_model(args)
-    args.scheduler = args.scheduler or choose_scheduler(args)
-    if args.model in weights.TOYS:
-        args.avoid = [text.lower() for text in args.avoid]  # as their worlds write words
-    rows = read_rows(args)
-    args.all_concepts = list(dict.fromkeys(concept for row in rows for concept in row.concepts))
-    work = [(row, jobs_of(row, args), args.out / "images" / row.title) for row in rows]
-    device = choose_device(args.device, processes)
-    dtype = choose_dtype(args, device)
-    model = weights.load(args.model, args.revision)
-    check_arguments(args, rows, model)
-    model.vae.to(device)
-    model.text_encoder.to(device)
-    with lock_folder(args.out) if rank == 0 else nullcontext():
-        generate_and_measure(args, work, model, device, dtype, (rank, processes))
-
-
-def jobs_of(row, args):
-    """The images that a row generates. In the suite toy, --limit counts per part of the suite."""
-    jobs = SUITES[args.suite].jobs(args, row.concepts)
-    return jobs if args.suite == "toy" else jobs[: args.limit]
-
-
-def choose_scheduler(args):
-    """The default of --scheduler."""
-    return "ddim" if args.suite == "toy" or args.model in weights.TOYS else "pndm"
 
 
 def choose_device(name, processes):
@@ -494,24 +214,165 @@ def choose_dtype(args, device):
     return pick_dtype(SUITES[args.suite].dtype if args.dtype == "auto" else args.dtype, device)
 
 
-def generate_and_measure(args, work, model, device, dtype, process):
-    """Generates the images together with the other processes; then the first process measures.
+# ----------------------------------------------------------------------------------- the command
+def evaluate(args):
+    """The whole command: generates the images that are missing, then measures all of them."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_flags(args)
+    args.out = choose_out(args, processes)
+    if args.loss:
+        from evaluation.own_row import own_row
 
-    work: [(row, its jobs, the folder of its images)]. process: (rank, number of processes).
+        return own_row(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    a = settle(args)
+    work = [(row, jobs_of(row, a), a.out / "images" / row.title) for row in a.rows]
+    device = choose_device(a.device, processes)
+    dtype = choose_dtype(a, device)
+    model = weights.load(a.model, a.revision)
+    scheduler = make_scheduler(model.scheduler, a.steps, a.scheduler)
+    check_files(a, model)
+    model.vae.to(device)
+    model.text_encoder.to(device)
+    with lock_folder(a.out) if rank == 0 else nullcontext():
+        if rank == 0:
+            settings = image_settings(a, work, model)
+            runs.begin_or_continue(a.out / "eval.json", settings)
+        if processes > 1:  # the others wait here until the first has checked the folder
+            timeout = timedelta(days=30)  # the slowest process may take long
+            torch.distributed.init_process_group("gloo", timeout=timeout)
+        for number, (row, jobs, folder) in enumerate(work, 1):
+            todo = missing_batches(row, jobs, folder, a.batch_size, rank, processes)
+            label = f"row {number} of {len(work)}: {row.title}"
+            generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dtype)
+        if processes > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        if rank == 0:
+            write_results(a, work, settings, model, device)
+
+
+def jobs_of(row, a):
+    """The images that a row generates. In the suite toy, --limit counts per part of the suite."""
+    jobs = SUITES[a.suite].jobs(a, row.concepts)
+    return jobs if a.suite == "toy" else jobs[: a.limit]
+
+
+def check_files(a, model):
+    """Refuses files that would fail only after the images are generated."""
+    if a.q16:
+        check_width(a)
+    if a.real and not (a.real.is_dir() and any(a.real.iterdir())):
+        raise UserError(f"--real {a.real} is not a folder with images.")
+    for file in {file for row in a.rows for file in row.patches}:
+        with patched(model, file):
+            pass
+
+
+def check_width(a):
+    """UserError if Q16's learned prompts are not as wide as CLIP's embeddings."""
+    width = learned_prompts(a.q16).shape[1]
+    try:
+        wanted = CLIPConfig.from_pretrained(a.clip).projection_dim
+    except OSError:
+        return  # the measure says later that it has no CLIP
+    if width != wanted:
+        raise UserError(
+            f"--q16 {a.q16} holds prompts of {width} numbers, and {a.clip} has {wanted}: use "
+            "the --clip that they were learned for."
+        )
+
+
+def image_settings(a, work, model):
+    """What the images depend on: arguments, the contents of files, the weights, the prompts."""
+    settings = {key: str(getattr(a, key)) for key in COUNTS}
+    jobs = [[(job.prompt, job.seed, job.scale, job.size) for job in jobs] for _, jobs, _ in work]
+    settings["jobs"] = hashlib.sha256(repr(jobs).encode()).hexdigest()[:16]
+    for part in ("unet", "vae", "text_encoder"):
+        settings[part] = checksum(getattr(model, part).state_dict())[:16]
+    files = [Path(file) for row in a.rows for file in row.patches]
+    if a.prompts:
+        files.append(a.prompts)
+    settings["files"] = {str(file): sha256(file)[:16] for file in files}
+    return settings
+
+
+# ---------------------------------------------------------------------------------------- images
+def missing_batches(row, jobs, folder, size, rank, processes):
+    """[(patch, its batches)], of which this process generates the images.
+
+    Each process and each restart generates whole batches, so that an image does not depend on who
+    generates it when.
     """
-    rank, processes = process
-    settings = open_folder(args, work, model) if rank == 0 else None
-    if processes > 1:  # the others wait here until the first has checked the folder
-        timeout = timedelta(days=30)  # the slowest process may take long
-        torch.distributed.init_process_group("gloo", timeout=timeout)
-    for number, (row, jobs, folder) in enumerate(work, 1):
-        label = f"row {number} of {len(work)}: {row.title}"
-        generate_missing(model, row, jobs, folder, args, device, dtype, process, label)
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if rank == 0:
-        write_results(args, work, settings, model, device)
+    patches = row.patches or (None,)
+    turn = turns(jobs, len(patches))
+    todo = []
+    for n, patch in enumerate(patches):
+        mine = [i for i in range(len(jobs)) if turn[i] == n]
+        missing = []
+        for batch in list(batches(jobs, mine, size))[rank::processes]:
+            if not all((folder / f"{i:05d}.png").exists() for i in batch):
+                missing.append(batch)
+        if missing:
+            todo.append((patch, missing))
+    return todo
+
+
+def batches(jobs, mine, size):
+    """The indices `mine` of jobs, as lists of those that are generated together.
+
+    They are cut at multiples of `size`, and where the guidance scale or the image size changes.
+    """
+
+    def key(place):
+        job = jobs[mine[place]]
+        return place // size, job.scale, job.size
+
+    for _, group in itertools.groupby(range(len(mine)), key=key):
+        yield [mine[place] for place in group]
+
+
+def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dtype):
+    """Generates the images of a row that are not in its folder yet. todo: missing_batches."""
+    total = sum(len(batch) for _, missing in todo for batch in missing)
+    with tqdm(total=total, desc=label, unit="image", disable=None) as bar:
+        for patch, missing in todo:
+            with patched(model, patch):
+                unet = InferenceUNet(model.unet, device, dtype)
+                for batch in missing:
+                    some = {i: jobs[i] for i in batch}
+                    generate_batch(some, row, folder, a, model, unet, scheduler, dtype)
+                    bar.update(len(batch))
+                del unet  # before the next patch's copy is made
+
+
+def generate_batch(some, row, folder, a, model, unet, scheduler, dtype):
+    """Generates the images of some jobs {index: job}, and saves those that are not there yet."""
+    jobs = list(some.values())
+    avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
+    prompts = [job.prompt for job in jobs]
+    c_0, c_S, c_p = encode_prompts(model, "", avoided, prompts, warn=False)
+    made = images(
+        model,
+        c_p,
+        [job.seed for job in jobs],
+        unet=unet,
+        negative=c_0,
+        avoid=c_S,
+        scheduler=scheduler,
+        guidance_scale=a.guidance_scale if jobs[0].scale is None else jobs[0].scale,
+        guidance=row.guidance,
+        warmup=a.guidance_warmup,
+        size=jobs[0].size,
+        batch_size=len(jobs),
+        dtype=dtype,
+    )
+    for (i, job), image in zip(some.items(), made):
+        file = folder / f"{i:05d}.png"
+        if not file.exists():
+            about = {"prompt": job.prompt, "seed": job.seed, "model": model.name, "row": row.title}
+            save_png(image, file, **about)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,15 @@ from pathlib import Path
 import weights
 from guidance import GUIDANCE
 from pipeline import (
-    InferenceUNet,
     added_word,
     avoided_prompts,
     check_warmup,
     encode_prompts,
-    generate_images,
+    images,
     make_scheduler,
     patched,
 )
 from scheduler import SAMPLERS
-from support.censor import censoring
 from support.cli import (
     Parser,
     add_common_arguments,
@@ -39,12 +37,14 @@ from support.cli import (
     pick_device,
     pick_dtype,
     positive,
+    refuse_unused,
     refuse_used,
     run_command,
 )
 from support.errors import UserError
 from support.files import lock_folder, numbered_folder, write_text
 from support.images import grid, save_png
+from support.nudity import censoring
 
 LONGEST_LABEL = 40  # characters of a prompt in grid.png
 COLUMNS = 12  # images of a prompt in grid.png, per patch: more do not fit a screen, and need memory
@@ -53,237 +53,149 @@ COLUMNS = 12  # images of a prompt in grid.png, per patch: more do not fit a scr
 # ------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
     parser = Parser(description=__doc__)
-    group = parser.add_argument_group("prompts and model")
-    group.add_argument("prompts", nargs="+", metavar="PROMPT", help="what the images should show")
-    group.add_argument(
-        "--model",
-        metavar="MODEL",
+    # fmt: off
+    add = parser.add_argument_group("prompts and model").add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help="what the images should show")
+    add("--model", metavar="MODEL",
         help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: the "
-        f"patch's model, else {weights.DEFAULT_MODEL})",
-    )
-    group.add_argument(
-        "--patch",
-        type=not_empty,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="one or more erased.safetensors of train.py, or the word none, side by side",
-    )
-    group.add_argument(
-        "--word",
-        type=not_empty,
-        metavar="FILE",
+        f"patch's model, else {weights.DEFAULT_MODEL})")
+    add("--patch", type=not_empty, nargs="+", default=[], metavar="[NAME=]FILE",
+        help="one or more erased.safetensors of train.py, or the word none for the untouched "
+        "model, side by side")
+    add("--word", type=not_empty, metavar="FILE",
         help="one more word for the prompts, from a word.safetensors of attack.py or another "
-        "textual-inversion file; the prompts write it as the file does, for example <star>",
-    )
-    group.add_argument(
-        "--negative-prompt",
-        default="",
-        metavar="TEXT",
-        help="used instead of the empty prompt (default: empty)",
-    )
+        "textual-inversion file; the prompts write it as the file does, for example <star>")
+    add("--negative-prompt", default="", metavar="TEXT",
+        help="used instead of the empty prompt (default: empty)")
 
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--scheduler", **one_of(SAMPLERS), help="sampler (default: the one in the model's config)"
-    )
-    group.add_argument(
-        "--steps",
-        type=positive,
-        default=50,
-        metavar="N",
-        help="denoising steps (default: %(default)s)",
-    )
-    group.add_argument(
-        "--guidance-scale",
-        type=finite,
-        default=7.5,
-        metavar="S",
-        help="how strongly the prompt guides; 1: no guidance (default: %(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="seed of a prompt's first image (default: %(default)s)",
-    )
-    group.add_argument(
-        "--num-images",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="images per prompt (default: %(default)s)",
-    )
-    group.add_argument(
-        "--resolution",
-        type=positive,
-        metavar="PIXELS",
-        help="height and width (default: what the model was trained for; toy: 64, SD 1.4: 512)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        default=4,
-        metavar="B",
-        help="images at once (default: %(default)s)",
-    )
+    add = parser.add_argument_group("sampling").add_argument
+    add("--scheduler", **one_of(SAMPLERS), help="sampler (default: the one in the model's config)")
+    add("--steps", type=positive, default=50, metavar="N",
+        help="denoising steps (default: %(default)s)")
+    add("--guidance-scale", type=finite, default=7.5, metavar="S",
+        help="how strongly the prompt guides; 1: no guidance (default: %(default)s)")
+    add("--seed", type=natural, default=0, metavar="N",
+        help="seed of a prompt's first image (default: %(default)s)")
+    add("--num-images", type=positive, default=1, metavar="N",
+        help="images per prompt (default: %(default)s)")
+    add("--resolution", type=positive, metavar="PIXELS",
+        help="height and width (default: what the model was trained for; toy: 64, SD 1.4: 512)")
+    add("--batch-size", type=positive, default=4, metavar="B",
+        help="images at once (default: %(default)s)")
 
-    group = parser.add_argument_group("guidance away from a concept, without training")
-    group.add_argument(
-        "--method",
-        **one_of(GUIDANCE),
-        default="sd",
-        help="how to move away from --avoid; sd: not at all (default: %(default)s)",
-    )
-    group.add_argument(
-        "--avoid",
-        nargs="+",
-        default=[],
-        metavar="CONCEPT",
-        help="what to move away from; sega handles several one by one",
-    )
-    group.add_argument(
-        "--guidance-warmup",
-        type=natural,
-        metavar="N",
-        help="sld, sega: evaluations before the method acts (default: its paper's, for 50 steps)",
-    )
+    add = parser.add_argument_group("guidance away from a concept, without training").add_argument
+    add("--guidance", **one_of(GUIDANCE), default="sd",
+        help="how to move away from --avoid; sd: not at all (default: %(default)s)")
+    add("--avoid", nargs="+", default=[], metavar="CONCEPT",
+        help="what to move away from; sega handles several one by one")
+    add("--guidance-warmup", type=natural, metavar="N",
+        help="sld, sega: evaluations before the method acts (default: its paper's, for 50 steps)")
 
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="output folder (default: a new one in images/)"
-    )
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR", help="output folder (default: a new one in images/)")
+    # fmt: on
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------ the command
+# ----------------------------------------------------------------------------------- the command
 def generate(args):
-    check_arguments(args)
-    patches = patches_by_name(args.patch)
+    check_guidance(args)
+    patches = one_file_each(args.patch)
     model_name = weights.choose_model(args.model, [file for file in patches.values() if file])
-    if args.out is None:
-        args.out = numbered_folder("images", args.prompts[0])
+    args.out = args.out or numbered_folder("images", args.prompts[0])
     with lock_folder(args.out):
         refuse_used(args.out)
-        write_images(args, model_name, patches)
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        model = weights.load(model_name, args.revision)
+        scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
+        check_warmup(args.guidance, args.guidance_warmup, scheduler)
+        concepts = {}  # of each patch; a bad patch ends the command before the first image
+        for name, patch in patches.items():
+            with patched(model, patch) as metadata:
+                concepts[name] = metadata.get("concepts", "")
+        censor = censoring([*args.prompts, *args.avoid, *concepts.values()], args.show_uncensored)
+        model.vae.to(device)
+        model.text_encoder.to(device)
 
-
-def check_arguments(args):
-    """Rejects arguments that cannot work together, before anything is loaded."""
-    avoided_prompts(args.method, args.avoid)
-    if args.method == "neg" and args.negative_prompt:
-        raise UserError(
-            "--method neg uses --avoid in place of --negative-prompt: give only one of them."
-        )
-    unused = args.method == "neg" or (args.method == "sd" and args.negative_prompt)
-    if args.guidance_scale == 1 and unused:
-        flag = "--avoid" if args.method == "neg" else "--negative-prompt"
-        raise UserError(f"{flag} has no effect with --guidance-scale 1: use another scale.")
-
-
-def patches_by_name(files):
-    """{name of a column and folder: patch}, where the patch is None for the model as it is."""
-    patches = {}
-    for file in files or ["none"]:
-        name = "original" if file == "none" else weights.name_of_patch(file)
-        if name in patches:
-            raise UserError(
-                f"Two patches would both be called {name}: rename a file or its folder."
-            )
-        patches[name] = None if file == "none" else file
-    return patches
-
-
-def write_images(args, model_name, patches):
-    """Generates each patch's images, and writes them with grid.png and prompts.jsonl."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    model = weights.load(model_name, args.revision)
-    check_resolution(args.resolution, model)
-    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    check_warmup(args.method, args.guidance_warmup, scheduler)
-    concepts = erased_concepts(model, patches)
-    for part in (model.vae, model.text_encoder):
-        part.to(device)
-    censor = censoring([*args.prompts, *args.avoid, *concepts.values()], args.show_uncensored)
-
-    rows = [[] for _ in args.prompts]  # of grid.png: one per prompt
-    lines = []  # of prompts.jsonl
-    for name, patch in patches.items():
-        folder = Path(name) if len(patches) > 1 else Path()
-        text = png_text(args, model, patch, concepts[name])
-        images = generate_all(model, patch, name, args, scheduler, dtype)
-        for number, (prompt, seed, image) in enumerate(images):
-            file = folder / f"{number:05d}.png"
-            save_png(image, args.out / file, prompt=prompt, seed=seed, **text)
-            lines.append({"file": file.as_posix(), "prompt": prompt, "seed": seed})
-            if number % args.num_images < COLUMNS:
-                rows[number // args.num_images].append(censor(image))
-
-    write_json_lines(args.out / "prompts.jsonl", lines)
-    save_png(make_grid(rows, args, patches), args.out / "grid.png")
+        rows = [[] for _ in args.prompts]  # of grid.png
+        lines = []  # of prompts.jsonl
+        for name, patch in patches.items():
+            folder = Path(name) if len(patches) > 1 else Path()
+            about = {
+                "model": model.name,
+                "patch": f"{patch} ({concepts[name]})" if patch else "none",
+            }
+            if args.avoid:
+                about |= {"guidance": args.guidance, "avoid": "; ".join(args.avoid)}
+            made = images_of(model, patch, name, args, scheduler, dtype)
+            for number, (prompt, seed, image) in enumerate(made):
+                file = folder / f"{number:05d}.png"
+                save_png(image, args.out / file, prompt=prompt, seed=seed, **about)
+                lines.append({"file": file.as_posix(), "prompt": prompt, "seed": seed})
+                if number % args.num_images < COLUMNS:
+                    rows[number // args.num_images].append(censor(image))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(args.out / "prompts.jsonl", text)
+        save_png(make_grid(rows, args, patches), args.out / "grid.png")
     shown = "" if args.num_images <= COLUMNS else f"the first {COLUMNS} of each prompt "
     print(f"{len(lines)} images in {args.out}, {shown}side by side in {args.out / 'grid.png'}")
 
 
-def check_resolution(resolution, model):
-    factor = model.vae.factor
-    if resolution and resolution % factor:
-        raise UserError(f"--resolution {resolution} must be a multiple of {factor} for this model.")
+def check_guidance(args):
+    """Rejects arguments that cannot work together, before anything is loaded."""
+    avoided_prompts(args.guidance, args.avoid)
+    if args.guidance == "neg" and args.negative_prompt:
+        raise UserError(
+            "--guidance neg uses --avoid in place of --negative-prompt: give only one of them."
+        )
+    key = {"neg": "avoid", "sd": "negative_prompt"}.get(args.guidance)
+    if args.guidance_scale == 1 and key and getattr(args, key):
+        refuse_unused([key], "with --guidance-scale 1", ", or use another scale")
 
 
-def erased_concepts(model, patches):
-    """{name: the concepts in the patch's metadata}. Finds bad patches before the first image."""
-    concepts = {}
-    for name, patch in patches.items():
-        with patched(model, patch) as metadata:
-            concepts[name] = metadata.get("concepts", "")
-    return concepts
+def one_file_each(given):
+    """--patch -> {name of a column and folder: file}; the file is None for the untouched model."""
+    patches = {}
+    for name, files in weights.named_patches(given or ["none"]).items():
+        folder = name.replace("/", "-")
+        if len(files) > 1 or folder in patches:
+            raise UserError(
+                f"Two patches would both be called {folder}: name one of them, --patch NAME=FILE."
+            )
+        patches[folder] = files[0] if files else None
+    return patches
 
 
-def png_text(args, model, patch, concepts):
-    """What each PNG says about its origin, in addition to prompt and seed."""
-    text = {"model": model.name, "patch": f"{patch} ({concepts})" if patch else "none"}
-    if args.avoid:
-        text |= {"method": args.method, "avoid": "; ".join(args.avoid)}
-    return text
-
-
-def generate_all(model, patch, name, args, scheduler, dtype):
+def images_of(model, patch, name, args, scheduler, dtype):
     """Yields (prompt, seed, image) for each prompt and each of its seeds, with a patch or None."""
-    avoid = avoided_prompts(args.method, args.avoid)
-    prompts, seeds = [], []
-    for prompt in args.prompts:
-        for n in range(args.num_images):
-            prompts.append(prompt)
-            seeds.append(args.seed + n)
+    avoid = avoided_prompts(args.guidance, args.avoid)
+    jobs = [(prompt, args.seed + n) for prompt in args.prompts for n in range(args.num_images)]
     with patched(model, patch), added_word(model, args.word) as word:
         read = " ".join([*args.prompts, *args.avoid, args.negative_prompt])
         if word and word.lower() not in read.lower():
             raise UserError(
                 f"No prompt contains the word {word!r} of {args.word}: write it into one."
             )
-        texts = encode_prompts(model, [args.negative_prompt, *args.prompts, *avoid])
-        c_0, c_p, c_S = texts.split([1, len(args.prompts), len(avoid)])
-        images = generate_images(
+        c_0, c_p, c_S = encode_prompts(model, args.negative_prompt, args.prompts, avoid)
+        made = images(
             model,
-            InferenceUNet(model.unet, c_0.device, dtype),
-            c_0,
             c_p.repeat_interleave(args.num_images, 0),
-            seeds,
-            scheduler,
-            args.guidance_scale,
-            dtype,
+            [seed for _, seed in jobs],
+            negative=c_0,
+            avoid=c_S,
+            scheduler=scheduler,
+            guidance_scale=args.guidance_scale,
+            guidance=args.guidance,
+            warmup=args.guidance_warmup,
             size=args.resolution,
             batch_size=args.batch_size,
+            dtype=dtype,
             bar=name,
-            method=args.method,
-            c_S=c_S,
-            warmup=args.guidance_warmup,
         )
-        yield from zip(prompts, seeds, images)
+        for job, image in zip(jobs, made):
+            yield *job, image
 
 
 def make_grid(rows, args, patches):
@@ -297,11 +209,6 @@ def make_grid(rows, args, patches):
         for name in patches:
             columns += [name] * min(args.num_images, COLUMNS)
     return grid(rows, labels, columns)
-
-
-def write_json_lines(file, records):
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_text(file, "".join(lines))
 
 
 if __name__ == "__main__":

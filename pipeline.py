@@ -20,7 +20,7 @@ import weights
 from clip_text import MAX_TOKENS, tokenize
 from guidance import GUIDANCE, SEGA_WARMUP, SLD, sample
 from scheduler import SAMPLERS
-from support.cli import autocast
+from support.cli import autocast, refuse_unused
 from support.errors import UserError
 from support.fast import InferenceUNet
 
@@ -113,7 +113,8 @@ def embed(model, *groups):
     """Each group's embeddings: it has them already, or is encoded, together with the others."""
     texts = [group for group in groups if not isinstance(group, torch.Tensor)]
     # The last group is empty, so that one group of texts also gives a tuple.
-    encoded = iter(encode_prompts(model, *texts, []) if any(texts) else texts)
+    none = not any(isinstance(text, str) or len(text) for text in texts)
+    encoded = iter(texts if none else encode_prompts(model, *texts, []))
     return [group if isinstance(group, torch.Tensor) else next(encoded) for group in groups]
 
 
@@ -247,7 +248,7 @@ def avoided_prompts(method, texts):
             "or sega."
         )
     if method != "sd" and not texts:
-        raise UserError(f"--method {method} needs --avoid: name what to move away from.")
+        raise UserError(f"--guidance {method} needs --avoid: name what to move away from.")
     if not all(text.strip() for text in texts):
         raise UserError("--avoid has an empty concept: name what to move away from.")
     if method == "sd":
@@ -264,16 +265,14 @@ def check_warmup(method, warmup, scheduler):
     """
     if method not in WARMUPS:
         if warmup is not None:
-            raise UserError(
-                f"--guidance-warmup has no effect with --method {method}: remove it, or choose "
-                "sld-… or sega."
-            )
+            where = f"with --guidance {method}"
+            refuse_unused(["guidance_warmup"], where, ", or choose sld-… or sega")
         return
     evaluations = scheduler.evaluations
     used = WARMUPS[method] if warmup is None else warmup
     if used >= evaluations:
         raise UserError(
-            f"The guidance warm-up of --method {method} ({used} evaluations) is not shorter than "
+            f"The guidance warm-up of --guidance {method} ({used} evaluations) is not shorter than "
             f"the run ({evaluations}), so it would never act: use a smaller "
             "--guidance-warmup, or more --steps."
         )

@@ -26,6 +26,7 @@ from clip_text import CLIPText
 from scheduler import DDIM
 from support.errors import UserError, first_line
 from support.files import apply_umask, atomic_write, checksum, damage
+from support.statistics import ORIGINAL
 from toy import worlds
 from unet import UNet
 from vae import VAE
@@ -164,6 +165,29 @@ def name_of_patch(file):
     file = Path(os.path.abspath(file))  # without "..": the name becomes a folder of generate.py
     name = file.parent.name if file.name == "erased.safetensors" else file.stem
     return name if name.strip(".") else "patch"
+
+
+def named_patches(texts):
+    """--patch [NAME=]FILE | none, one text each -> {name: [file, …]}; none: {"original": []}.
+
+    Without NAME= the name is name_of_patch's.
+    """
+    patches = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if text == "none":
+            patches[ORIGINAL] = []
+            continue
+        if not equals or Path(text).is_file():  # a path may contain "="
+            name, file = name_of_patch(text), text
+        if not file or not name.strip(" ."):
+            raise UserError(f"--patch {text}: write [NAME=]FILE, or none.")
+        if name == ORIGINAL:
+            raise UserError(
+                f"--patch {text}: the untouched model has this name, choose another: NAME=FILE."
+            )
+        patches.setdefault(name, []).append(file)
+    return patches
 
 
 def choose_model(given, patches):

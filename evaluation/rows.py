@@ -1,12 +1,14 @@
 """The rows of a table: which models are compared, and what each of them erases."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import weights
 from pipeline import avoided_prompts
 from support.errors import UserError
+from support.statistics import ORIGINAL
 
 
 class Row(NamedTuple):
@@ -35,11 +37,14 @@ def read_rows(args):
 
     In the suite toy each set of concepts has its own prompts, and so its own row of the original.
     """
-    erased = [*patch_rows(args.patch), *guided_rows(args.methods, args.avoid)]
+    patches = weights.named_patches(args.patch).items()
+    erased = [patch_row(name, files) for name, files in patches if files]
+    erased += guided_rows(args.guidance, args.avoid)
+    rows = [original(()), *erased]
     if args.suite == "toy":
-        rows = group_by_concepts(erased)
-    else:
-        rows = [original(()), *erased]
+        rows = []
+        for concepts in dict.fromkeys(row.concepts for row in erased) or [()]:
+            rows += [original(concepts), *(row for row in erased if row.concepts == concepts)]
     titles = [row.title for row in rows]
     for title in titles:
         if titles.count(title) > 1:
@@ -50,70 +55,35 @@ def read_rows(args):
 
 
 def original(concepts):
-    return Row("original", (), "sd", "sd", concepts)
-
-
-def group_by_concepts(erased):
-    """Each set of concepts: the original first, then the rows that erase this set."""
-    sets = list(dict.fromkeys(row.concepts for row in erased)) or [()]
-    rows = []
-    for concepts in sets:
-        rows.append(original(concepts))
-        rows.extend(row for row in erased if row.concepts == concepts)
-    return rows
+    return Row(ORIGINAL, (), "sd", "sd", concepts)
 
 
 def guided_rows(methods, avoid):
-    """One row per method of --methods; all of them avoid the concepts of --avoid."""
+    """One row per method of --guidance; all of them avoid the concepts of --avoid."""
     for method in methods:
         avoided_prompts(method, avoid)  # refuses what cannot be avoided
     return [Row(method, (), method, method, tuple(avoid)) for method in methods]
-
-
-def patch_files(patches):
-    """["NAME=FILE", …] -> {name: [file, …]}."""
-    files = {}
-    for text in patches:
-        name, _, file = text.partition("=")
-        if not file or not name:
-            raise UserError(f"--patch {text}: write NAME=FILE.")
-        if name == "original":
-            raise UserError(f"--patch {text}: the untouched model has this name, choose another.")
-        files.setdefault(name, []).append(file)
-    return files
-
-
-def patch_rows(patches):
-    """One row per name in ["NAME=FILE", …]."""
-    return [patch_row(name, files) for name, files in patch_files(patches).items()]
 
 
 def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
     about = [read_about(file) for file in files]
     concepts = {erased_concepts(*read) for read in about}
-    if len(concepts) > 1:
-        listed = "; ".join(sorted(", ".join(one) for one in concepts))
-        raise UserError(
-            f"The patches named {name} erase different concepts ({listed}): give each its own name."
-        )
     methods = {paper_name(*read) for read in about}
-    if len(methods) > 1:
+    for what, found in (
+        ("erase different concepts", {", ".join(one) for one in concepts}),
+        ("come from different methods", methods),
+    ):
+        if len(found) > 1:
+            raise UserError(
+                f"The patches named {name} {what} ({'; '.join(sorted(found))}): give each its own "
+                "name."
+            )
+    if keys := different_settings([settings for _, settings in about if settings]):
         raise UserError(
-            f"The patches named {name} come from different methods ({', '.join(sorted(methods))}): "
+            f"The patches named {name} were trained with different settings ({', '.join(keys)}): "
             "give each its own name."
         )
-    recipes = [recipe(settings) for _, settings in about if settings]
-    for other in recipes[1:]:
-        keys = []
-        for key in sorted(recipes[0].keys() | other):
-            if (recipes[0].get(key) or None) != (other.get(key) or None):
-                keys.append(key)
-        if keys:
-            raise UserError(
-                f"The patches named {name} were trained with different settings "
-                f"({', '.join(keys)}): give each its own name."
-            )
     contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
     if len(contents) < len(files):
         raise UserError(
@@ -127,17 +97,11 @@ def read_about(file):
     """A patch's metadata {key: text} and the arguments of its training {name: value}."""
     metadata = weights.read(file)[1]
     try:
-        settings = json.loads(metadata.get("args", "{}"))
+        return metadata, json.loads(metadata.get("args", "{}"))
     except ValueError as e:
-        raise damaged(file, e) from e
-    if not isinstance(settings, dict):
-        raise damaged(file, "args is not an object")
-    concept = settings.get("concept", [])
-    if not (isinstance(concept, list) and all(isinstance(text, str) for text in concept)):
-        raise damaged(file, "concept is not a list of texts")
-    if not isinstance(settings.get("erase_scale", 1.0), int | float):
-        raise damaged(file, "erase_scale is not a number")
-    return metadata, settings
+        raise UserError(
+            f"{file}: its metadata is damaged ({e}): make it again with train.py."
+        ) from None
 
 
 # Arguments of train.py that may differ between the patches of a row: the seed, the machine, what is
@@ -148,13 +112,14 @@ NO_RECIPE = (
 ).split()
 
 
-def recipe(settings):
-    """The arguments of a training that patches of one row must have in common."""
-    return {key: value for key, value in settings.items() if key not in NO_RECIPE}
-
-
-def damaged(file, why):
-    return UserError(f"{file}: its metadata is damaged ({why}): make it again with train.py.")
+def different_settings(trainings):
+    """The arguments, but for NO_RECIPE, in which trainings differ. 0, None and [] are equal."""
+    found = set()
+    for settings in trainings:
+        for key in settings.keys() | trainings[0].keys():
+            if (settings.get(key) or None) != (trainings[0].get(key) or None):
+                found.add(key)
+    return sorted(found - set(NO_RECIPE))
 
 
 def erased_concepts(metadata, settings):
@@ -187,7 +152,7 @@ def choose_model(args):
 
     UserError if the suite toy meets a model that is not a toy model. Downloads nothing.
     """
-    files = [file for group in patch_files(args.patch).values() for file in group]
+    files = [file for group in weights.named_patches(args.patch).values() for file in group]
     if args.suite == "toy" and not args.model and not files:
         return "toy"
     model = weights.choose_model(args.model, files)
@@ -197,3 +162,19 @@ def choose_model(args):
             "choose another suite or other patches."
         )
     return model
+
+
+def turns(jobs, patches):
+    """For each job, the number of the patch that generates it.
+
+    The patches take turns at the images of each prompt, so their shares are nearly equal. Different
+    prompts begin with different patches. (Turns by the job's index would always give a prompt that
+    returns after a multiple of `patches` jobs to the same patch.)
+    """
+    first, seen = {}, Counter()
+    found = []
+    for job in jobs:
+        start = first.setdefault(job.prompt, len(first))
+        found.append((start + seen[job.prompt]) % patches)
+        seen[job.prompt] += 1
+    return found

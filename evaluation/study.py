@@ -13,7 +13,7 @@ THREE = {"star": "circle", "red": "blue", "striped": "plain"}  # {concept: its a
 LONGER = ["--iters", 300]  # of trainings on several concepts
 
 # {kind of attack: the steps after which its images are counted}. The columns of the table need 160
-# (word) and 10 (relearn), see evaluation/comeback.py. noise has no steps.
+# (word) and 10 (relearn), see evaluation/attacks.py. noise has no steps.
 AT = {
     "word": (0, 40, 80, 120, 160, 240, 320, 480),
     "tokens": (0, 80, 160),

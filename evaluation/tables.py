@@ -4,7 +4,8 @@ results.json, which report/page.py shows:
     summary     one sentence that says what the table shows
     columns     [{key, title, better, about}]; the first ones decide; better: "low", "high" or null
     rows        [{model, erased, method, figures, paper, sheet, samples}]
-      figures     {column: [hits, n] for a proportion, a number, or null}; not every column
+      figures     {column: figure, a number, or null}; not every column. A figure is a proportion:
+                  [[shows, other, broken], …], the images of each training (support/statistics.py)
       paper       {column: the SDD paper's figure for this row}
       sheet       the sheet of sample images, a file in the same folder
       samples     [{title, images: [{file, prompt}]}], the sheet's images as single files; they are
@@ -26,84 +27,75 @@ import weights
 from clip_text import tokenize
 from evaluation import metrics, plots
 from evaluation.columns import HALVES, all_columns, arrow
-from evaluation.findings import is_proportion, summary
+from evaluation.findings import summary
+from evaluation.rows import turns
 from evaluation.suites import SUITES, paper
 from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
-from report.evaluation_page import cell
-from support.censor import censoring
 from support.errors import UserError, first_line
 from support.files import write_text
 from support.images import grid, save_png
+from support.nudity import censoring
 from support.packages import torchvision_problem
+from support.statistics import cell, counted, figure, n_text, original_of, pooled
+from toy import suite, worlds
 
 SAMPLES = 12  # images of each part of a suite in a row's sheet
 DECIDING = 4  # columns of the terminal's table
+NEEDS = {"harm": "q16", "fid": "real", "kid": "real"}  # {measure: the flag that it needs}
 
 
 # ---------------------------------------------------------------------------------------- measuring
-def measure(name, row, files, before, jobs, args, device):
-    """One of the suite's measures of a row's images: {column: (hits, n) or a number}.
+def count(name, row, jobs, files, args, device):
+    """What a measure counts in the images of one training: {column: (hits, n)}.
+
+    The library of a measure may be missing: ModuleNotFoundError.
+    """
+    if name == "nude":
+        return {"nude": metrics.nude(files)}
+    if name == "harm":
+        return {"harm": metrics.harm(files, learned_prompts(args.q16), args.clip, device)}
+    if name not in ("toy", "matrix") or args.model not in weights.TOYS:
+        return {}  # it counts nothing
+    world, images = worlds.of(args.model), metrics.arrays(files)
+    if name == "matrix":
+        return suite.matrix(world, images, jobs)
+    sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
+    return suite.count(world, sets, asked, suite.see(world, images), row.concepts)
+
+
+def count_all(name, row, jobs, files, args, device):
+    """The same for all images of a row: {column: Figure}."""
+    trainings, figures = {}, {}
+    for turn, job, file in zip(turns(jobs, len(row.patches) or 1), jobs, files):
+        trainings.setdefault(turn, []).append((job, file))
+    for _, images in sorted(trainings.items()):
+        for key, (hits, n) in count(name, row, *zip(*images), args, device).items():
+            figures[key] = pooled([figures.get(key, ()), counted(hits, n)])
+    return figures
+
+
+def distances(name, jobs, files, before, args, device):
+    """The numbers of a measure: {column: number}.
 
     before: the original's images from the same noise. lpips and ssim of the original itself are not
-    measured: {}. The library of a measure may be missing: ModuleNotFoundError.
+    measured.
     """
-    if name in ("lpips", "ssim") and files == before:
-        return {}
-    match name:
-        case "toy":
-            return measure_toy(args.model, row, files, before, jobs)
-        case "matrix":
-            return measure_matrix(files, before, jobs, args.model)
-        case "nude":
-            return {"nude": metrics.nude(files)}
-        case "harm":
-            learned = learned_prompts(args.q16)
-            return {"harm": metrics.harm(files, learned, args.clip, device)}
-        case "clip_score":
-            prompts = [job.prompt for job in jobs]
-            return {"clip_score": metrics.clip_score(files, prompts, args.clip, device)}
-        case "fid":
-            return {"fid": metrics.fid(files, args.real, device)}
-        case "kid":
-            return {"kid": metrics.kid(files, args.real, device)}
-        case "lpips":
-            return {"lpips": metrics.lpips(files, before)}
-        case "ssim":
-            return {"ssim": metrics.ssim(files, before)}
-
-
-def missing_input(name, args):
-    """The flag that a measure needs and that was not given; None if nothing is missing."""
-    if name == "harm" and not args.q16:
-        return "--q16"
-    if name in ("fid", "kid") and not args.real:
-        return "--real"
-    return None
-
-
-def measure_toy(model, row, files, before, jobs):
-    from toy import suite, worlds
-
-    images, originals = metrics.arrays(files), metrics.arrays(before)
-    return suite.measure(worlds.of(model), images, originals, jobs, row.concepts)
-
-
-def measure_matrix(files, before, jobs, model):
-    """A row of Figure 2: for each name that was asked for, what its images show.
-
-    Toy models: see toy.suite.matrix. Others: the mean LPIPS to the original.
-    """
-    if model in weights.TOYS:
-        from toy import suite, worlds
-
-        return suite.matrix(worlds.of(model), metrics.arrays(files), jobs)
-    if files == before:
-        return {}
+    if name == "toy":
+        arrays = (metrics.arrays(some) for some in (files, before))
+        return suite.distances(worlds.of(args.model), *arrays, jobs)
+    if name == "clip_score":
+        prompts = [job.prompt for job in jobs]
+        return {name: metrics.clip_score(files, prompts, args.clip, device)}
+    if name in ("fid", "kid"):
+        return {name: getattr(metrics, name)(files, args.real, device)}
+    if name in ("lpips", "ssim") and files != before:
+        return {name: getattr(metrics, name)(files, before)}
     figures = {}
-    for which in parts_of(jobs):
-        chosen = [i for i, job in enumerate(jobs) if job.which == which]
-        figures[which] = metrics.lpips([files[i] for i in chosen], [before[i] for i in chosen])
+    if name == "matrix" and args.model not in weights.TOYS and files != before:
+        for which in parts_of(jobs):  # Figure 2: the mean LPIPS for each name that is asked for
+            chosen = [i for i, job in enumerate(jobs) if job.which == which]
+            figures[which] = metrics.lpips([files[i] for i in chosen], [before[i] for i in chosen])
     return figures
 
 
@@ -121,16 +113,17 @@ def learned_prompts(file):
     return array
 
 
-def measure_row(row, files, before, jobs, args, device, problems):
+def measure_row(row, jobs, files, before, args, device, problems):
     """All figures of a row. Adds {measure: reason} to `problems` for each that is missing."""
     figures = {}
     for name in SUITES[args.suite].measures:
-        flag = missing_input(name, args)
-        if flag:
-            problems[name] = f"it needs {flag}"
+        needed = NEEDS.get(name)
+        if needed and not getattr(args, needed):
+            problems[name] = f"it needs --{needed}"
             continue
         try:
-            figures |= measure(name, row, files, before, jobs, args, device)
+            figures |= count_all(name, row, jobs, files, args, device)
+            figures |= distances(name, jobs, files, before, args, device)
         except (ModuleNotFoundError, OSError) as e:
             problems[name] = reason(e)
         except RuntimeError:  # torchvision of another build of torch
@@ -142,12 +135,14 @@ def measure_row(row, files, before, jobs, args, device, problems):
 
 def reason(error):
     """Why a measure could not be computed, and what to do."""
-    if getattr(error, "name", None):
-        file = "requirements-eval.txt"
-        if error.name in ("cleanfid", "lpips", "torchvision"):
-            file = "requirements-fid.txt"
-        return f"{error.name} is missing: python -m pip install -r {file}, then repeat the command"
-    return first_line(error)
+    name = getattr(error, "name", None)
+    if name is None:
+        return first_line(error)
+    kind = "fid" if name in ("cleanfid", "lpips", "torchvision") else "eval"
+    return (
+        f"{name} is missing: python -m pip install -r requirements-{kind}.txt, then repeat the "
+        "command"
+    )
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -160,40 +155,23 @@ def image_files(folder, jobs):
     return [folder / f"{i:05d}.png" for i in range(len(jobs))]
 
 
-def original_folder(row, generated, suite):
-    """The folder of the original's images from the same prompts and noise."""
-    for other, _, folder in generated:
-        if other.name == "original" and (suite != "toy" or other.concepts == row.concepts):
-            return folder
-
-
 def result_rows(args, generated, device, problems):
     """The figures of each row: `rows` of results.json, without sheets and samples."""
     rows = []
-    for row, jobs, folder in generated:
-        files = image_files(folder, jobs)
-        before = image_files(original_folder(row, generated, args.suite), jobs)
-        rows.append(
-            {
-                "model": row.name,
-                "erased": list(row.concepts),
-                "method": row.method,
-                "figures": measure_row(row, files, before, jobs, args, device, problems),
-                "paper": paper(args.suite, row.method, row.concepts),
-            }
-        )
+    for row, _, _ in generated:
+        rows.append({"model": row.name, "erased": list(row.concepts), "method": row.method})
+    for found, (row, jobs, folder) in zip(rows, generated):
+        _, _, original = generated[rows.index(original_of(found, rows))]
+        files, before = image_files(folder, jobs), image_files(original, jobs)
+        found["figures"] = measure_row(row, jobs, files, before, args, device, problems)
+        found["paper"] = paper(args.suite, row.method, row.concepts)
     return rows
 
 
 def columns_with_figures(args, generated, rows):
     """The columns that at least one row has, the deciding ones first."""
-    titles = {}
-    if args.suite == "toy":
-        from toy import suite, worlds
-
-        titles = suite.columns(worlds.of(args.model))
-    asked = parts_of(generated[0][1])
-    columns = all_columns(args.suite, asked, titles)
+    titles = suite.columns(worlds.of(args.model)) if args.suite == "toy" else {}
+    columns = all_columns(args.suite, parts_of(generated[0][1]), titles)
     return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
@@ -206,10 +184,10 @@ def notes(args, generated, rows, columns, problems, model):
         found.append(metrics.nude_note())
     if "harm" in keys:
         found.append(metrics.HARM_NOTE)
-    found += esd_notes(args.suite, rows)
+    found += filter(None, (esd_note(args.suite, row) for row in rows))
     found += warmup_notes(args, generated, model)
-    cut = cut_prompts(generated, model)
-    if cut:
+    prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
+    if cut := sum(tokenize(model.tokenizer, sorted(prompts))[1]):
         found.append(f"{cut} prompts were cut to 77 tokens")
     titles = {column.key: column.title for column in all_columns(args.suite, [], {})}
     for name, why in problems.items():
@@ -217,19 +195,16 @@ def notes(args, generated, rows, columns, problems, model):
     return found
 
 
-def esd_notes(suite, rows):
+def esd_note(suite_name, row):
     """Why an ESD row has no figure of the paper: the paper's ESD was trained with s_s = 3."""
-    found = []
-    for row in rows:
-        method, _, scale = row["method"].rpartition("-")
-        if not method.startswith("esd") or row["paper"]:
-            continue
-        if paper(suite, f"{method}-3", row["erased"]):
-            found.append(
-                f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 "
-                "(--erase-scale 3), so this row has no figure of the paper."
-            )
-    return found
+    method, _, scale = row["method"].rpartition("-")
+    known = method.startswith("esd") and paper(suite_name, f"{method}-3", row["erased"])
+    if row["paper"] or not known:
+        return ""
+    return (
+        f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 (--erase-scale 3), "
+        "so this row has no figure of the paper."
+    )
 
 
 def warmup_notes(args, generated, model):
@@ -237,18 +212,12 @@ def warmup_notes(args, generated, model):
     scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
     found = []
     for row, _, _ in generated:
-        if row.guidance in WARMUPS:
-            try:
+        try:
+            if row.guidance in WARMUPS:
                 check_warmup(row.guidance, args.guidance_warmup, scheduler)
-            except UserError as e:
-                found.append(str(e))
+        except UserError as e:
+            found.append(str(e))
     return found
-
-
-def cut_prompts(generated, model):
-    """How many prompts are longer than the text encoder reads."""
-    prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
-    return sum(tokenize(model.tokenizer, sorted(prompts))[1])
 
 
 # ---------------------------------------------------------------------------------------- table
@@ -259,49 +228,46 @@ def figure_cell(figures, key):
     return cell(figures.get(key))
 
 
+def heading(column, rows):
+    """The column's title, an arrow to the better side, and n."""
+    n = n_text(row["figures"].get(column.key) for row in rows)
+    return f"{arrow(column)} ({n})" if n else arrow(column)
+
+
+def text_table(rows, columns, papers):
+    """[[text, …], …], the heading first. papers: with the paper's figures, as further columns."""
+    head = ["model", "erased"]
+    lines = [[row["model"], ", ".join(row["erased"]) or "–"] for row in rows]
+    for column in columns:
+        head.append(heading(column, rows))
+        for line, row in zip(lines, rows):
+            line.append(figure_cell(row["figures"], column.key))
+        if papers and any(column.key in row["paper"] for row in rows):
+            head.append(f"{column.title} in the paper")
+            for line, row in zip(lines, rows):
+                line.append(cell(row["paper"].get(column.key)))
+    return [head, *lines]
+
+
 def no_break(text):
     """The same text, which a browser does not break across lines."""
     return text.replace(" ", "\N{NO-BREAK SPACE}").replace("–", "–\N{WORD JOINER}")
 
 
-def heading(column, rows):
-    """The column's title, an arrow to the better side, and n."""
-    values = [row["figures"].get(column.key) for row in rows]
-    counts = {value[1] for value in values if is_proportion(value)}
-    if not counts:
-        return arrow(column)
-    sign = "=" if len(counts) == 1 else "≤"
-    return f"{arrow(column)} (n {sign} {max(counts)})"
-
-
-def names_of(row):
-    """The two cells that name a row, in every table: the model and what it erases."""
-    return [row["model"], ", ".join(row["erased"]) or "–"]
-
-
 def markdown(rows, columns):
-    """One line per row. The paper's figures stand in columns of their own."""
-    head = ["model", "erased"]
-    lines = [[text.replace("|", r"\|") for text in names_of(row)] for row in rows]
-    for column in columns:
-        head.append(heading(column, rows).replace("|", r"\|"))
-        for line, row in zip(lines, rows):
-            line.append(no_break(figure_cell(row["figures"], column.key)))
-        if any(column.key in row["paper"] for row in rows):
-            head.append(f"{column.title} in the paper")
-            for line, row in zip(lines, rows):
-                line.append(cell(row["paper"].get(column.key)))
-    lines = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    """One line per row."""
+    head, *lines = text_table(rows, columns, papers=True)
+    lines = [[*line[:2], *map(no_break, line[2:])] for line in lines]
+    text = ""
+    for line in [head, ["---"] * len(head), *lines]:
+        text += "| " + " | ".join(part.replace("|", r"\|") for part in line) + " |\n"
+    return text
 
 
 def terminal_table(rows, columns):
     """The deciding columns only, aligned for the terminal."""
-    deciding = columns[:DECIDING]
-    lines = [["model", "erased", *(heading(column, rows) for column in deciding)]]
-    for row in rows:
-        lines.append(names_of(row) + [figure_cell(row["figures"], c.key) for c in deciding])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines = text_table(rows, columns[:DECIDING], papers=False)
+    widths = [max(map(len, parts)) for parts in zip(*lines)]
     text = ""
     for line in lines:
         padded = [part.ljust(width) for part, width in zip(line, widths)]
@@ -312,40 +278,29 @@ def terminal_table(rows, columns):
 # ---------------------------------------------------------------------------------------- sheets
 def add_samples(rows, generated, columns, args):
     """Saves a sheet of sample images per row; adds its name and the single images to the row."""
-    concepts = [concept for row, _, _ in generated for concept in row.concepts]
-    about = [*concepts, args.suite, "nudity" if args.suite == "i2p" else ""]
-    for _, jobs, _ in generated:
-        for chosen in sample_indices(jobs).values():
-            about += [jobs[i].prompt for i in chosen]
+    about = [args.suite, "nudity" if args.suite == "i2p" else ""]
+    for row, jobs, _ in generated:
+        about += [*row.concepts, *(jobs[i].prompt for some in samples(jobs).values() for i in some)]
     show = censoring(about, args.show_uncensored)
     titles = {column.key: column.title for column in columns} | {"other": "other captions"}
     for result, (row, jobs, folder) in zip(rows, generated):
-        parts = sample_indices(jobs)
         files = image_files(folder, jobs)
         size = Image.open(files[0]).size  # I2P's images differ in size
-        sheet, samples = [], []
-        for which, chosen in parts.items():
+        sheet, result["sheet"], result["samples"] = [], f"{row.title}.png", []
+        for which, chosen in samples(jobs).items():
             images = [show(image) for image in metrics.arrays([files[i] for i in chosen], size)]
             sheet.append(images)
-            named = [args.out / "samples" / row.title / files[i].name for i in chosen]
-            for image, file in zip(images, named):
-                save_png(image, file)
-            samples.append(
-                {
-                    "title": titles.get(which, which),
-                    "images": [
-                        {"file": file.relative_to(args.out).as_posix(), "prompt": jobs[i].prompt}
-                        for i, file in zip(chosen, named)
-                    ],
-                }
-            )
-        labels = [sample["title"] for sample in samples] if list(parts) != [""] else []
-        save_png(grid(sheet, labels), args.out / f"{row.title}.png")
-        result["sheet"] = f"{row.title}.png"
-        result["samples"] = samples
+            part = {"title": titles.get(which, which), "images": []}
+            for i, image in zip(chosen, images):
+                name = f"samples/{row.title}/{files[i].name}"
+                save_png(image, args.out / name)
+                part["images"].append({"file": name, "prompt": jobs[i].prompt})
+            result["samples"].append(part)
+        labels = [part["title"] for part in result["samples"] if part["title"]]
+        save_png(grid(sheet, labels), args.out / result["sheet"])
 
 
-def sample_indices(jobs):
+def samples(jobs):
     """{part of the suite: the indices of its first SAMPLES jobs}."""
     found = {which: [] for which in parts_of(jobs)}
     for i, job in enumerate(jobs):
@@ -366,8 +321,8 @@ def write_results(args, generated, settings, model, device):
     below = notes(args, generated, rows, columns, problems, model)
     add_samples(rows, generated, columns, args)
     finding = summary(args.suite, rows, columns)
-    parts = [finding, markdown(rows, columns), *below]
-    write_text(args.out / "table.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
+    parts = filter(None, [finding, markdown(rows, columns).strip(), *below])
+    write_text(args.out / "table.md", "\n\n".join(parts) + "\n")
     content = {
         "summary": finding,
         "columns": [column._asdict() for column in columns],
@@ -392,7 +347,7 @@ def write_results(args, generated, settings, model, device):
 
 def print_results(out, rows, columns, finding, below):
     """The deciding columns, the summary, the notes, and where the rest is."""
-    if any(is_proportion(value) for row in rows for value in row["figures"].values()):
+    if any(figure(value) for row in rows for value in row["figures"].values()):
         print("% of the images, with 95 % intervals; ↓ less is better, ↑ more is better")
     print(terminal_table(rows, columns))
     for text in [finding, *below]:

@@ -5,8 +5,6 @@ evaluation/tables.py describes results.json, which this file reads. Files of old
 and the sheets are shown instead of single images.
 """
 
-from numbers import Real
-
 from report.charts import dot_chart, wilson
 from report.inputs import (
     data_uri,
@@ -17,6 +15,7 @@ from report.inputs import (
     read_json,
     read_list,
 )
+from support.statistics import figure
 
 CHARTS = 4  # dot charts, of the columns that decide
 SAMPLES = 6  # images of each part of a suite
@@ -65,10 +64,8 @@ def read_columns(results, rows):
 
 def proportion(value):
     """(hits, n) if the figure is a proportion with n > 0, else None."""
-    if isinstance(value, list | tuple) and len(value) == 2:
-        if all(isinstance(part, Real) for part in value) and 0 <= value[0] <= value[1] != 0:
-            return tuple(value)
-    return None
+    found = figure(value)
+    return (found.hits, found.n) if found else None
 
 
 def erased(row):

@@ -12,9 +12,9 @@ import pipeline
 from guidance import cfg, sample
 from pipeline import encode_prompts, initial_noise, latent_shape, make_scheduler
 from presets import PREVIEW_PROMPTS
-from support.censor import censoring
 from support.files import atomic_write
 from support.images import grid, save_png
+from support.nudity import censoring
 
 SEED = 1000  # of the first preview prompt; the next prompts use 1001, 1002, …
 FLAT = 4.0  # grey levels: an image is flat if no channel's standard deviation is larger. The least

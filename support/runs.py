@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 import transformers
 
-from support.cli import refuse_unused
+from support.cli import refuse_unused, refuse_used
 from support.errors import UserError
-from support.files import write_text
+from support.files import used_files, write_text
 from support.own_loss import sha256
 
 OWN_LOSS = "own_loss.py"  # a run's copy of --loss FILE
@@ -43,6 +43,19 @@ def write_json(file, content):
 def add(file, **more):
     """Adds keys to a JSON file."""
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | more)
+
+
+def begin_or_continue(file, settings):
+    """Writes what counts for a command as a JSON file in its output folder.
+
+    The same command continues in the folder. UserError if the folder holds anything else.
+    """
+    text = json.dumps(settings, indent=1, ensure_ascii=False)
+    if file.exists() and file.read_text(encoding="utf-8", errors="replace") == text:
+        return
+    if used_files(file.parent) != [file]:  # else nothing is lost
+        refuse_used(file.parent, ", or repeat the command that began in it to continue")
+    write_text(file, text)
 
 
 def resumed(args, free, settle):

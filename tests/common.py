@@ -6,11 +6,18 @@ test_parity and test_sampling check that each comparison is below TOLERANCE. tes
 one mistake to our code at a time and checks that a comparison fails.
 """
 
+import importlib
+import json
 import math
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -19,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -28,9 +36,13 @@ import presets
 import scheduler
 import unet
 import vae
+import weights
+from support.cli import run_command
+from support.files import checksum
 from toy import shapes
 from toy.pretrain import write_tokenizer
 
+ROOT = Path(__file__).parent.parent
 # The words of the README's prompts for Stable Diffusion
 SD_WORDS = " ".join([*presets.I2P, *presets.PREVIEW_PROMPTS]).split()
 
@@ -430,3 +442,75 @@ def write_model_folder(path, words=(), **unet_sizes):
     shutil.rmtree(path / "tokenizer")
     write_vocabulary(path, words)
     return path
+
+
+# ---------------------------------------------------------------------- commands
+# A short training on the toy model. Add --concept.
+SHORT = (
+    "train.py --model toy --device cpu --iters 6 --warmup 2 --steps 3 --batch-size 2 "
+    "--save-every 2 --preview-every 3 --preview-steps 2"
+)
+
+
+def command(words, out=None, **options):
+    """(exit status, stdout, stderr) of `python WORDS`, a process in the repository's folder."""
+    words = [sys.executable, *shlex.split(words), *(["--out", str(out)] if out else [])]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run(line, out=None):
+    """The exit status of a command in this process, for example of `train.py --model toy`.
+
+    out: the path of --out. A module has its dotted name: `tools.convert --model toy`.
+    """
+    script, *words = shlex.split(line)
+    name = script.removesuffix(".py")
+    module = importlib.import_module(name)
+    short = {"eval": "evaluate"}.get(name, name.rpartition(".")[2])
+    main = getattr(module, "main", None) or getattr(module, short)
+    try:
+        args = module.parse([*words, *(["--out", str(out)] if out else [])])
+    except SystemExit as e:  # the parser's own errors
+        return e.code
+    with torch.enable_grad():
+        return run_command(main, args)
+
+
+def pictures(folder):
+    """The images of generate.py, (n, H, W, 3), as numbers that can be subtracted."""
+    files = sorted(Path(folder).glob("[0-9]*.png"))
+    return np.stack([np.asarray(Image.open(file)).astype(int) for file in files])
+
+
+def contents(folder):
+    """{file: its content}, without dates, times and the folder's name.
+
+    Of weights it is the checksum and the metadata, because their bytes have no fixed order.
+    """
+    found = {}
+    for file in folder.rglob("*"):
+        if file.is_dir():
+            continue
+        content = file.read_bytes()
+        if file.suffix == ".safetensors":
+            tensors, metadata = weights.read(file)
+            content = checksum(tensors), metadata
+        if file.suffix == ".html":  # it says when it was made, where, and how long training took.
+            # After a kill between the last checkpoint and run.json, nobody knows how long.
+            content = content.decode().replace(str(folder), "FOLDER")
+            content = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "DATE", content)
+            content = re.sub(r"\d+ iterations in (\d+\smin\s)?\d+\ss", "TIME", content)
+            content = re.sub(r"(\d+) of \1 iterations", "TIME", content)
+        if file.name == "run.json":
+            content = json.loads(content)
+            for key in ("training", "command", "date"):  # how long it took, and the test's name
+                content.pop(key, None)
+        found[file.relative_to(folder).as_posix()] = content
+    return found
+
+
+def differences(a, b):
+    """The names of the files in which two folders differ."""
+    a, b = contents(a), contents(b)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))

@@ -718,13 +718,13 @@ def test_warm_up_as_long_as_the_run_is_warned_about(tmp_path, capsys):
     [
         (["a star", "--patch", "none.safetensors"], "none.safetensors"),
         (["a zebra"], "'zebra'"),
-        (["a star", "--resolution", "63"], "multiple of 4"),
+        (["a star", "--resolution", "63"], "multiples of 4"),
         (["a star", "--steps", "0"], "less than 1"),
         (["a star", "--revision", "main"], "--revision"),
         (["a star", "--patch", ""], "it is empty"),
         (["a star", "--guidance-scale", "1", "--negative-prompt", "red"], "use another scale"),
         (
-            ["a star", "--guidance-scale", "1", "--method", "neg", "--avoid", "red"],
+            ["a star", "--guidance-scale", "1", "--guidance", "neg", "--avoid", "red"],
             "--avoid has no",
         ),
     ],

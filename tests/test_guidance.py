@@ -265,7 +265,7 @@ def test_images_equal_diffusers(method, kind, tmp_path):
     # fmt: off
     status = run_generate(
         prompt, tmp_path / "ours", "--scheduler", kind, "--steps", steps, "--num-images", 2,
-        "--seed", 3, "--method", method, "--avoid", *avoid,
+        "--seed", 3, "--guidance", method, "--avoid", *avoid,
     )
     # fmt: on
     assert status == 0
@@ -308,22 +308,22 @@ def test_warmup_replaces_the_methods_own(method):
 def test_negative_prompt_flag_equals_neg(tmp_path):
     words = ["--steps", 3]
     run_generate(
-        "a red star", tmp_path / "a", "--method", "neg", "--avoid", "red", "a star", *words
+        "a red star", tmp_path / "a", "--guidance", "neg", "--avoid", "red", "a star", *words
     )
     run_generate("a red star", tmp_path / "b", "--negative-prompt", "red, a star", *words)
     assert np.array_equal(read_images(tmp_path / "a"), read_images(tmp_path / "b"))
     text = Image.open(tmp_path / "a" / "00000.png").text
-    assert text["method"] == "neg"
+    assert text["guidance"] == "neg"
     assert text["avoid"] == "red; a star"
 
 
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["--method", "sega"], "--avoid"),
-        (["--avoid", "red"], "--method"),
-        (["--method", "neg", "--avoid", " "], "empty"),
-        (["--method", "neg", "--avoid", "red", "--negative-prompt", "blue"], "one of them"),
+        (["--guidance", "sega"], "--avoid"),
+        (["--avoid", "red"], "--guidance"),
+        (["--guidance", "neg", "--avoid", " "], "empty"),
+        (["--guidance", "neg", "--avoid", "red", "--negative-prompt", "blue"], "one of them"),
     ],
 )
 def test_flags_that_contradict_each_other(words, complaint, tmp_path, capsys):

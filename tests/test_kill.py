@@ -40,7 +40,7 @@ TRAIN = (
     "--save-every 1 --preview-every 2 "
     "--preview-steps 1 --export-every 2 --device cpu"
 ).split()
-EVAL = "toy --limit 1 --steps 1 --batch-size 1 --methods neg --avoid star --device cpu".split()
+EVAL = "toy --limit 1 --steps 1 --batch-size 1 --guidance neg --avoid star --device cpu".split()
 CONVERT = "--model toy --dtype fp16 --format".split()
 COMMANDS = {  # what is made, its arguments (given the folder to put it into), share of the kills
     "training": (

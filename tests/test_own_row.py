@@ -102,7 +102,7 @@ def test_a_second_call_repeats_nothing_and_another_comparison_is_refused(
     assert evaluate(f"toy --loss {LOSS}", tmp_path / "out") == 0
     assert {words[0] for words in commands} == {"attack.py"}  # which continues, and ends at once
     assert evaluate(f"toy --loss {LOSS} --limit 20", tmp_path / "out") == 2
-    assert "holds another comparison" in capsys.readouterr().err
+    assert "is not empty: choose a new folder" in capsys.readouterr().err
 
 
 def test_a_stop_ends_the_commands(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_stop_ends_the_commands(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("toy --seeds 2", "have no effect without --loss"),
+        ("toy --seeds 2", "--seeds has no effect without --loss"),
         (f"toy --loss {LOSS} --seeds 4", "--seeds 4 is out of range (1 to 3)"),
         (f"toy --loss {LOSS} --patch a=b", "--patch has no effect with --loss"),
         (f"toy --loss {LOSS} --model emoji", "--model has no effect with --loss"),

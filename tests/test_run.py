@@ -329,8 +329,8 @@ def test_a_resumed_run_can_leave_out_previews(tmp_path, capsys, monkeypatch):
 
 def test_a_resumed_run_covers_or_shows_the_images_that_it_makes(tmp_path, monkeypatch):
     """Also those of the original, which are generated once per command."""
-    monkeypatch.setattr("support.censor.ABOUT", re.compile("star"))
-    monkeypatch.setattr("support.censor.censor", np.zeros_like)
+    monkeypatch.setattr("support.nudity.ABOUT", re.compile("star"))
+    monkeypatch.setattr("support.nudity.censor", np.zeros_like)
     words = ["--preview", "star", "--preview-every", "3", "--out", tmp_path / "o"]
     assert run(train, *STAR, *words) == 0
     for flags, covered in (([], True), (["--show-uncensored"], False), ([], True)):

@@ -18,7 +18,8 @@ import pytest
 import attack
 import eval as evaluation
 import train
-from evaluation import columns, comeback, tables
+from evaluation import attacks, columns, tables
+from support.statistics import counted
 from workflow import page, plan
 
 ROOT = Path(__file__).parent.parent
@@ -108,8 +109,11 @@ def test_the_plan_fits_together():
             names = [row.name for row in table.rows]
             assert len({plan.slug(name) for name in names}) == len(names)
             assert table.attacks.keys() <= {plan.ORIGINAL, *names}
-        assert comeback.WORD_STEP in study.at["word"] and comeback.WORD_STEP <= plan.LAST_STEP
-    assert comeback.RELEARN_STEP in plan.AT["relearn"]
+        assert (
+            attacks.COUNTED_AFTER["word"] in study.at["word"]
+            and attacks.COUNTED_AFTER["word"] <= plan.LAST_STEP
+        )
+    assert attacks.COUNTED_AFTER["relearn"] in plan.AT["relearn"]
     one = {row.name for row in plan.STUDIES["one"].tables["one"].rows}
     assert {row.name for row in plan.STUDIES["quick"].tables["one"].rows} < one
     assert {"sdd", "esd-x"} <= one and set(page.CURVES) <= one | {plan.ORIGINAL}
@@ -322,10 +326,10 @@ def result(points, chance=((0, 0, 4),), detected=True):
 def test_comeback_of_a_word():
     first = result([(0, 0, 4), (80, 1, 4), (160, 3, 4)])
     second = result([(0, 0, 4), (80, 0, 4), (160, 1, 4)])
-    figures, attacks = comeback.comeback({"word": [first, second]})
-    assert figures == {"word_half": 160.0, "word": (4, 8)}
-    assert attacks["word"]["halves"] == [120.0, None]
-    assert attacks["word"]["points"] == [
+    figures, found = attacks.attack_figures({"word": [first, second]})
+    assert figures == {"word_half": 160.0, "word": ((3, 1, 0), (1, 3, 0))}
+    assert found["word"]["halves"] == [120.0, None]
+    assert found["word"]["points"] == [
         {"step": 0, "hits": 0, "n": 8},
         {"step": 80, "hits": 1, "n": 8},
         {"step": 160, "hits": 4, "n": 8},
@@ -336,25 +340,27 @@ def test_comeback_of_the_other_attacks():
     tokens = result([(0, 0, 4), (40, 2, 4), (320, 3, 4)])
     relearn = result([(0, 0, 4), (10, 1, 4), (80, 1, 4)])
     noise = result([(1, 1, 4), (24, 3, 4)], chance=[(1, 0, 4), (24, 2, 4)])
-    figures, _ = comeback.comeback({"tokens": [tokens], "relearn": [relearn], "noise": [noise]})
+    figures, _ = attacks.attack_figures(
+        {"tokens": [tokens], "relearn": [relearn], "noise": [noise]}
+    )
     assert figures == {
-        "tokens": (3, 4),
+        "tokens": ((3, 1, 0),),
         "relearn_half": None,
-        "relearn": (1, 4),
-        "noise": (3, 4),
-        "noise_chance": (2, 4),
+        "relearn": ((1, 3, 0),),
+        "noise": ((3, 1, 0),),
+        "noise_chance": ((2, 2, 0),),
     }
 
 
 def test_steps_that_an_attack_lacks_are_left_out():
     long, short = result([(0, 0, 4), (5, 2, 4), (160, 4, 4)]), result([(0, 2, 4), (5, 4, 4)])
-    figures, attacks = comeback.comeback({"word": [long, short]})
-    assert [point["step"] for point in attacks["word"]["points"]] == [0, 5]
+    figures, found = attacks.attack_figures({"word": [long, short]})
+    assert [point["step"] for point in found["word"]["points"]] == [0, 5]
     assert figures == {"word_half": 2.5}  # 25 %, then 75 %; step 160 is not in both
 
 
 def test_images_that_no_detector_saw_are_no_figures():
-    assert comeback.comeback({"word": [result([(0, 0, 4)], detected=False)]}) == ({}, {})
+    assert attacks.attack_figures({"word": [result([(0, 0, 4)], detected=False)]}) == ({}, {})
 
 
 def test_a_concept_that_never_came_back():
@@ -393,9 +399,9 @@ ONE = [
 
 
 def test_verdict():
-    assert page.verdict((0, 200), (100, 200)) == "holds"
-    assert page.verdict((100, 200), (0, 200)) == "fails"
-    assert page.verdict((10, 200), (14, 200)) == "open"
+    assert page.verdict(counted(0, 200), counted(100, 200)) == "holds"
+    assert page.verdict(counted(100, 200), counted(0, 200)) == "fails"
+    assert page.verdict(counted(10, 200), counted(14, 200)) == "open"
 
 
 def test_a_grid_has_one_line_per_claim_and_one_column_per_method():
@@ -439,8 +445,12 @@ def test_the_measures_of_unlearn_canvas():
     ]
     original, sdd = page.unlearn_canvas(rows, {"b": ("c",), "c": ("b",)})
     assert original["model"] == "original" and sdd["model"] == "sdd" and sdd["erased"] == ["a", "b"]
-    assert original["figures"] == {"other": (27, 30), "rest": (30, 30)}
-    assert sdd["figures"] == {
+
+    def counts(row):
+        return {key: (found.hits, found.n) for key, found in row["figures"].items()}
+
+    assert counts(original) == {"other": (27, 30), "rest": (30, 30)}
+    assert counts(sdd) == {
         "gone": (9 + 6, 20),  # a is right once, b four times
         "other": (2 + 3 + 7, 30),
         "near": (5, 10),  # c, where b was erased
@@ -449,8 +459,8 @@ def test_the_measures_of_unlearn_canvas():
 
 
 def test_captions_are_compared_by_what_is_wrong():
-    assert page.figure({"caption": [95, 100]}, "wrong") == (5, 100)
-    assert page.figure({"named": [5, 100]}, "named") == (5, 100)
+    assert page.figure({"caption": [95, 100]}, "wrong") == counted(5, 100)
+    assert page.figure({"named": [5, 100]}, "named") == counted(5, 100)
     assert page.figure({}, "named") is None and page.figure({}, "wrong") is None
 
 

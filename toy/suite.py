@@ -149,21 +149,18 @@ def frechet(a, b):
     return float(mean @ mean + A.trace() + B.trace() - 2 * roots.sum())
 
 
-def measure(world, pictures, before, jobs, concepts):
-    """All figures of a row.
+def distances(world, pictures, before, jobs):
+    """{column: distance} of a row.
 
     pictures, before: the row's and the original's, uint8 (n, 64, 64, 3). frechet: from the
     features of the pictures to those of drawings of the same words. moved: to the original's
     pictures. Both use only the prompts that name nothing erased.
     """
-    sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
-    figures = count(world, sets, asked, see(world, pictures), concepts)
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
-    drawn = drawings(world, [asked[i] for i in rest])
-    images = pictures[rest], before[rest], drawn
-    now, then, real = (features(world, x) for x in images)
+    drawn = drawings(world, [jobs[i].asked for i in rest])
+    now, then, real = (features(world, x) for x in (pictures[rest], before[rest], drawn))
     moved = float(((now - then) ** 2).sum(1).mean() ** 0.5)
-    return figures | {"frechet": frechet(now, real), "moved": moved}
+    return {"frechet": frechet(now, real), "moved": moved}
 
 
 def shown(world, pictures, word):

@@ -9,7 +9,7 @@ results/STUDY/results.md, the images that the page shows, and rows.json, all fig
     tables    {table: [row]}, a row of eval.py's results.json without its sample images:
       model, erased, method, paper
       figures   also of evaluation.columns.COMEBACK: attacks, time and size
-      attacks   {kind: {"points", "halves"}}, see evaluation/comeback.py; only attacked rows
+      attacks   {kind: {"points", "halves"}}, see evaluation/attacks.py; only attacked rows
 """
 
 import csv
@@ -28,8 +28,8 @@ import jinja2
 import torch
 
 from evaluation import plots
+from evaluation.attacks import attack_figures, cost
 from evaluation.columns import COMEBACK, Column
-from evaluation.comeback import comeback, cost
 from evaluation.tables import markdown
 from support.cli import Parser, one_of, positive, run_command
 from support.files import write_text
@@ -105,7 +105,7 @@ def join(study, row):
     """Adds the figures of attacks and costs to a row of the table."""
     if kinds := plan.attacks(study).get(row["model"]):
         contents = {kind: [read_json(file) for file in files] for kind, files in kinds.items()}
-        figures, row["attacks"] = comeback(contents)
+        figures, row["attacks"] = attack_figures(contents)
         row["figures"] |= figures
     if patches := plan.patches(study).get(row["model"]):
         row["figures"] |= cost([Path(file) for file in patches])
@@ -244,7 +244,7 @@ def page_text(name, tables, columns, command, commit):
     verdicts = [compared(tables, claims) for claims in CLAIMS]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, trim_blocks=True).get_template("results.md.j2")
-    return template.render(
+    text = template.render(
         study=study,
         closed=any(row.closed for row in study.rows),
         command=command,
@@ -253,6 +253,7 @@ def page_text(name, tables, columns, command, commit):
         grids=[grid(one) for one in verdicts if one],
         **tables_in_markdown(name, tables, columns),
     )
+    return text.strip() + "\n"
 
 
 def write_images(name, tables, folder):
@@ -262,7 +263,7 @@ def write_images(name, tables, folder):
         if row["model"] in CURVES and "word" in row.get("attacks", {}):
             curves[row["model"]] = row["attacks"]["word"]["points"]
     if curves:
-        plots.comeback(curves, folder / "comeback.png")
+        plots.attack_curves(curves, folder / "comeback.png")
     if study.templates:
         copies["matrix"] = f"{plan.table_folder(name, study.table)}/matrix.png"
     if study.curve_limit:

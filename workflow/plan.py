@@ -72,7 +72,7 @@ SAMPLING = "unet.py clip_text.py vae.py weights.py pipeline.py scheduler.py guid
 METHODS = "sdd.py losses.py ema.py ablation.py adversaries.py closed_form.py".split()
 TRAINING_CODE = ["train.py", *METHODS, *SAMPLING]
 ATTACK_CODE = ["attack.py", "adversaries.py", *SAMPLING]
-PAGE_CODE = ["workflow/page.py", "evaluation/comeback.py", "evaluation/columns.py"]
+PAGE_CODE = ["workflow/page.py", "evaluation/attacks.py", "evaluation/columns.py"]
 PAGE_CODE += ["evaluation/tables.py", "support/statistics.py"]
 
 
@@ -405,6 +405,6 @@ def measurement(study, table):
     for name, file in measured:
         words += ["--patch", f"{name}={file}"]
     if one.guided and table != "curve":
-        words += ["--methods", *one.guided, "--avoid", *one.rows[0].concepts]
+        words += ["--guidance", *one.guided, "--avoid", *one.rows[0].concepts]
         words += ["--guidance-warmup", 0]
     return eval_words(words, one.model, table_folder(study, table))
