@@ -35,7 +35,10 @@ SDD = Row("sdd", ("star",), SHORT)
 STUDIES["one"].rows[:] = [SDD]
 STUDIES["quick"] = Study("one", "One concept", [SDD], ["sega"], {"word": ["sdd"]},
                          {"word": (0, 1, 20)}, limit=2, samples=2, seeds=(2,))
-evaluation.study.STEPS, EVERY = 1, 2
+EVERY = 2
+
+import evaluation.study
+evaluation.study.STEPS = 1
 """
 
 
@@ -142,23 +145,17 @@ def change(folder, name, before, after):
     (folder / name).write_text(text.replace(before, after), encoding="utf-8")
 
 
-def start(folder, *words):
+def start(folder, words):
     """`snakemake WORDS…` in a folder, as a process."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / ".cache")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "snakemake", *words],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "snakemake", *words.split()]
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
 
-def snakemake(folder, *words):
+def snakemake(folder, words):
     """The output of a `snakemake` that succeeds."""
-    process = start(folder, *words)
+    process = start(folder, words)
     try:
         output, _ = process.communicate(timeout=400)
     finally:
@@ -168,8 +165,9 @@ def snakemake(folder, *words):
     return output
 
 
-def counts(output):
+def counts(folder, words):
     """{rule: number of jobs} of a dry run."""
+    output = snakemake(folder, f"-n {words}")
     if "Nothing to be done" in output:
         return {}
     table = output.split("Job stats:")[1]
@@ -181,22 +179,21 @@ def counts(output):
 @needs_snakemake
 def test_snakemake_plans_the_studies(tmp_path):
     folder = project(tmp_path / "p")
-    quick = counts(snakemake(folder, "-n", "quick"))
+    quick = counts(folder, "quick")
     assert quick == {"train": 4, "attack": 4, "measure": 1, "page": 1, "quick": 1}
     studies = ("one", "curve", "three", "textures")
     trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 3 * 3 + 3)  # one, three, textures
     attacks = 13 * 3 + 5 * 3 * 2 + 2 * 3 + 4 * 3  # one: word; tokens, relearn; noise. three: word
-    found = counts(snakemake(folder, "-n", *studies))
+    found = counts(folder, " ".join(studies))
     shapes = {"train": trainings, "attack": attacks, "measure": 4, "page": 4}
     assert found == shapes | dict.fromkeys(studies, 1)
     trainings = (8 * 3 + 4) + (7 * 3 + 4) + (2 * 6 * 3 + 6)  # alcohol, twenty, artists
     emoji = {"train": trainings, "attack": 13 * 3, "measure": 4, "page": 3}  # alcohol: word
-    found = counts(snakemake(folder, "-n"))
+    found = counts(folder, "")
     assert found == {"all": 1} | {rule: shapes[rule] + n for rule, n in emoji.items()}
     assert not (folder / plan.RESULTS).exists()
 
 
-@needs_snakemake
 def test_the_targets_in_the_documents_exist():
     files = [ROOT / "workflow/Snakefile", ROOT / "README.md", *ROOT.glob("docs/*.md")]
     lines = []
@@ -204,13 +201,8 @@ def test_the_targets_in_the_documents_exist():
         text = file.read_text(encoding="utf-8")
         lines += re.findall(r"^ *(snakemake [^\n]*?)(?:  .*)?$", text, re.M)
         lines += re.findall(r"`(snakemake [^`\n]+)`", text)
-    assert len(lines) >= 4
-    for line in lines:
-        words = line.split()[1:]
-        targets = [word for word in words if word in ("all", *plan.STUDIES)]
-        flags = [word for word in words if word.startswith("-")]
-        values = [word for word in words if word.isdigit() or word == "slurm"]
-        assert len(words) == len(targets + flags + values), line
+    words = {word for line in lines for word in line.split()[1:] if word.isalpha()}
+    assert words <= {"slurm", *plan.STUDIES} and len(lines) >= 4
 
 
 def rows(folder):
@@ -241,13 +233,13 @@ def stop(process, folder, number):
 def test_a_stopped_study_continues_to_the_same_rows(tmp_path):
     """Ctrl-C, then kill -9, each while it attacks; and what a change repeats."""
     undisturbed, stopped = project(tmp_path / "a", TINY), project(tmp_path / "b", TINY)
-    words = ("--cores", "2", "quick")
-    snakemake(undisturbed, *words)
-    stop(start(stopped, *words), stopped, signal.SIGINT)
+    words = "--cores 2 quick"
+    snakemake(undisturbed, words)
+    stop(start(stopped, words), stopped, signal.SIGINT)
     shutil.rmtree(stopped / "results/quick/attacks")
-    stop(start(stopped, *words), stopped, signal.SIGKILL)
+    stop(start(stopped, words), stopped, signal.SIGKILL)
     snakemake(stopped, "--unlock")
-    snakemake(stopped, *words)
+    snakemake(stopped, words)
     assert rows(stopped) == rows(undisturbed)
     sdd = next(row for row in rows(stopped) if row["model"] == "sdd")
     assert [point["step"] for point in sdd["attacks"]["word"]["points"]] == [0, 1, 20]
@@ -256,20 +248,20 @@ def test_a_stopped_study_continues_to_the_same_rows(tmp_path):
     for name in re.findall(r"\]\((\S+)\)", text):
         assert (stopped / "results/quick" / name).exists(), name
 
-    assert counts(snakemake(stopped, "-n", "quick")) == {}
+    assert counts(stopped, "quick") == {}
     everything = {"train": 1, "attack": 1, "measure": 1, "page": 1, "quick": 1}
     change(stopped, "presets.py", "lr=8e-4, erase_scale=3.0", "lr=9e-4, erase_scale=3.0")  # ESD's
-    assert counts(snakemake(stopped, "-n", "quick")) == {}
+    assert counts(stopped, "quick") == {}
     change(stopped, "adversaries.py", 'f"<{settings', 'f"<new-{settings')
-    assert counts(snakemake(stopped, "-n", "quick")) == everything
-    snakemake(stopped, *words)  # the same patch, so only its end tells that the attack is old
+    assert counts(stopped, "quick") == everything
+    snakemake(stopped, words)  # the same patch, so only its end tells that the attack is old
     file = stopped / "results/quick/attacks/one/sdd/word-2.json"
     assert json.loads(file.read_text(encoding="utf-8"))["points"][0]["prompt"] == "<new-star>"
     with open(stopped / "workflow/plan.py", "a", encoding="utf-8") as f:
         f.write('SDD.words[:] = [*SHORT, "--lr", "1e-2"]\n')  # another patch
-    snakemake(stopped, *words)
+    snakemake(stopped, words)
     assert rows(stopped) != rows(undisturbed)
-    assert counts(snakemake(stopped, "-n", "quick")) == {}
+    assert counts(stopped, "quick") == {}
 
 
 # ---------------------------------------------------------------------------------------- attacks
