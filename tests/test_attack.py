@@ -153,42 +153,27 @@ def page_of(folder):
     return " ".join(html.unescape(re.sub("<[^>]*>", " ", text)).split()), source
 
 
-@pytest.mark.parametrize(
-    "how, finding, shown, curves",
-    [
-        (
-            {},
-            "The concept is back in half of the images: after 53 steps. By chance (empty prompt): "
-            "1 of 8.",
-            ["0001-star: star with a learned word", "40 3 of 8: 37.5 % (14 to 69 %) 0.25 <star>"],
-            1,
-        ),
-        (
-            {"kind": "noise"},
-            "after 2 attempts. By chance (empty prompt): 2 of 8",
-            ["3 6 of 8: 75.0 % (41 to 93 %) 2 of 8: 25.0 % (7 to 59 %) η = 1.17, times 1.02"],
-            2,
-        ),
-        (
-            {"detected": False, "hits": (0, 0), "concept": "weapons"},
-            "Nothing is counted, because no detector for 'weapons' was there: look at the images.",
-            ["40 0.25 <weapons>"],
-            0,
-        ),
-        ({"hits": (0, 1)}, "half of the images: never.", ["Finished."], 1),
-        ({"hits": (0, 1), "finished": False}, "images: not yet.", ["Not finished."], 1),
-        ({"hits": (0, 8), "finished": False}, "half of the images: after", ["Not finished."], 1),
-    ],
-)
-def test_the_page_and_the_terminal_say_what_was_found(
-    how, finding, shown, curves, tmp_path, capsys
-):
+BACK = "The concept is back in half of the images: "
+PAGES = [  # (how the attack went, its finding, what the page also says, bands of its chart)
+    ({}, f"{BACK}after 53 steps. By chance (empty prompt): 1 of 8.",
+     "40 3 of 8: 37.5 % (14 to 69 %) 0.25 <star>", 1),
+    ({"kind": "noise"}, f"{BACK}after 2 attempts. By chance (empty prompt): 2 of 8.",
+     "3 6 of 8: 75.0 % (41 to 93 %) 2 of 8: 25.0 % (7 to 59 %) η = 1.17, times 1.02", 2),
+    ({"detected": False, "hits": (0, 0), "concept": "weapons"},
+     "Nothing is counted, because no detector for 'weapons' was there: look at the images.",
+     "40 0.25 <weapons>", 0),
+    ({"hits": (0, 1)}, f"{BACK}never.", "Finished.", 1),
+    ({"hits": (0, 1), "finished": False}, f"{BACK}not yet.", "Not finished.", 1),
+    ({"hits": (0, 8), "finished": False}, f"{BACK}after 20 steps.", "Not finished.", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how, finding, shown, bands", PAGES)
+def test_the_page_and_the_terminal_say_what_was_found(how, finding, shown, bands, tmp_path, capsys):
     text, source = page_of(write_attack(tmp_path / "o", **how))
-    assert finding in text and all(part in text for part in shown)
-    assert source.count("<polygon") == curves  # bands
-    hits = how.get("hits", (0, 3, 6))
-    assert source.count("<img") == len(hits)
-    assert shlex.join(["python", *sys.argv]) in text
+    assert finding in text and shown in text and shlex.join(["python", *sys.argv]) in text
+    assert source.count("<polygon") == bands
+    assert source.count("<img") == len(how.get("hits", (0, 3, 6)))
     out = capsys.readouterr().out
     if how.get("finished", True):
         assert finding in out and f"in a browser: {tmp_path / 'o' / 'index.html'}" in out
@@ -203,24 +188,18 @@ def test_the_page_of_an_attack_that_has_just_begun(tmp_path):
 
 
 # ----------------------------------------------------------------------------------- stop, resume
-@pytest.mark.parametrize(
-    "kind, method",  # the method whose fourth call is interrupted
-    [
-        ("word", "train_step"),
-        ("tokens", "train_step"),
-        ("relearn", "train_step"),
-        pytest.param("noise", "measure", marks=pytest.mark.long),
-    ],
-)
-def test_a_stopped_attack_continues_to_the_same_results(
-    kind, method, tmp_path, monkeypatch, capsys
-):
-    line = f"{NONE} --kind {kind} {TINY} --at 0 2 4"
+LONG = pytest.param("noise", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("kind", ["word", "tokens", "relearn", LONG])
+def test_a_stopped_attack_continues_to_the_same_results(kind, tmp_path, monkeypatch, capsys):
+    line, method = f"{NONE} --kind {kind} {TINY} --at 0 2 4", "train_step"
     if kind == "noise":
-        line = f"{NONE} --kind noise --samples 2 --steps 2 --batch-size 2"
+        line, method = f"{NONE} --kind noise --samples 2 --steps 2 --batch-size 2", "measure"
         monkeypatch.setattr(attack, "ETAS", (1.0, 1.5))
+    monkeypatch.setattr(attack, "SAVE_SECONDS", -1)
     assert run(line, tmp_path / "whole") == 0
-    original, calls = getattr(attack.Attack, method), []
+    original, calls = getattr(attack.Attack, method), []  # its fourth call is interrupted
 
     def stops(self, *arguments, **named):
         calls.append(1)
@@ -229,9 +208,7 @@ def test_a_stopped_attack_continues_to_the_same_results(
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(attack.Attack, method, stops)
-    monkeypatch.setattr(attack, "SAVE_SECONDS", -1)
     assert run(line, tmp_path / "o") == 130
-    assert "continues" in capsys.readouterr().err
     assert run(line, tmp_path / "o") == 0
     assert results(tmp_path / "o") == results(tmp_path / "whole")
     assert not differences(tmp_path / "o", tmp_path / "whole")

@@ -9,8 +9,8 @@ import torch
 import pipeline
 import weights
 from clip_text import CLIPText
-from report.charts import wilson
 from support.errors import UserError
+from support.statistics import wilson
 from toy import emoji, pretrain, probe, shapes, suite, worlds
 from unet import UNet
 
