@@ -61,7 +61,6 @@ ARTIST_TEMPLATES = (
 UCE_ARTIST_TEMPLATES = ("{}", "by {}", "a picture by {}", "something by {}", "a fox on mint, {}")
 # Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
 MATRIX_LIMIT = 240
-
 ATTACKED_LONG = (ORIGINAL, "sdd", OURS, "esd-x", "uce")  # with more attacks and more steps
 NOISE_SAMPLES = 12  # each of them is generated 48 times
 
