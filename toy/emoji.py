@@ -34,6 +34,7 @@ CREDIT = (  # the file NOTICE has the licences
     "Apache License 2.0), Twemoji (Twitter and others, CC BY 4.0), EmojiTwo (CC BY 4.0) and Fluent "
     "Emoji (Microsoft, MIT)."
 )
+PROBE_STEPS = 4000  # of the probe's training
 SIZE = 64  # pixels a side
 ATLAS = Path(__file__).parent / "emoji_atlas"
 TILE = 96  # pixels a side of a tile of the atlas
@@ -101,13 +102,6 @@ ATTRIBUTES = {
     "artist": ARTISTS,
     "background": tuple(BACKGROUNDS),
 }
-GALLERY = (
-    ("artist", ARTISTS),
-    (
-        "thing",
-        tuple("bear panda owl octopus apple pizza beer sunflower bus skull cowboy rainbow".split()),
-    ),
-)
 # Words that stand without "a".
 BARE = set(
     "alcohol clothing food weather grapes fries popcorn coffee tea milk beer wine champagne sake "

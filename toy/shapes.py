@@ -18,6 +18,7 @@ MODEL = Path(__file__).parent / "model"
 PROBE = Path(__file__).parent / "probe.safetensors"
 LICENCE = "mit", "MIT"
 CREDIT = ""
+PROBE_STEPS = 2500  # of the probe's training
 SIZE = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "cross", "heart", "moon", "star")
 COLOURS = {
@@ -51,7 +52,6 @@ ATTRIBUTES = {
     "texture": TEXTURES,
     "background": tuple(BACKGROUNDS),
 }
-GALLERY = ("colour", tuple(COLOURS)), ("shape", SHAPES)
 GRAMMAR = "a picture of on in view shape something the".split()
 # With the comma, all that a caption is made of.
 WORDS = tuple(sorted({*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *PLACES, *GRAMMAR}))
