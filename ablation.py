@@ -77,12 +77,18 @@ def replace_anchor(line, anchor, concept, number):
     return re.sub(word, lambda _: concept, line)
 
 
-def noised_images(out, a, pairs, original, student, c, scheduler, generator, dtype):
+def pairs_of(a):
+    """The Pairs of a run. a: its settings."""
+    return prompt_pairs(a.concept, a.anchor, a.anchor_prompts)
+
+
+def noised_images(out, a, original, student, c, scheduler, generator, dtype):
     """Ablating Concepts' source of z_t. Generates the anchor's images, if `out` has none yet.
 
     a: the run's settings. c: its embeddings, with c_0, anchors and targets (one per pair).
     Returns a function () -> (batch, k, j) for sdd.sdd.
     """
+    pairs = pairs_of(a)
     z_0 = saved_latents(
         out / "anchors.safetensors",
         "anchor images",

@@ -66,6 +66,12 @@ def template_pairs(concepts, anchors, templates):
     return pairs
 
 
+def states_of(model, a):
+    """The states that a run needs. a: its settings."""
+    pairs = template_pairs(a.concept, a.anchor, a.template)
+    return gather_states(model, a.method, pairs, a.keep, a.states)
+
+
 def gather_states(model, method, pairs, keep, which="last"):
     """The states that a method needs.
 

@@ -146,16 +146,13 @@ class SEGAGuidance:
         return e
 
 
-# The methods of `generate.py --method`, as functions with the same arguments:
-#     unet
+# The methods of `generate.py --guidance`, as functions with the same arguments:
 #     c_0 (1, 77, D)    the empty prompt (or the negative prompt)
 #     c_p (B, 77, D)    the prompts
 #     c_S (1, 77, D)    what to avoid; (K, 77, D) for SEGA, which avoids K concepts one by one
 #     s                 the guidance scale
-#     warmup            evaluations before SLD and SEGA act, or None for the method's own number,
-#                       which is meant for 50 steps
-# Each returns an estimator. Make a new one for each batch of images, because SLD and SEGA keep
-# their momentum from call to call.
+#     warmup            evaluations before SLD and SEGA act; None: the paper's number, for 50 steps
+# Each returns an estimator. Make a new one for each batch of images: SLD and SEGA have momentum.
 
 
 def sd(unet, c_0, c_p, c_S, s, warmup):

@@ -48,7 +48,7 @@ def make_scheduler(config, steps, kind=None):
     try:
         return SAMPLERS[kind](steps, **noise_schedule(config))
     except ValueError as e:
-        raise UserError(str(e)) from None
+        raise UserError(f"{e}: ask for fewer.") from None
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -113,7 +113,7 @@ def embed(model, *groups):
     """Each group's embeddings: it has them already, or is encoded, together with the others."""
     texts = [group for group in groups if not isinstance(group, torch.Tensor)]
     # The last group is empty, so that one group of texts also gives a tuple.
-    encoded = iter(encode_prompts(model, *texts, []) if texts else ())
+    encoded = iter(encode_prompts(model, *texts, []) if any(texts) else texts)
     return [group if isinstance(group, torch.Tensor) else next(encoded) for group in groups]
 
 

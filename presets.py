@@ -22,7 +22,18 @@ import weights
 from clip_text import MAX_TOKENS, TOKEN_EMBEDDING
 from pipeline import check_words
 from sdd import ROLES
-from support.cli import finite, flag, natural, one_of, positive, refuse_unused, unused, why_no_gpu
+from support.cli import (
+    finite,
+    flag,
+    natural,
+    one_of,
+    pick_device,
+    positive,
+    refuse_unused,
+    unused,
+    why_no_gpu,
+)
+from support.cuda_graph import can_record
 from support.errors import UserError
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from toy import worlds
@@ -242,6 +253,8 @@ def settle(args):
     elif settings["preview_every"]:
         advice = "Add --preview-every 0 (seconds)"
         check_device(settings, "generating the previews of", advice)
+    if settings["compile"] and not can_record(pick_device(settings["device"])):
+        raise UserError("--compile needs a CUDA GPU: start a run without it.")
     if settings["compile"] and settings["deterministic"]:
         raise UserError(
             "Nobody has tested whether --compile gives the same bits in every run: remove it, or "

@@ -32,8 +32,7 @@ class DDIM:
         first = (steps - 1) * self.stride + steps_offset
         if self.stride == 0 or first >= num_train_timesteps:
             raise ValueError(
-                f"{steps} sampling steps do not fit a schedule of {num_train_timesteps} timesteps: "
-                + ("ask for fewer." if steps > 0 else "ask for at least 1.")
+                f"{steps} sampling steps do not fit a schedule of {num_train_timesteps} timesteps"
             )
         self.timesteps = [i * self.stride + steps_offset for i in reversed(range(steps))] + [0]
         sqrt_betas = torch.linspace(

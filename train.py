@@ -11,7 +11,6 @@ log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` cont
 import support.openmp  # noqa: F401 (before torch)
 
 import json
-import os
 import sys
 import time
 from argparse import Namespace
@@ -34,26 +33,11 @@ from presets import CLOSED, FLAGS, METHODS, PRESETS, TRAIN_PARAMS, check_prompts
 from report.page import Reporter, require_tensorboard
 from report.previews import Previews, preview_kinds, preview_seeds
 from sdd import Prompts, adamw_step, learning_rates, sdd
-from support import runs
-from support.cli import (
-    Parser,
-    add_common_arguments,
-    autocast,
-    finite,
-    flag,
-    natural,
-    not_empty,
-    one_of,
-    pick_device,
-    pick_dtype,
-    refuse_used,
-    run_command,
-)
-from support.cuda_graph import can_record
+from support import cli, runs
 from support.errors import UserError
 from support.fast import InferenceUNet, checkpoint_blocks, graphed
 from support.files import atomic_write, checksum, lock_folder, numbered_folder
-from support.own_loss import call_loss, load_loss, loss_file
+from support.own_loss import loss_file, own_loss
 from toy import worlds
 
 # These may change with --resume.
@@ -68,7 +52,7 @@ LOG_COLUMNS = (
 
 # ------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
-    parser = Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("concept and model").add_argument
     add("--concept", nargs="+", metavar="CONCEPT",
@@ -76,27 +60,27 @@ def parse(argv=None):
     add("--model", default=weights.DEFAULT_MODEL,
         help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: "
         "%(default)s)")
-    add("--seed", type=natural, default=0, help="of the random numbers (default: %(default)s)")
+    add("--seed", type=cli.natural, default=0, help="of the random numbers (default: %(default)s)")
 
     groups = {"method": parser.add_argument_group("method")}
     add = groups["method"].add_argument
-    add("--method", **one_of(METHODS), default="sdd",
+    add("--method", **cli.one_of(METHODS), default="sdd",
         help="docs/methods.md describes each (default: %(default)s)")
-    add("--preset", **one_of(PRESETS),
+    add("--preset", **cli.one_of(PRESETS),
         help="defaults of the numbers (default: paper; toy for the toy models). The defaults "
              "shown here are SDD's; METHODS in presets.py has those of other methods")
-    add("--loss", type=not_empty, metavar="FILE:FUNCTION",
+    add("--loss", type=cli.not_empty, metavar="FILE:FUNCTION",
         help="your own loss instead of the method's (see losses.py)")
-    add("--train-params", **one_of(TRAIN_PARAMS),
+    add("--train-params", **cli.one_of(TRAIN_PARAMS),
         help="xattn: cross-attention; kv: its keys and values; v: its values; noxattn: all but "
              "it, the time embedding and conv_out; full: the whole UNet; embedding: the concept's "
              "words (default: the method's; sdd: xattn)")
-    add("--latents", **one_of(["teacher", "student", "original"]),
+    add("--latents", **cli.one_of(["teacher", "student", "original"]),
         help="which model samples z_t (default: the method's; sdd: teacher)")
     add("--keep", nargs="+", metavar="PROMPT",
         help="prompts, or a file with one per line, that --preserve holds too (default: none). "
              "Methods without training: prompts whose keys and values stay (toy model: its words)")
-    add("--quantile", type=finite, default=0.0, metavar="Q",
+    add("--quantile", type=cli.finite, default=0.0, metavar="Q",
         help="all-but-one: use the erasing signal above this quantile, for example 0.9, instead "
              "of the anchor (default: off)")
     add("--anchor", nargs="+", default=[], metavar="WORD",
@@ -105,7 +89,7 @@ def parse(argv=None):
     add("--anchor-prompts", type=Path, metavar="FILE",
         help="ablate: one prompt per line; without --anchor the concept is a style (the shapes "
              "model has no words for this)")
-    add("--prior", type=finite, default=0.0, metavar="λ",
+    add("--prior", type=cli.finite, default=0.0, metavar="λ",
         help="ablate: add λ·|e(anchor) − n|² to the loss (authors' script: 1; default: 0)")
     add("--detach-start", action="store_true",
         help="ablate: no gradient through the keys and values of the start token")
@@ -114,9 +98,9 @@ def parse(argv=None):
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
         "the toy models: several, see presets.py)")
-    add("--states", **one_of(["last", "all"]),
+    add("--states", **cli.one_of(["last", "all"]),
         help="uce: use the last word of a prompt, or all 77 tokens (default: last; toy: all)")
-    add("--ridge", type=finite, metavar="λ",
+    add("--ridge", type=cli.finite, metavar="λ",
         help="weight of |W − W°|² (default: uce 0.5; rece 0.5, then 0.1; speed 1; mace 1000, or "
         "nearly 0 with --keep)")
 
@@ -138,23 +122,23 @@ def parse(argv=None):
     add("--out", type=Path, metavar="DIR", help="output folder (default: a new one in runs/)")
     add("--resume", action="store_true",
         help="continue the run in --out, with its own arguments. These may change: "
-             f"{', '.join(flag(key) for key in FREE)}")
-    add("--save-every", type=natural, default=100, metavar="N",
+             f"{', '.join(cli.flag(key) for key in FREE)}")
+    add("--save-every", type=cli.natural, default=100, metavar="N",
         help="iterations between checkpoints; 0: only at the end (default: %(default)s)")
-    add("--export-every", type=natural, default=0, metavar="N",
+    add("--export-every", type=cli.natural, default=0, metavar="N",
         help="iterations between patches of student and teacher in exports/ (default: none)")
     add("--preview", nargs="+", metavar="PROMPT",
         help="preview prompts (default: the concepts and a few others)")
-    add("--preview-guidance-scale", type=finite, default=7.5, metavar="S",
+    add("--preview-guidance-scale", type=cli.finite, default=7.5, metavar="S",
         help="default: %(default)s")
-    add("--report-to", **one_of(["tensorboard"]),
+    add("--report-to", **cli.one_of(["tensorboard"]),
         help="also write TensorBoard events into the folder tensorboard/ of the output")
     # fmt: on
     for key, (group, options, text) in FLAGS.items():
         paper, toy = PRESETS["paper"][key], PRESETS["toy"][key]
         default = f"{paper}" if paper == toy else f"{paper}; toy model: {toy}"
-        groups[group].add_argument(flag(key), help=f"{text} (default: {default})", **options)
-    add_common_arguments(parser)
+        groups[group].add_argument(cli.flag(key), help=f"{text} (default: {default})", **options)
+    cli.add_common_arguments(parser)
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
@@ -164,26 +148,34 @@ def parse(argv=None):
 def main(args):
     """The whole command, from top to bottom: load, loop, save."""
     out, a = open_run(args)
-    device = prepare(a, args)
-    dtype = pick_dtype(a.dtype, device, training=True)
+    device = cli.pick_device(a.device)
+    dtype = cli.pick_dtype(a.dtype, device, training=True)
+    if a.report_to:
+        require_tensorboard()
+    if a.deterministic:
+        cli.use_deterministic_algorithms()
     with lock_folder(out):
         if not args.resume:
-            refuse_used(out, "; or use --resume to continue the run in it")
+            cli.refuse_used(out, "; or use --resume to continue the run in it")
 
         # ---- load: student, teacher and original share every tensor that is not trained
         model = weights.load(a.model, a.revision)
         check_prompts(model, a, args.resume or args.preview is not None)
         models, theta, theta_ema = three_models(model, a, device, dtype)
         student, teacher, original = models
-        pairs = prompt_pairs(a)
-        c = encode_all(student, a, pairs)
+        c = encode_all(student, a)
         scheduler = make_scheduler(model.scheduler, a.steps, "ddim")
         generator = torch.Generator("cpu").manual_seed(a.seed)
         optimizer = make_optimizer(theta, a)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         # ---- the loss L, and the terms that are added to it
-        loss, terms, adversary = make_loss(out, theta, a, device, dtype), [], None
+        loss, terms, adversary = METHODS[a.method].loss, [], None
+        if a.loss:
+            loss = own_loss(a.loss, out / runs.OWN_LOSS)
+        if loss:
+            loss = partial(loss, erase_scale=a.erase_scale, quantile=a.quantile)
+            loss = graphed(loss, theta, a, device, dtype)
         if a.adversary:
             adversary = Adversary(student, a.concept, a.batch_size, a.adversary, generator)
             terms.append(adversary.term(loss))
@@ -192,12 +184,13 @@ def main(args):
         if a.prior:
             terms.append(lambda **batch: a.prior * losses.prior_loss(**batch))
         if a.method in CLOSED:
-            states = closed_form.gather_states(student, a.method, pairs, a.keep, a.states)
+            states = closed_form.states_of(student, a)
         if a.train_params == "embedding":
             ablation.mask_gradient(student.tokenizer, theta, a.concept)
         else:  # the prompts never change: free the text encoder
             models = [model._replace(text_encoder=None) for model in models]
             student, teacher, original = models
+            del model
 
         # ---- write the run's settings, or continue where its checkpoint ends
         if not args.resume:
@@ -214,7 +207,7 @@ def main(args):
         else:
             if a.latents == "anchor":
                 latents = ablation.noised_images(
-                    out, a, pairs, original, student, c, scheduler, generator, dtype
+                    out, a, original, student, c, scheduler, generator, dtype
                 )
             else:  # the model that samples z_t
                 sampler = dict(teacher=teacher, student=student, original=original)[a.latents]
@@ -227,7 +220,7 @@ def main(args):
                 list(theta_ema.values()),
                 scheduler,
                 Prompts(c.c_0, c.concepts, c.joined, c.anchors),
-                (a.batch_size, *latent_shape(model)),
+                (a.batch_size, *latent_shape(student)),
                 generator,
                 rates=learning_rates(a.iters, a.lr, a.warmup, a.lr_schedule, start),
                 loss=loss,
@@ -238,7 +231,7 @@ def main(args):
                 roles=a.roles,
                 step=partial(adamw_step, max_grad_norm=a.max_grad_norm, scaler=scaler),
             )
-        with autocast(device, dtype), runs.divergence_explained(out):
+        with cli.autocast(device, dtype), runs.divergence_explained(out):
             if a.preview_every and start == 0:
                 previews.save(0)
                 reporter.log_previews()
@@ -250,14 +243,15 @@ def main(args):
             ):
                 for it in bar:
                     done = it.i + 1
-                    row = log_row(it, a)
+                    row = dict(iteration=it.i, loss=it.loss, lr=it.lr, grad_norm=it.grad_norm)
+                    row |= dict(k=it.k, concept=a.concept[it.j])
                     if due(done, a.preview_every):
                         row |= previews.measure()
                         if done < a.iters:
                             row["flat"] = previews.save(done)
                     log.writerow(row)
                     reporter.log_row(row)
-                    bar.set_postfix(progress_figures(it, device), refresh=False)
+                    bar.set_postfix(runs.progress_figures(it, device), refresh=False)
                     if due(done, a.export_every):
                         state.export(f"exports/student-{done:06d}.safetensors", theta)
                         state.export(f"exports/teacher-{done:06d}.safetensors", theta_ema)
@@ -298,22 +292,6 @@ def open_run(args):
     if args.out is None:
         args.out = numbered_folder("runs", "-".join(settings["concept"]))
     return args.out, Namespace(**settings)
-
-
-def prepare(a, args):
-    """Prepares torch. Returns the device. UserError for what is missing on this machine."""
-    if a.report_to:
-        require_tensorboard()
-    if a.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
-        torch.use_deterministic_algorithms(True)
-    device = pick_device(a.device)
-    if a.compile and not can_record(device):
-        if not args.resume:
-            raise UserError("--compile needs a CUDA GPU: start a run without it.")
-        print("warning: --compile needs a CUDA GPU, so it is not used.", file=sys.stderr)
-        a.compile = False
-    return device
 
 
 def write_run(out, a):
@@ -380,23 +358,12 @@ class Encoded(NamedTuple):
     targets: torch.Tensor  # Ablating Concepts: the anchor's prompts with the concept in its place
 
 
-def encode_all(model, a, pairs):
+def encode_all(model, a):
     anchors, targets = [", ".join(a.anchor)], []
     if a.latents == "anchor":
-        anchors, targets = [pair.anchor for pair in pairs], [pair.target for pair in pairs]
-    joined = ", ".join(a.concept)
-    return Encoded(
-        *encode_prompts(model, "", joined, a.concept, a.keep, a.preview, anchors, targets)
-    )
-
-
-def prompt_pairs(a):
-    """Pairs of prompts with the concept and with the anchor, for the methods that have them."""
-    if a.method in CLOSED:
-        return closed_form.template_pairs(a.concept, a.anchor, a.template)
-    if a.latents == "anchor":
-        return ablation.prompt_pairs(a.concept, a.anchor, a.anchor_prompts)
-    return []
+        _, anchors, targets = zip(*ablation.pairs_of(a))
+    texts = ("", ", ".join(a.concept), a.concept, a.keep, a.preview, anchors, targets)
+    return Encoded(*encode_prompts(model, *texts))
 
 
 def make_optimizer(theta, a):
@@ -404,19 +371,6 @@ def make_optimizer(theta, a):
     if TOKEN_EMBEDDING in theta:
         decay = 0.0  # it would shrink the rows of words that are not trained
     return torch.optim.AdamW(theta.values(), a.lr, betas=(0.9, 0.999), weight_decay=decay)
-
-
-def make_loss(out, theta, a, device, dtype):
-    """The method's loss, or the run's copy of the user's own; None for a closed form."""
-    loss = METHODS[a.method].loss
-    if a.loss:
-        own_copy = out / runs.OWN_LOSS
-        loss = load_loss(a.loss, own_copy if own_copy.exists() else None)
-        loss = partial(call_loss, loss, a.loss)
-    if loss is None:
-        return None
-    loss = partial(loss, erase_scale=a.erase_scale, quantile=a.quantile)
-    return graphed(loss, theta, a, device, dtype)
 
 
 # ------------------------------------------------------------------------------ files of the loop
@@ -475,22 +429,10 @@ class State:
         weights.save(self.out / file, tensors, metadata)
 
 
-def log_row(it, a):
-    row = {key: value for key, value in it._asdict().items() if key not in ("i", "j")}
-    return row | dict(iteration=it.i, concept=a.concept[it.j])
-
-
 def due(done, every):
     return every > 0 and done % every == 0
 
 
-def progress_figures(it, device):
-    figures = {"loss": f"{it.loss:.2e}", "lr": f"{it.lr:.1e}"}
-    if device.type == "cuda":
-        figures["GB"] = f"{torch.cuda.max_memory_reserved() / 1e9:.1f}"
-    return figures
-
-
 if __name__ == "__main__":
     advice = "to continue: python train.py --resume --out {out}"
-    sys.exit(run_command(main, parse(), advice))
+    sys.exit(cli.run_command(main, parse(), advice))

@@ -4,7 +4,8 @@ The rows in `UNet.__init__` are the network: one row per block, from the latents
 positions and back up. `unet/config.json` only changes their widths and kinds.
 
 Attribute names are the checkpoint's names (diffusers' layout). So loading is
-`load_state_dict(strict=True)`, without a table of names.
+`load_state_dict(strict=True)`, without a table of names. vae.py has a ResnetBlock and an Attention
+of its own, because each file of the lesson stands alone.
 
 Letters in the shape comments, which stand where the shape changes:
     B      batch
@@ -142,7 +143,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
 
 
-def transformers(kind, n, c, c_context, heads, groups):
+def cross_attentions(kind, n, c, c_context, heads, groups):
     """n transformers for a block with cross-attention, none for a plain one."""
     if kind in ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"):
         return nn.ModuleList(Transformer(c, c_context, heads, groups) for _ in range(n))
@@ -160,7 +161,7 @@ class DownBlock(nn.Module):
     def __init__(self, kind, inputs, c, downsample, *, c_emb, c_context, heads, groups):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
-        self.attentions = transformers(kind, len(inputs), c, c_context, heads, groups)
+        self.attentions = cross_attentions(kind, len(inputs), c, c_context, heads, groups)
         self.downsamplers = nn.ModuleList()  # 0 or 1 modules; a list for the checkpoint's name
         if downsample:
             self.downsamplers.append(named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
@@ -200,7 +201,7 @@ class UpBlock(nn.Module):
     def __init__(self, kind, inputs, c, upsample, *, c_emb, c_context, heads, groups):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
-        self.attentions = transformers(kind, len(inputs), c, c_context, heads, groups)
+        self.attentions = cross_attentions(kind, len(inputs), c, c_context, heads, groups)
         self.upsamplers = nn.ModuleList()  # 0 or 1 modules; a list for the checkpoint's name
         if upsample:
             self.upsamplers.append(Upsample(c))
@@ -266,9 +267,7 @@ class UNet(nn.Module):
         )
         # The U, one row per block: its kind, the input channels of its ResNets, its output
         # channels. In a block with cross-attention, a transformer follows each ResNet.
-        # On the way up a row has three ResNets. Each reads x and one skip, the newest first: two
-        # from the ResNets of the row opposite, and one from what that row read as its input: the
-        # output of the down row before it (for the last up row: of conv_in).
+        # On the way up, each ResNet reads x and one skip, the newest first: x + skip channels.
         # On the right: SD 1.4's output channels, and the side of the feature map for 64 x 64
         # latents.
         # fmt: off

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import pipeline
 from guidance import cfg, sample
-from pipeline import encode_prompts, images, initial_noise, latent_shape, make_scheduler
+from pipeline import encode_prompts, initial_noise, latent_shape, make_scheduler
 from presets import PREVIEW_PROMPTS
 from support.censor import censoring
 from support.files import atomic_write
@@ -111,7 +112,7 @@ class Previews:
 
     def images(self, model):
         """The preview prompts' images, uint8 (H, W, 3), by one of the three models."""
-        generated = images(
+        generated = pipeline.images(
             model,
             self.embed(model, self.a.preview, self.c.previews),
             preview_seeds(vars(self.a)),

@@ -218,6 +218,11 @@ def pick_dtype(name, device, training=False):
     return torch.float16
 
 
+def use_deterministic_algorithms():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+    torch.use_deterministic_algorithms(True)
+
+
 def autocast(device, dtype):
     """Autocast to `dtype`; nothing for float32.
 

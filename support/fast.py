@@ -67,8 +67,11 @@ class InferenceUNet:
         if can_record(device):
             unet = self.unet  # not `self`, so that this object is freed with its last reference
             if compile:
+                print("compiling the UNet that samples z_t: about a minute")
                 unet = compiled(unet)
             self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
+        elif compile:
+            print("warning: --compile needs a CUDA GPU, so it is not used.", file=sys.stderr)
 
     def __call__(self, z, t, context):
         z, context = z.to(self.dtype), context.to(self.dtype)

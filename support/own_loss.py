@@ -7,16 +7,13 @@ import hashlib
 import importlib.util
 import inspect
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from support.cli import memory_is_full
 from support.errors import UserError
-
-
-class OwnLossError(UserError):
-    """The user's loss raised an exception."""
 
 
 def loss_file(text):
@@ -47,6 +44,11 @@ def load_loss(text, file=None):
         names = " or ".join(f"--loss {file}:{key}" for key in functions) or "a file with a function"
         raise UserError(f"--loss {text} does not name a function of the file: use {names}.")
     return vars(module)[name]
+
+
+def own_loss(text, copy):
+    """The loss of --loss, from the run's own copy if there is one. Its errors are sentences."""
+    return partial(call_loss, load_loss(text, copy if copy.exists() else None), text)
 
 
 def check_loss(function, text, noise):
@@ -110,7 +112,7 @@ def call_loss(function, text, **values):
     except Exception as e:
         if isinstance(e, RuntimeError | MemoryError) and memory_is_full(e):
             raise
-        raise OwnLossError(
+        raise UserError(
             f"--loss {text} failed with {type(e).__name__}: {e}. Correct it and run the command "
             "again.",
             details=traceback.format_exc(),

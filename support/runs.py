@@ -99,7 +99,7 @@ def open_log(file, columns):
 
 
 def cut_log(file, rows):
-    """Keeps the header and the first `rows` whole lines of a CSV file; makes it if it is missing."""
+    """Keeps the header and the first `rows` whole lines of a CSV file; makes a missing file."""
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     write_text(file, "".join(lines[: rows + 1]))
@@ -131,3 +131,11 @@ def deferred_interrupts():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def progress_figures(it, device):
+    """{name: text} of an sdd.Iteration, for a progress bar."""
+    figures = {"loss": f"{it.loss:.2e}", "lr": f"{it.lr:.1e}"}
+    if device.type == "cuda":
+        figures["GB"] = f"{torch.cuda.max_memory_reserved() / 1e9:.1f}"
+    return figures

@@ -31,6 +31,7 @@ SEVERAL = "--concept star moon 'red cross'"
 OUTPUT = "--preview star moon --preview-every 2 --preview-steps 2 --preview-guidance-scale 7.5"
 ROLES = "--roles paper"
 ANCHOR = "--anchor circle --anchor-images 5"
+ABLATE = f"--concept star {LOOP} --method ablate {ANCHOR}"
 TRAININGS = {
     "sdd": f"--concept star {LOOP} {ROLES}",
     "sdd, emoji": f"--model emoji --concept alcohol {LOOP} {ROLES}",
@@ -51,9 +52,8 @@ TRAININGS = {
     "esd-x": f"--concept star {LOOP} {ROLES} --method esd-x --erase-scale 2",
     "esd-u": f"--concept star {LOOP} {ROLES} --method esd-u --erase-scale 2",
     "ablate": f"--concept star moon {LOOP} --method ablate {ANCHOR} --prior 1 --detach-start",
-    "ablate, embedding": f"--concept star {LOOP} --method ablate {ANCHOR} --train-params embedding",
-    "ablate, everything": f"--concept star {LOOP} --method ablate {ANCHOR} --prior 0.5 --preserve 1 "
-    "--keep moon --adversary 1",
+    "ablate, embedding": f"{ABLATE} --train-params embedding",
+    "ablate, everything": f"{ABLATE} --prior 0.5 --preserve 1 --keep moon --adversary 1",
     "ablate-noise": f"--concept star {LOOP} --method ablate-noise {ANCHOR}",
     "all-but-one": f"--concept star {LOOP} {ROLES} --method all-but-one --anchor circle",
     "all-but-one, quantile": f"--concept star {LOOP} {ROLES} --method all-but-one --quantile 0.9 "
@@ -61,7 +61,8 @@ TRAININGS = {
     "uce": "--concept star moon --method uce --anchor circle --template {} 'a {}' --keep heart "
     "--ridge 0.5 --states last",
     "uce, all states": "--concept star --method uce --template {} --keep heart --states all",
-    "mace": "--concept star --method mace --anchor circle --template {} 'a {} on sand' --keep heart",
+    "mace": "--concept star --method mace --anchor circle --template {} 'a {} on sand' "
+    "--keep heart",
     "rece": "--concept star --method rece --template {} --keep heart --iters 3",
     "speed": "--concept star --method speed --anchor circle --template {} --keep heart moon",
 }

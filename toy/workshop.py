@@ -25,7 +25,7 @@ import losses
 import sdd
 import weights
 from guidance import cfg, sample
-from pipeline import encode_prompts, generate_images, initial_noise, make_scheduler
+from pipeline import encode_prompts, images, initial_noise, make_scheduler
 from presets import PRESETS, TRAIN_PARAMS
 from support.images import grid
 from toy import shapes
@@ -69,10 +69,17 @@ def generate(model, unet, prompt, n=12):
 
 def generate_all(model, unet, c_0, c_p, seeds):
     """One image for each row of c_p (n, 77, 64) and each seed, uint8 (n, 64, 64, 3)."""
-    images = generate_images(
-        model, unet, c_0, c_p, seeds, image_scheduler(model), GUIDANCE_SCALE, torch.float32
+    model = model._replace(unet=unet)
+    generated = images(
+        model,
+        c_p,
+        seeds,
+        negative=c_0,
+        scheduler="ddim",
+        steps=IMAGE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
     )
-    return np.stack(list(images))
+    return np.stack(list(generated))
 
 
 @torch.no_grad()
@@ -208,6 +215,9 @@ def forget(
     """
     iters = min(iters, 4) if SHORT else iters
     student, teacher, theta, theta_ema = copies(model)
+    generator = torch.Generator().manual_seed(seed)
+    c_0, c_s, joined = encode_prompts(model, "", list(concepts), ", ".join(concepts))
+    terms = [losses.preservation_term(preserve, None, generator)] if preserve else []
     iterations = sdd.sdd(
         student,
         teacher,
@@ -215,20 +225,15 @@ def forget(
         torch.optim.AdamW(theta, lr, weight_decay=TOY["weight_decay"]),
         theta_ema,
         make_scheduler(model.scheduler, TOY["steps"], "ddim"),
-        encode_prompts(model, [""]),
-        encode_prompts(model, concepts),
-        encode_prompts(model, [", ".join(concepts)]),
+        sdd.Prompts(c_0, c_s, joined, c_a),
         (batch_size, 4, 16, 16),
-        torch.Generator().manual_seed(seed),
+        generator,
+        rates=sdd.learning_rates(iters, lr, warmup=iters // 4),
         loss=loss,
+        terms=terms,
         s_g=TOY["guidance_scale"],
         m=m,
-        iters=iters,
-        lr=lr,
-        warmup=iters // 4,
         roles=roles,
-        c_a=c_a,
-        preserve=preserve,
     )
     for it in progress(iterations, label or ", ".join(concepts), total=iters, unit="iteration"):
         if watch:
