@@ -224,7 +224,11 @@ class Adversary:
 
     def term(self, loss):
         """The term for sdd.sdd: the same loss, with the adversary's words as what to unlearn."""
-        return lambda **batch: loss(**batch | dict(c_s=self(**batch)))
+
+        def term(i, j, **batch):
+            return loss(**batch | dict(c_s=self(**batch, i=i, j=j)))
+
+        return term
 
     def __call__(self, e, e_original, z_t, t, c_s, i, j, **_):
         """c(v) (B, 77, D) for the concept j, after `steps` steps. i: the iteration."""
