@@ -264,8 +264,6 @@ def fit(stage, module, loss, optimizers, plan, machine, write=None):
     batches of a step are computed at the same time, with one thread each: this uses the cores
     better than a larger batch does.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
     averaged, parameters = copy.deepcopy(module), list(module.parameters())
     kept = {"module": module.state_dict(), "averaged": averaged.state_dict()}
     first, *muons = optimizers
@@ -274,6 +272,8 @@ def fit(stage, module, loss, optimizers, plan, machine, write=None):
     start, file = 0, RUNS / f"{stage}.safetensors"
     if file.exists():
         start = int(weights.load_checkpoint(file, kept, first)["step"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
 
     def gradients(number):
         """(loss, its gradients) of one batch."""
