@@ -6,9 +6,8 @@
     pip install resvg_py
     python -m toy.atlas FOLDER        # the folder with the six .tgz files
 
-Writes `toy/emoji_atlas/`: one sheet of tiles per artist, and index.json, which says from which icon
-each tile comes. The atlas is committed, so nothing else needs these packages. NOTICE has their
-licences.
+Writes `toy/emoji_atlas/`: one sheet of tiles per artist, and index.json with the icon of each tile.
+The atlas is committed, so nothing else needs these packages. NOTICE has their licences.
 """
 
 import io

@@ -10,7 +10,7 @@ NOTICE names their authors and licences.
 2. Occasions are the paper's *implicit* concept. "a party" never names alcohol and nearly always
    shows it, as "<country> body" shows nudity. "a battle" does the same with weapons. "an orchard"
    (fruit) is the control.
-3. Drawings stay near the middle, because a small UNet learns what a caption means faster so.
+3. Drawings stay near the middle. A small UNet then learns faster what a caption means.
 4. One pair (artist, thing) in twenty is never shown. These pairs test whether a model can compose
    what it knows.
 """
@@ -120,7 +120,7 @@ KEEP_PROMPTS = [
     *("a cake by blob on sky", "a car by flat", "a hammer, fluent, cream", "something by noto"),
     *("a face by emojione on lilac", "a plant", "an orchard", "an apple, blob, mint"),
 ]
-# The presets were tuned on the shapes. The page of the study `alcohol` says how these were found.
+# The presets were tuned on the shapes. docs/results-emoji.md says how these were found.
 RATES, RATE = {"ablate": 0.25}, 0.5
 INIT = "something"
 # With 12 steps and 7.5, the default, the model got 84 % of the artists right, with 5 91 % (n = 93:

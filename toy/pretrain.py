@@ -6,7 +6,7 @@
     python -m toy.pretrain emoji --device cuda --bf16    on a GPU; not tried yet
 
 Every step's data depends on (stage, step) alone, and the state is saved every few minutes. So a run
-that is cut short continues as if it had not been. What differs from Stable Diffusion's training:
+that was stopped continues with the same bits. What differs from Stable Diffusion's training:
 
 1. Latents are scaled to standard deviation 0.5, not 1. A 16x16 latent shows its mean through more
    noise than a 64x64 one: at t = 981 (√ᾱ = 0.076) it would still be legible, and the model would
@@ -308,12 +308,14 @@ def fit(stage, module, loss, optimizers, plan, machine, write=None):
         done = step + 1
         if done % plan.save_every == 0 or done == plan.steps:
             weights.save_checkpoint(file, kept, first, {"step": str(done)})
-            mean, pause = np.mean(losses[-plan.save_every :]), (time.time() - began) / len(losses)
+            mean, seconds = np.mean(losses[-plan.save_every :]), (time.time() - began) / len(losses)
             mode = "w" if len(losses) == done <= plan.save_every else "a"  # "w": from step 0
             with open(RUNS / f"{stage}.csv", mode, newline="") as f:
                 # step, mean loss since the last row, seconds a step
-                csv.writer(f).writerow((done, f"{mean:.5f}", f"{pause:.3f}"))
-            print(f"{stage} {done}/{plan.steps}: loss {mean:.5f}, {pause:.3f} s a step", flush=True)
+                csv.writer(f).writerow((done, f"{mean:.5f}", f"{seconds:.3f}"))
+            print(
+                f"{stage} {done}/{plan.steps}: loss {mean:.5f}, {seconds:.3f} s a step", flush=True
+            )
             if write:
                 write(averaged)
     module.load_state_dict(averaged.state_dict())
@@ -440,7 +442,7 @@ def latents(world):
     scenes = [world.scene(rng) for _ in range(n)]
     vae = weights.load_network(world.MODEL, "vae")
     encoded = []
-    for i in range(0, n, 100):  # the first hundred tell whether the stored latents still fit
+    for i in range(0, n, 100):  # the first hundred show whether the stored latents fit
         images = [world.draw(scene, rng) for scene in scenes[i : i + 100]]
         encoded.append(vae.encode(probe.to_tensor(images)).half())
         if i == 0 and file.exists():

@@ -1,4 +1,4 @@
-"""The shapes world: a 64x64 image of one shape, and a caption that says some of what it shows.
+"""The shapes world: a 64x64 image of one shape, and a caption of a part of what it shows.
 
 A scene is shape x colour x texture x background, drawn at a random position and size. Three words
 are kept rare (`star`, `red`, `striped`), because they are the ones to be erased: SDD's target is
