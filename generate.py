@@ -59,7 +59,7 @@ def parse(argv=None):
     add("--model", metavar="MODEL",
         help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: the "
         f"patch's model, else {weights.DEFAULT_MODEL})")
-    add("--patch", type=not_empty, nargs="+", default=[], metavar="[NAME=]FILE",
+    add("--patch", type=not_empty, nargs="+", action="extend", default=[], metavar="[NAME=]FILE",
         help="one or more erased.safetensors of train.py, or the word none for the untouched "
         "model, side by side")
     add("--word", type=not_empty, metavar="FILE",
