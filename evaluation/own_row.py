@@ -38,6 +38,7 @@ from evaluation.tables import markdown
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
+from support.runs import begin_or_continue
 from support.statistics import figure, is_original, judge
 from toy import suite, worlds
 
@@ -65,9 +66,16 @@ def own_row(args):
     seeds = SEEDS[: args.seeds or 1]
     limit = args.limit or LIMIT
     out = args.out
+    settings = {
+        "loss": args.loss,
+        "sha256": sha256(loss_file(args.loss)),
+        "seeds": seeds,
+        "limit": limit,
+        "train_flags": args.train_flags,
+    }
     stopped.clear()
     with lock_folder(out):
-        open_folder(out, args, seeds, limit)
+        begin_or_continue(out / "loss.json", settings)
         work = [(table, args.loss, name, seeds, limit, train_flags, out) for table in TABLES]
         with ThreadPoolExecutor(2) as pool:  # one thread per process, two processes at a time
             try:
@@ -91,27 +99,6 @@ def split_flags(text):
         if flag in OWN_FLAGS:
             raise UserError(f"--train-flags has {flag}, which this command sets itself: remove it.")
     return words
-
-
-def open_folder(out, args, seeds, limit):
-    """Writes loss.json; a folder of the same comparison is continued, another one is refused."""
-    content = {
-        "loss": args.loss,
-        "sha256": sha256(loss_file(args.loss)),
-        "seeds": seeds,
-        "limit": limit,
-        "train_flags": args.train_flags,
-    }
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    file = out / "loss.json"
-    if file.exists() and file.read_text(encoding="utf-8") == text:
-        return
-    if any(not path.name.startswith(".") for path in out.iterdir()):
-        raise UserError(
-            f"{out} holds another comparison, or the loss has changed since: choose a new folder "
-            "with --out."
-        )
-    write_text(file, text)
 
 
 # ------------------------------------------------------------------------------------- commands

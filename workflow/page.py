@@ -244,7 +244,7 @@ def page_text(name, tables, columns, command, commit):
     verdicts = [compared(tables, claims) for claims in CLAIMS]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, trim_blocks=True).get_template("results.md.j2")
-    return template.render(
+    text = template.render(
         study=study,
         closed=any(row.closed for row in study.rows),
         command=command,
@@ -253,6 +253,7 @@ def page_text(name, tables, columns, command, commit):
         grids=[grid(one) for one in verdicts if one],
         **tables_in_markdown(name, tables, columns),
     )
+    return text.strip() + "\n"
 
 
 def write_images(name, tables, folder):

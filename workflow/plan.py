@@ -57,11 +57,10 @@ ARTIST_TEMPLATES = (
     "an owl on cream, {}",
     "{}, guitar, sky",
 )
-# The templates of presets.py are for things ("a {}").
+# The templates of toy/emoji.py are for things ("a {}").
 UCE_ARTIST_TEMPLATES = ("{}", "by {}", "a picture by {}", "something by {}", "a fox on mint, {}")
 # Images per row of Figure 2: 20 of each texture and template, or 10 of each artist and template.
 MATRIX_LIMIT = 240
-
 ATTACKED_LONG = (ORIGINAL, "sdd", OURS, "esd-x", "uce")  # with more attacks and more steps
 NOISE_SAMPLES = 12  # each of them is generated 48 times
 
@@ -307,7 +306,8 @@ def patches(study):
     table, seeds = STUDIES[study].table, STUDIES[study].seeds
     found = {}
     for row in STUDIES[study].rows:
-        found[row.name] = unique(patch_file(table, row.name, seed) for seed in seeds)
+        files = (patch_file(table, row.name, seed) for seed in seeds)
+        found[row.name] = list(dict.fromkeys(files))
     return found
 
 
@@ -357,11 +357,8 @@ def page_inputs(study):
 
 def trainings(study):
     """The patches that a study trains."""
-    return unique(file for table in table_names(study) for file in table_inputs(study, table))
-
-
-def unique(names):
-    return list(dict.fromkeys(names))
+    files = (file for table in table_names(study) for file in table_inputs(study, table))
+    return list(dict.fromkeys(files))
 
 
 # ---------------------------------------------------------------------------------------- commands
