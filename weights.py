@@ -108,6 +108,17 @@ SAMPLER_DEFAULTS = {
 }
 
 
+def sd14_config(part, **changed):
+    """The content of SD 1.4's config.json, with other values for some keys.
+
+    SD 1.4's numbers are the defaults of our modules. part: one of NETWORKS, or "scheduler".
+    """
+    make = DDIM if part == "scheduler" else NETWORKS[part][0]
+    arguments = inspect.signature(make).parameters
+    defaults = {key: arguments[key].default for key in arguments if key in ARGUMENTS[part]}
+    return defaults | ONLY[part] | changed
+
+
 class Model(NamedTuple):
     name: str
     unet: UNet

@@ -99,9 +99,9 @@ class Previews:
             e_0_before = original(z, t, c_0)
             for name, model in (("student", self.student), ("teacher", self.teacher)):
                 c_s = self.embed(model, [", ".join(self.a.concept)], self.c.joined)
-                e_0, e_s = model.unet(z, t, c_0), model.unet(z, t, c_s)
-                values.setdefault(f"gap_{name}", []).append(mean_square(e_s - e_0))
-                values.setdefault(f"drift_{name}", []).append(mean_square(e_0 - e_0_before))
+                gap, drift = gap_and_drift(model.unet, z, t, c_s, c_0, e_0_before)
+                values.setdefault(f"gap_{name}", []).append(gap)
+                values.setdefault(f"drift_{name}", []).append(drift)
         return {key: float(np.mean(figures)) for key, figures in values.items()}
 
     def embed(self, model, prompts, c):
@@ -278,6 +278,12 @@ def thin_out(values, n):
 
 
 # ------------------------------------------------------------------------------------- measures
+def gap_and_drift(unet, z, t, c_s, c_0, e_0_before):
+    """(mean |e(c_s) − e(c_0)|², mean |e(c_0) − e°(c_0)|²). e_0_before: e°(c_0), the original's."""
+    e_0, e_s = unet(z, t, c_0), unet(z, t, c_s)
+    return mean_square(e_s - e_0), mean_square(e_0 - e_0_before)
+
+
 def mean_square(x):
     return x.float().square().mean().item()
 

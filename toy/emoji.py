@@ -10,7 +10,7 @@ NOTICE names their authors and licences.
 2. Occasions are the paper's *implicit* concept. "a party" never names alcohol and nearly always
    shows it, as "<country> body" shows nudity. "a battle" does the same with weapons. "an orchard"
    (fruit) is the control.
-3. Drawings stay near the middle, because a small UNet learns what a caption means faster so.
+3. Drawings stay near the middle. A small UNet then learns faster what a caption means.
 4. One pair (artist, thing) in twenty is never shown. These pairs test whether a model can compose
    what it knows.
 """
@@ -34,6 +34,7 @@ CREDIT = (  # the file NOTICE has the licences
     "Apache License 2.0), Twemoji (Twitter and others, CC BY 4.0), EmojiTwo (CC BY 4.0) and Fluent "
     "Emoji (Microsoft, MIT)."
 )
+PROBE_STEPS = 4000  # of the probe's training
 SIZE = 64  # pixels a side
 ATLAS = Path(__file__).parent / "emoji_atlas"
 TILE = 96  # pixels a side of a tile of the atlas
@@ -101,13 +102,6 @@ ATTRIBUTES = {
     "artist": ARTISTS,
     "background": tuple(BACKGROUNDS),
 }
-GALLERY = (
-    ("artist", ARTISTS),
-    (
-        "thing",
-        tuple("bear panda owl octopus apple pizza beer sunflower bus skull cowboy rainbow".split()),
-    ),
-)
 # Words that stand without "a".
 BARE = set(
     "alcohol clothing food weather grapes fries popcorn coffee tea milk beer wine champagne sake "

@@ -6,7 +6,7 @@
     python -m toy.pretrain emoji --device cuda --bf16    on a GPU; not tried yet
 
 Every step's data depends on (stage, step) alone, and the state is saved every few minutes. So a run
-that is cut short continues as if it had not been. What differs from Stable Diffusion's training:
+that was stopped continues with the same bits. What differs from Stable Diffusion's training:
 
 1. Latents are scaled to standard deviation 0.5, not 1. A 16x16 latent shows its mean through more
    noise than a 64x64 one: at t = 981 (√ᾱ = 0.076) it would still be legible, and the model would
@@ -33,8 +33,11 @@ import json
 import math
 import sys
 import time
+from collections import namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -45,116 +48,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import weights
-from clip_text import CLIPText, tokenize
+from clip_text import tokenize
 from scheduler import DDIM
 from support.cli import Parser, pick_device, run_command
 from support.files import write_text
 from toy import probe, worlds
-from unet import UNet
-from vae import VAE
 
 RUNS = Path("runs/pretrain")
-
-
-class Settings(NamedTuple):
-    """What differs between the two models."""
-
-    vae_widths: list
-    vae_batch: int
-    unet_widths: list
-    unet_attention: list  # the levels that have it
-    text_width: int
-    images: int  # how many the UNet learns from; each gets a new caption whenever it comes up
-    batches: int  # in each step of the autoencoder and the UNet (there, of 48 images)
-    muon: bool  # for the weight matrices of the autoencoder and the UNet
-    unet_lr: float
-    weighting: str  # of the UNet's loss over the time steps: a name in WEIGHTINGS
-    first_t: int  # the UNet learns from t >= first_t at first, from all t in the second half
-    schedule: str  # of the rate of the autoencoder and the UNet: a name in SCHEDULES
-    sampler: str  # the one that the model's scheduler_config.json names
-    steps: dict  # {stage: how many}
-
-
-SETTINGS = {
-    "shapes": Settings(
-        vae_widths=[16, 32, 64],
-        vae_batch=32,
-        unet_widths=[32, 64, 128, 128],
-        unet_attention=[1, 2],
-        text_width=64,
-        images=40_000,
-        batches=1,
-        muon=False,
-        unet_lr=1.5e-3,
-        weighting="min-snr-5",
-        first_t=0,
-        schedule="cosine",
-        sampler="PNDMScheduler",
-        steps=dict(vae=1750, text=600, unet=3500),
-    ),
-    "emoji": Settings(
-        vae_widths=[32, 64, 64, 128],
-        vae_batch=16,
-        unet_widths=[96, 128, 128, 128],
-        unet_attention=[0, 1],
-        text_width=96,
-        images=30_000,
-        batches=2,
-        muon=True,
-        unet_lr=3e-3,
-        weighting="v",
-        first_t=600,
-        schedule="constant",
-        sampler="DDIMScheduler",
-        steps=dict(vae=3_000, text=1000, unet=6_000),
-    ),
-}
-LATENT_STD = 0.5
-
-
-def vae_config(settings):
-    return dict(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=settings.vae_widths,
-        layers_per_block=1,
-        norm_num_groups=8,
-    )
-
-
-def text_config(settings):
-    width = settings.text_width
-    return dict(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-
-
-def unet_config(settings):
-    """The UNet's config. Not all levels have attention, because it makes steps slow.
-
-    Shapes, with the widths 32-64-96-96: 0.57 s with attention at the first level, 0.33 s without.
-    Emoji, 48 images on one core: 0.85 s with attention at three levels, 0.62 s at two.
-    """
-    down, up = [], []
-    for level in range(len(settings.unet_widths)):
-        cross = level in settings.unet_attention
-        down.append("CrossAttnDownBlock2D" if cross else "DownBlock2D")
-        up.insert(0, "CrossAttnUpBlock2D" if cross else "UpBlock2D")
-    return dict(
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=settings.unet_widths,
-        layers_per_block=2,
-        attention_head_dim=2,
-        cross_attention_dim=settings.text_width,
-        norm_num_groups=8,
-        down_block_types=down,
-        up_block_types=up,
-    )
 
 
 def cosine(progress):
@@ -166,12 +66,111 @@ def constant(progress):
     return min(1.0, 2 - 2 * progress)
 
 
-SCHEDULES = {"cosine": cosine, "constant": constant}
-# Weights of the noise estimate's squared error, by the signal-to-noise ratio.
-WEIGHTINGS = {
-    "min-snr-5": lambda snr: snr.clamp(max=5) / snr,
-    "v": lambda snr: ((1 + snr) / snr).clamp(max=100),
+def min_snr(snr):
+    return snr.clamp(max=5) / snr
+
+
+def velocity(snr):
+    return ((1 + snr) / snr).clamp(max=100)
+
+
+# fmt: off
+TABLE = [
+    # setting           shapes              emoji
+    ("vae_widths",      [16, 32, 64],       [32, 64, 64, 128]),
+    ("vae_batch",       32,                 16),
+    ("vae_steps",       1750,               3000),
+    ("text_width",      64,                 96),
+    ("text_steps",      600,                1000),
+    ("unet_widths",     [32, 64, 128, 128], [96, 128, 128, 128]),
+    ("unet_attention",  [1, 2],             [0, 1]),             # the levels that have it
+    ("unet_steps",      3500,               6000),
+    ("unet_lr",         1.5e-3,             3e-3),
+    # How many the UNet learns from; each gets a new caption whenever it comes up.
+    ("images",          40_000,             30_000),
+    # The weight of the noise estimate's squared error, by the signal-to-noise ratio.
+    ("weighting",       min_snr,            velocity),
+    # The UNet learns from t >= first_t at first, from all t in the second half.
+    ("first_t",         0,                  600),
+    # Of the autoencoder and the UNet: batches in each step (the UNet's have 48 images), the
+    # schedule of the rate, and whether Muon trains the weight matrices.
+    ("batches",         1,                  2),
+    ("schedule",        cosine,             constant),
+    ("muon",            False,              True),
+    # The one that the model's scheduler_config.json names.
+    ("sampler",         "PNDMScheduler",    "DDIMScheduler"),
+]
+# fmt: on
+Settings = namedtuple("Settings", [name for name, _, _ in TABLE])
+SETTINGS = {
+    "shapes": Settings(*(value for _, value, _ in TABLE)),
+    "emoji": Settings(*(value for _, _, value in TABLE)),
 }
+LATENT_STD = 0.5
+
+
+def vae_config(world, scaling_factor=1.0):
+    """The content of config.json, as weights.sd14_config."""
+    widths = SETTINGS[world.NAME].vae_widths
+    return weights.sd14_config(
+        "vae",
+        _class_name="AutoencoderKL",
+        block_out_channels=widths,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=world.SIZE,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        scaling_factor=scaling_factor,
+    )
+
+
+def text_config(world, vocab_size):
+    width = SETTINGS[world.NAME].text_width
+    return weights.sd14_config(
+        "text_encoder",
+        architectures=["CLIPTextModel"],
+        dtype="float32",
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=width,
+        vocab_size=vocab_size,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+
+
+def unet_config(world):
+    """Not all levels have attention, because it makes steps slow.
+
+    Shapes, with the widths 32-64-96-96: 0.57 s with attention at the first level, 0.33 s without.
+    Emoji, 48 images on one core: 0.85 s with attention at three levels, 0.62 s at two.
+    """
+    settings, down, up = SETTINGS[world.NAME], [], []
+    for level in range(len(settings.unet_widths)):
+        cross = level in settings.unet_attention
+        down.append("CrossAttnDownBlock2D" if cross else "DownBlock2D")
+        up.insert(0, "CrossAttnUpBlock2D" if cross else "UpBlock2D")
+    return weights.sd14_config(
+        "unet",
+        _class_name="UNet2DConditionModel",
+        block_out_channels=settings.unet_widths,
+        attention_head_dim=2,
+        cross_attention_dim=settings.text_width,
+        norm_num_groups=8,
+        sample_size=world.SIZE // 2 ** (len(settings.vae_widths) - 1),
+        down_block_types=down,
+        up_block_types=up,
+    )
+
+
+def build(network, config):
+    """One of weights.NETWORKS, with random weights."""
+    make, _ = weights.NETWORKS[network]
+    return make(**{key: config[key] for key in weights.ARGUMENTS[network]})
 
 
 class Machine(NamedTuple):
@@ -180,9 +179,6 @@ class Machine(NamedTuple):
     device: torch.device = torch.device("cpu")
     bf16: bool = False  # the forward pass in bfloat16; the weights stay in float32
     compiled: bool = False  # torch.compile for the UNet
-
-
-CPU = Machine()
 
 
 def attention_kernel(machine):
@@ -197,56 +193,30 @@ def as_matrix(x):
     return x.permute(0, 2, 3, 1).flatten(1) if x.dim() == 4 else x
 
 
-def orthogonalise(x):
-    """A stack of matrices (n, O, I) -> about the nearest matrices with orthogonal rows or columns.
+class Muon(torch.optim.Muon):
+    """Muon for weights of linear and convolution layers, with which AdamW's learning rates fit.
 
-    The Newton-Schulz iteration of torch.optim.Muon, with its five steps and its coefficients.
-    """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT).mT
-    x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        update = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, update, x, beta=3.4445)
-    return x
-
-
-class Muon:
-    """Muon for weights of linear and convolution layers.
-
-    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), with which the learning rates of
-    AdamW fit. But all matrices of one shape are computed together: for 230 matrices of a UNet,
-    this took 0.12 s on two cores, and torch's, one by one, 0.26 s.
+    torch's Muon takes matrices only. So it gets views of the weights as matrices. For 230 matrices
+    of a UNet a step takes 0.26 s on two cores.
     """
 
     def __init__(self, parameters, lr):
-        self.parameters, self.lr = parameters, lr
-        for p in parameters:  # as_matrix must not copy: step writes into its result
+        self.weights = parameters
+        for p in parameters:
             assert as_matrix(p).data_ptr() == p.data_ptr(), "a convolution is not channels-last"
-        self.momenta = [torch.zeros_like(as_matrix(p)) for p in parameters]
-        self.groups = {}  # {shape: numbers of the parameters}
-        for i, momentum in enumerate(self.momenta):
-            self.groups.setdefault(tuple(momentum.shape), []).append(i)
+        matrices = [torch.nn.Parameter(as_matrix(p.detach())) for p in parameters]
+        super().__init__(matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        for matrix in matrices:
+            self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
 
-    def state(self):
+    def momenta(self):
         """What a checkpoint has to keep: {number of the weight: its momentum}."""
-        return {str(i): momentum for i, momentum in enumerate(self.momenta)}
+        return {str(i): state["momentum_buffer"] for i, state in enumerate(self.state.values())}
 
-    @torch.no_grad()
-    def step(self, rate, momentum=0.95, weight_decay=0.01):
-        """One step with `rate` times the learning rate."""
-        lr = rate * self.lr
-        for shape, group in self.groups.items():
-            gradients = [as_matrix(self.parameters[i].grad) for i in group]
-            averages = [self.momenta[i] for i in group]
-            torch._foreach_lerp_(averages, gradients, 1 - momentum)
-            nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
-            updates = orthogonalise(nesterov).float() * (0.2 * max(shape) ** 0.5)
-            for i, update in zip(group, updates):
-                matrix = as_matrix(self.parameters[i])  # shares the parameter's memory
-                matrix.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
+    def step(self):
+        for p, matrix in zip(self.weights, self.param_groups[0]["params"]):
+            matrix.grad = as_matrix(p.grad)
+        super().step()
 
 
 def split_for_muon(module):
@@ -261,44 +231,49 @@ def split_for_muon(module):
     return matrices, others
 
 
-def with_muon(module, lr):
-    """(Muon for the module's inner matrices, AdamW's parameter groups for the rest)."""
+def adamw(parameters, lr):
+    """parameters: tensors, or groups with their own rates."""
+    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
+def make_optimizers(module, lr, muon):
+    """[AdamW], or with `muon` [AdamW, Muon for the module's inner matrices]."""
+    if not muon:
+        return [adamw(module.parameters(), lr)]
     matrices, others = split_for_muon(module)
-    return Muon(matrices, lr), [dict(params=others, lr=lr)]
+    return [adamw(others, lr), Muon(matrices, lr)]
 
 
-def fit(
-    stage,
-    module,
-    loss,
-    groups,
-    steps,
-    average=0.998,
-    warmup=200,
-    save_every=250,
-    schedule=cosine,
-    write=None,
-    machine=CPU,
-    batches=1,
-    muon=None,
-):
-    """Minimises loss(number of a batch) over `groups` (AdamW). Leaves averaged weights in `module`.
+class Plan(NamedTuple):
+    """The numbers of a training."""
 
-    Continues from RUNS/<stage>.safetensors, which is written every `save_every` steps; a curve goes
-    to <stage>.csv. `write`, if given, gets the averaged module at the same times. `module` is on
-    machine.device. A step takes the mean gradient of `batches` batches. On a CPU they are computed
-    at the same time, with one thread each: this uses the cores better than a larger batch does.
-    `muon`, if given, trains the parameters that are not in `groups`.
+    steps: int
+    batches: int = 1  # a step takes the mean gradient of so many batches
+    schedule: Callable = cosine
+    average: float = 0.998
+    warmup: int = 200
+    save_every: int = 250
+
+
+def fit(stage, module, loss, optimizers, plan, machine, write=None):
+    """Minimises loss(number of a batch). Leaves averaged weights in `module`.
+
+    optimizers: of make_optimizers. `module` is on machine.device.
+    Continues from RUNS/<stage>.safetensors, which is written every save_every steps; a curve goes
+    to <stage>.csv. `write`, if given, gets the averaged module at the same times. On a CPU the
+    batches of a step are computed at the same time, with one thread each: this uses the cores
+    better than a larger batch does.
     """
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
     averaged, parameters = copy.deepcopy(module), list(module.parameters())
     kept = {"module": module.state_dict(), "averaged": averaged.state_dict()}
-    if muon:
-        kept["momentum"] = muon.state()
+    first, *muons = optimizers
+    for muon in muons:
+        kept["momentum"] = muon.momenta()
     start, file = 0, RUNS / f"{stage}.safetensors"
     if file.exists():
-        start = int(weights.load_checkpoint(file, kept, optimizer)["step"])
+        start = int(weights.load_checkpoint(file, kept, first)["step"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
 
     def gradients(number):
         """(loss, its gradients) of one batch."""
@@ -307,52 +282,55 @@ def fit(
         return value.item(), torch.autograd.grad(value, parameters)
 
     each = map
-    if batches > 1 and machine.device.type == "cpu":
-        each = ThreadPoolExecutor(batches, initializer=torch.set_num_threads, initargs=(1,)).map
+    if plan.batches > 1 and machine.device.type == "cpu":
+        threads = ThreadPoolExecutor(plan.batches, initializer=torch.set_num_threads, initargs=(1,))
+        each = threads.map
         if machine.compiled:  # one thread compiles; two at the same time have hung
             with attention_kernel(machine):
                 list(each(gradients, [0]))
     began, losses = time.time(), []
-    for step in range(start, steps):
-        pace = min((step + 1) / warmup, schedule(step / steps))
-        for group, rate in zip(optimizer.param_groups, rates):
+    for step in range(start, plan.steps):
+        pace = min((step + 1) / plan.warmup, plan.schedule(step / plan.steps))
+        for group, rate in zip(groups, rates):
             group["lr"] = rate * pace
         with attention_kernel(machine):
-            found = list(each(gradients, range(batches * step, batches * (step + 1))))
+            numbers = range(plan.batches * step, plan.batches * (step + 1))
+            found = list(each(gradients, numbers))
         for p, *parts in zip(parameters, *[part for _, part in found]):
-            p.grad = sum(parts) / batches
+            p.grad = sum(parts) / plan.batches
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if muon:
-            muon.step(pace)
-        m = min(average, (step + 1) / (step + 10))
+        for optimizer in optimizers:
+            optimizer.step()
+        m = min(plan.average, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - m)
         losses.append(np.mean([value for value, _ in found]))
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            weights.save_checkpoint(file, kept, optimizer, {"step": str(step + 1)})
-            row = (
-                step + 1,
-                f"{np.mean(losses[-save_every:]):.5f}",
-                f"{(time.time() - began) / len(losses):.3f}",
-            )
-            mode = "w" if len(losses) == step + 1 <= save_every else "a"  # a training from step 0
+        done = step + 1
+        if done % plan.save_every == 0 or done == plan.steps:
+            weights.save_checkpoint(file, kept, first, {"step": str(done)})
+            mean, seconds = np.mean(losses[-plan.save_every :]), (time.time() - began) / len(losses)
+            mode = "w" if len(losses) == done <= plan.save_every else "a"  # "w": from step 0
             with open(RUNS / f"{stage}.csv", mode, newline="") as f:
-                csv.writer(f).writerow(row)  # step, mean loss since the last row, seconds a step
-            print(f"{stage} {step + 1}/{steps}: loss {row[1]}, {row[2]} s a step", flush=True)
+                # step, mean loss since the last row, seconds a step
+                csv.writer(f).writerow((done, f"{mean:.5f}", f"{seconds:.3f}"))
+            print(
+                f"{stage} {done}/{plan.steps}: loss {mean:.5f}, {seconds:.3f} s a step", flush=True
+            )
             if write:
                 write(averaged)
     module.load_state_dict(averaged.state_dict())
 
 
-def write_network(folder, network, config, module):
+def write_network(world, network, config, module):
     """One network of the model folder: config.json and float16 weights."""
-    name = weights.NETWORKS[network][1]
-    weights.save(
-        folder / network / f"{name}.safetensors",
-        {k: v.half() for k, v in module.state_dict().items()},
-    )
-    write_text(folder / network / "config.json", json.dumps(config, indent=2) + "\n")
+    folder, name = world.MODEL / network, weights.NETWORKS[network][1]
+    tensors = {key: x.half() for key, x in module.state_dict().items()}
+    weights.save(folder / f"{name}.safetensors", tensors)
+    write_json(folder / "config.json", config)
+
+
+def write_json(file, content):
+    write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def distance(y, x, eye):
@@ -365,7 +343,7 @@ def train_vae(world, machine, lr=2e-3):
     """The distance to the original, and a light KL term that keeps the latents smooth."""
     settings = SETTINGS[world.NAME]
     torch.manual_seed(0)
-    vae = VAE(**vae_config(settings), scaling_factor=1.0)
+    vae = build("vae", vae_config(world))
     vae.to(machine.device, memory_format=torch.channels_last)
     eye = probe.load(world.PROBE).to(machine.device)
 
@@ -378,21 +356,9 @@ def train_vae(world, machine, lr=2e-3):
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return distance(vae.decode(z).float(), x, eye) + 1e-3 * kl
 
-    muon, groups = None, [dict(params=vae.parameters(), lr=lr)]
-    if settings.muon:
-        muon, groups = with_muon(vae, lr)
-    fit(
-        f"{world.NAME}/vae",
-        vae,
-        loss,
-        groups,
-        settings.steps["vae"],
-        schedule=SCHEDULES[settings.schedule],
-        machine=machine,
-        batches=settings.batches,
-        muon=muon,
-        save_every=100,
-    )
+    optimizers = make_optimizers(vae, lr, settings.muon)
+    plan = Plan(settings.vae_steps, settings.batches, settings.schedule, save_every=100)
+    fit(f"{world.NAME}/vae", vae, loss, optimizers, plan, machine)
     write_vae(world, vae.cpu())
 
 
@@ -400,17 +366,8 @@ def train_vae(world, machine, lr=2e-3):
 def write_vae(world, vae):
     images = worlds.batch(world, np.random.default_rng(7), 1024)[1]
     z = torch.cat([vae.encode(probe.to_tensor(part)) for part in np.array_split(images, 16)])
-    levels = len(SETTINGS[world.NAME].vae_widths)
-    config = vae_config(SETTINGS[world.NAME]) | dict(
-        _class_name="AutoencoderKL",
-        _diffusers_version="0.42.1",
-        act_fn="silu",
-        sample_size=world.SIZE,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        scaling_factor=round(LATENT_STD / z.std().item(), 5),
-    )
-    write_network(world.MODEL, "vae", config, vae)
+    scaling_factor = round(LATENT_STD / z.std().item(), 5)
+    write_network(world, "vae", vae_config(world, scaling_factor), vae)
 
 
 def write_tokenizer(folder, vocabulary):
@@ -425,33 +382,23 @@ def write_tokenizer(folder, vocabulary):
                 if tuple(parts[i : i + 2]) == merges[done]:
                     parts[i : i + 2] = ["".join(merges[done])]
             done += 1
-    words = [
-        *alphabet,
-        *(c + "</w>" for c in alphabet),
-        *map("".join, merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    files = {
-        "vocab.json": json.dumps({word: i for i, word in enumerate(words)}, indent=0),
-        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-        "tokenizer_config.json": json.dumps(
-            dict(
-                tokenizer_class="CLIPTokenizer",
-                model_max_length=77,
-                bos_token="<|startoftext|>",
-                errors="replace",
-                eos_token="<|endoftext|>",
-                pad_token="<|endoftext|>",
-                unk_token="<|endoftext|>",
-            ),
-            indent=2,
-        ),
-    }
-    for name, text in files.items():
-        if not text.endswith("\n"):
-            text += "\n"
-        write_text(folder / "tokenizer" / name, text)
+    words = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    config = dict(
+        tokenizer_class="CLIPTokenizer",
+        model_max_length=77,
+        bos_token="<|startoftext|>",
+        errors="replace",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
+    folder = folder / "tokenizer"
+    vocab = json.dumps({word: i for i, word in enumerate(words)}, indent=0)
+    write_text(folder / "vocab.json", vocab + "\n")
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    write_text(folder / "merges.txt", "#version: 0.2\n" + lines)
+    write_json(folder / "tokenizer_config.json", config)
     return len(words)
 
 
@@ -462,7 +409,7 @@ def train_text(world, machine, size=256, lr=2e-3):
     vocab_size = write_tokenizer(world.MODEL, world.WORDS)
     tokenizer = weights.load_tokenizer(world.MODEL)
     values = [len(words) for words in world.ATTRIBUTES.values()]
-    text = CLIPText(vocab_size, **text_config(settings))
+    text = build("text_encoder", text_config(world, vocab_size))
     head = torch.nn.Linear(settings.text_width, sum(values))
     module = torch.nn.ModuleDict({"text": text, "head": head}).to(machine.device)
 
@@ -479,15 +426,8 @@ def train_text(world, machine, size=256, lr=2e-3):
             for a, b in zip(logits, probe.labels(scenes, world.ATTRIBUTES).values())
         )
 
-    fit(
-        f"{world.NAME}/text",
-        module,
-        loss,
-        [dict(params=module.parameters(), lr=lr)],
-        settings.steps["text"],
-        average=0.98,
-        machine=machine._replace(bf16=False),
-    )
+    plan, optimizers = Plan(settings.text_steps, average=0.98), [adamw(module.parameters(), lr)]
+    fit(f"{world.NAME}/text", module, loss, optimizers, plan, machine._replace(bf16=False))
     return module["text"]
 
 
@@ -502,7 +442,7 @@ def latents(world):
     scenes = [world.scene(rng) for _ in range(n)]
     vae = weights.load_network(world.MODEL, "vae")
     encoded = []
-    for i in range(0, n, 100):  # the first hundred tell whether the stored latents still fit
+    for i in range(0, n, 100):  # the first hundred show whether the stored latents fit
         images = [world.draw(scene, rng) for scene in scenes[i : i + 100]]
         encoded.append(vae.encode(probe.to_tensor(images)).half())
         if i == 0 and file.exists():
@@ -521,14 +461,15 @@ def train_unet(world, machine, size=48):
     text, tokenizer = train_text(world, machine), weights.load_tokenizer(world.MODEL)
     torch.manual_seed(2)
     scenes, z_all = latents(world)
-    unet = UNet(**unet_config(settings)).to(machine.device, memory_format=torch.channels_last)
+    unet = build("unet", unet_config(world))
+    unet.to(machine.device, memory_format=torch.channels_last)
     module = torch.nn.ModuleDict({"unet": unet, "text": text})
     noise_estimate = torch.compile(unet) if machine.compiled else unet  # the same weights
     tokenizer_lock = Lock()  # two threads may not use it at the same time
     scheduler = DDIM(50)  # only its noise schedule is used
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) * LATENT_STD**2
-    weight_at = WEIGHTINGS[settings.weighting](snr)
-    batches = settings.batches * settings.steps["unet"]  # in the whole training
+    weight_at = settings.weighting(snr)
+    batches = settings.batches * settings.unet_steps  # in the whole training
 
     def loss(number):
         rng, generator = np.random.default_rng([4, number]), torch.Generator().manual_seed(number)
@@ -546,103 +487,39 @@ def train_unet(world, machine, size=48):
         return (weight * (e - noise).square().mean((1, 2, 3))).mean()
 
     lr = settings.unet_lr
-    if settings.muon:
-        muon, groups = with_muon(module, lr)
-    else:
-        muon = None
-        groups = [
-            dict(params=unet.parameters(), lr=lr),
-            dict(params=text.parameters(), lr=0.4 * lr),
-        ]
-    fit(
-        f"{world.NAME}/unet",
-        module,
-        loss,
-        groups,
-        settings.steps["unet"],
-        average=0.999,
-        schedule=SCHEDULES[settings.schedule],
-        write=lambda averaged: write_model(world, averaged),
-        machine=machine,
-        batches=settings.batches,
-        muon=muon,
-    )
+    optimizers = make_optimizers(module, lr, settings.muon)
+    if not settings.muon:
+        slower = dict(params=text.parameters(), lr=0.4 * lr)
+        optimizers = [adamw([dict(params=unet.parameters()), slower], lr)]
+    plan = Plan(settings.unet_steps, settings.batches, settings.schedule, average=0.999)
+    write = partial(write_model, world)
+    fit(f"{world.NAME}/unet", module, loss, optimizers, plan, machine, write)
 
 
 def write_model(world, module):
     """All of the model folder but the autoencoder and the model card."""
-    folder, settings = world.MODEL, SETTINGS[world.NAME]
+    folder, sampler = world.MODEL, SETTINGS[world.NAME].sampler
     vocab_size = len(weights.load_tokenizer(folder))  # train_text has written it
-    write_network(
-        folder,
-        "unet",
-        unet_config(settings)
-        | dict(
-            _class_name="UNet2DConditionModel",
-            _diffusers_version="0.42.1",
-            sample_size=world.SIZE // 2 ** (len(settings.vae_widths) - 1),
-            act_fn="silu",
-            flip_sin_to_cos=True,
-            freq_shift=0,
-            norm_eps=1e-5,
-            downsample_padding=1,
-            mid_block_scale_factor=1,
-        ),
-        module["unet"],
-    )
-    write_network(
-        folder,
-        "text_encoder",
-        text_config(settings)
-        | dict(
-            architectures=["CLIPTextModel"],
-            model_type="clip_text_model",
-            hidden_act="quick_gelu",
-            dtype="float32",
-            layer_norm_eps=1e-5,
-            max_position_embeddings=77,
-            projection_dim=settings.text_width,
-            vocab_size=vocab_size,
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=vocab_size - 1,
-        ),
-        module["text"],
-    )
-    scheduler = dict(
-        _class_name=settings.sampler,
-        _diffusers_version="0.42.1",
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        trained_betas=None,
-        clip_sample=False,
-        timestep_spacing="leading",
-        prediction_type="epsilon",
-    )
-    if settings.sampler == "PNDMScheduler":
-        scheduler["skip_prk_steps"] = True
+    write_network(world, "unet", unet_config(world), module["unet"])
+    write_network(world, "text_encoder", text_config(world, vocab_size), module["text"])
+    inert = dict(set_alpha_to_one=False, clip_sample=False)
+    scheduler = weights.sd14_config("scheduler", _class_name=sampler, **inert)
+    if sampler != "PNDMScheduler":
+        del scheduler["skip_prk_steps"]
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
     index = dict(
         _class_name="StableDiffusionPipeline",
-        _diffusers_version="0.42.1",
         unet=["diffusers", "UNet2DConditionModel"],
         vae=["diffusers", "AutoencoderKL"],
         text_encoder=["transformers", "CLIPTextModel"],
         tokenizer=["transformers", "CLIPTokenizer"],
-        scheduler=["diffusers", settings.sampler],
+        scheduler=["diffusers", sampler],
         feature_extractor=[None, None],
         safety_checker=[None, None],
         image_encoder=[None, None],
         requires_safety_checker=False,
     )
-    for name, config in (
-        ("scheduler/scheduler_config.json", scheduler),
-        ("model_index.json", index),
-    ):
-        write_text(folder / name, json.dumps(config, indent=2) + "\n")
+    write_json(folder / "model_index.json", index)
 
 
 # The UNet's stage trains the text encoder first.

@@ -21,10 +21,11 @@ from torch import nn
 
 import weights
 from support.cli import Parser, one_of, run_command
+from toy import worlds
 
 
 class Probe(nn.Module):
-    """Pictures (B, 3, 64, 64) in [-1, 1] -> {attribute: logits (B, number of values)}."""
+    """Images (B, 3, 64, 64) in [-1, 1] -> {attribute: logits (B, number of values)}."""
 
     def __init__(self, attributes):
         super().__init__()
@@ -59,16 +60,16 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def name(self, x):
-        """Pictures -> {attribute: list of B words}."""
-        return {
-            name: [self.attributes[name][i] for i in logits.argmax(1)]
-            for name, logits in self(x).items()
-        }
+        """Images -> {attribute: list of B words}."""
+        words = {}
+        for name, logits in self(x).items():
+            words[name] = [self.attributes[name][i] for i in logits.argmax(1)]
+        return words
 
 
-def to_tensor(pictures):
+def to_tensor(images):
     """uint8 (B, 64, 64, 3) -> float (B, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.asarray(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def load(file):
@@ -96,21 +97,16 @@ def blemish(x, generator):
     return x + amount * (soft - x) + strength * noise
 
 
-STEPS = {"shapes": 2500, "emoji": 4000}  # of training, for each world
-
-
-def main(name, batch_size=64, lr=2e-3):
-    from . import worlds  # here, so that whoever only uses the probe does not need the worlds
-
-    world, steps = worlds.WORLDS[name], STEPS[name]
+def main(world, batch_size=64, lr=2e-3):
+    steps = world.PROBE_STEPS
     torch.manual_seed(0)
     generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(2)
     probe = Probe(world.ATTRIBUTES)
     optimizer = torch.optim.AdamW(probe.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for step in range(steps):
-        scenes, pictures, _ = worlds.batch(world, rng, batch_size)
-        logits = probe(blemish(to_tensor(pictures), generator))
+        scenes, images, _ = worlds.batch(world, rng, batch_size)
+        logits = probe(blemish(to_tensor(images), generator))
         truth = labels(scenes, world.ATTRIBUTES)
         loss = sum(F.cross_entropy(logits[name], truth[name]) for name in truth)
         optimizer.zero_grad()
@@ -119,27 +115,23 @@ def main(name, batch_size=64, lr=2e-3):
         schedule.step()
         if step % 250 == 0:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
-    scenes, pictures, _ = worlds.batch(world, np.random.default_rng(1_000_000), 4000)
+    scenes, images, _ = worlds.batch(world, np.random.default_rng(1_000_000), 4000)
     probe.eval()
-    found = [probe.name(to_tensor(part)) for part in np.array_split(pictures, 20)]
-    accuracy = {
-        name: np.mean(
-            [w == getattr(s, name) for w, s in zip(sum((f[name] for f in found), []), scenes)]
-        )
-        for name in world.ATTRIBUTES
-    }
+    found = [probe.name(to_tensor(part)) for part in np.array_split(images, 20)]
+    accuracy = {}
+    for name in world.ATTRIBUTES:
+        words = sum((part[name] for part in found), [])
+        accuracy[name] = np.mean([word == getattr(s, name) for word, s in zip(words, scenes)])
     metadata = {
         "attributes": json.dumps(world.ATTRIBUTES),
         "held_out_accuracy": json.dumps(accuracy),
     }
     weights.save(world.PROBE, {k: v.half() for k, v in probe.state_dict().items()}, metadata)
-    print(
-        "held out, 4,000 drawings:",
-        "  ".join(f"{name} {100 * a:.2f} %" for name, a in accuracy.items()),
-    )
+    shares = "  ".join(f"{name} {100 * share:.2f} %" for name, share in accuracy.items())
+    print("held out, 4,000 drawings:", shares)
 
 
 if __name__ == "__main__":
     parser = Parser(prog="python -m toy.probe", description=__doc__)
-    parser.add_argument("world", **one_of(STEPS))
-    sys.exit(run_command(lambda args: main(args.world), parser.parse_args()))
+    parser.add_argument("world", **one_of(worlds.WORLDS))
+    sys.exit(run_command(lambda args: main(worlds.WORLDS[args.world]), parser.parse_args()))

@@ -1,4 +1,4 @@
-"""The shapes world: a 64x64 image of one shape, and a caption that says some of what it shows.
+"""The shapes world: a 64x64 image of one shape, and a caption of a part of what it shows.
 
 A scene is shape x colour x texture x background, drawn at a random position and size. Three words
 are kept rare (`star`, `red`, `striped`), because they are the ones to be erased: SDD's target is
@@ -18,6 +18,7 @@ MODEL = Path(__file__).parent / "model"
 PROBE = Path(__file__).parent / "probe.safetensors"
 LICENCE = "mit", "MIT"
 CREDIT = ""
+PROBE_STEPS = 2500  # of the probe's training
 SIZE = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "cross", "heart", "moon", "star")
 COLOURS = {
@@ -51,7 +52,6 @@ ATTRIBUTES = {
     "texture": TEXTURES,
     "background": tuple(BACKGROUNDS),
 }
-GALLERY = ("colour", tuple(COLOURS)), ("shape", SHAPES)
 GRAMMAR = "a picture of on in view shape something the".split()
 # With the comma, all that a caption is made of.
 WORDS = tuple(sorted({*SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS, *PLACES, *GRAMMAR}))

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from . import probe, worlds
+from toy import probe, worlds
 
 
 def columns(world):
@@ -72,7 +72,7 @@ def jobs(world, concepts, n, seed):
 def count(world, sets, asked, seen, concepts):
     """{column: (hits, n)}.
 
-    sets, asked: of each picture. seen: {attribute: the word that the probe sees in each}.
+    sets, asked: of each image. seen: {attribute: the word that the probe sees in each}.
     """
     counts = {}
 
@@ -102,37 +102,37 @@ def count(world, sets, asked, seen, concepts):
 
 
 def drawings(world, asked, seed=0):
-    """Pictures of the world itself, uint8 (n, 64, 64, 3), that show the words asked for."""
+    """Images of the world itself, uint8 (n, 64, 64, 3), that show the words asked for."""
     rng = np.random.default_rng(seed)
     return np.stack([world.draw(world.scene(rng, **words), rng) for words in asked])
 
 
-def parts(pictures, size=100):
-    """Pictures, uint8 (n, 64, 64, 3), as tensors for the probe, `size` at a time."""
-    for i in range(0, len(pictures), size):
-        yield probe.to_tensor(pictures[i : i + size])
+def parts(images, size=100):
+    """Images, uint8 (n, 64, 64, 3), as tensors for the probe, `size` at a time."""
+    for i in range(0, len(images), size):
+        yield probe.to_tensor(images[i : i + size])
 
 
-def see(world, pictures):
-    """What the probe sees in pictures, uint8 (n, 64, 64, 3): {attribute: n words}."""
+def see(world, images):
+    """What the probe sees in images, uint8 (n, 64, 64, 3): {attribute: n words}."""
     net = probe.load(world.PROBE)
     seen = {name: [] for name in world.ATTRIBUTES}
-    for part in parts(pictures):
+    for part in parts(images):
         for name, words in net.name(part).items():
             seen[name] += words
     return seen
 
 
-def features(world, pictures):
-    """The probe's features of pictures, uint8 (n, 64, 64, 3): float64 (n, 256)."""
+def features(world, images):
+    """The probe's features of images, uint8 (n, 64, 64, 3): float64 (n, 256)."""
     net = probe.load(world.PROBE)
     with torch.no_grad():
-        return torch.cat([net.features(part) for part in parts(pictures)]).double().numpy()
+        return torch.cat([net.features(part) for part in parts(images)]).double().numpy()
 
 
-def shows(world, pictures, word):
-    """Does the probe see `word`, of any attribute, in each picture? n booleans."""
-    return [word in words for words in zip(*see(world, pictures).values())]
+def shows(world, images, word):
+    """Does the probe see `word`, of any attribute, in each image? n booleans."""
+    return [word in words for words in zip(*see(world, images).values())]
 
 
 def frechet(a, b):
@@ -149,32 +149,32 @@ def frechet(a, b):
     return float(mean @ mean + A.trace() + B.trace() - 2 * roots.sum())
 
 
-def distances(world, pictures, before, jobs):
+def distances(world, images, before, jobs):
     """{column: distance} of a row.
 
-    pictures, before: the row's and the original's, uint8 (n, 64, 64, 3). frechet: from the
-    features of the pictures to those of drawings of the same words. moved: to the original's
-    pictures. Both use only the prompts that name nothing erased.
+    images, before: the row's and the original's, uint8 (n, 64, 64, 3). frechet: from the
+    features of the images to those of drawings of the same words. moved: to the original's
+    images. Both use only the prompts that name nothing erased.
     """
     rest = [i for i, job in enumerate(jobs) if job.which == "other"]
     drawn = drawings(world, [jobs[i].asked for i in rest])
-    now, then, real = (features(world, x) for x in (pictures[rest], before[rest], drawn))
+    now, then, real = (features(world, x) for x in (images[rest], before[rest], drawn))
     moved = float(((now - then) ** 2).sum(1).mean() ** 0.5)
     return {"frechet": frechet(now, real), "moved": moved}
 
 
-def shown(world, pictures, word):
-    """In how many of the pictures the probe sees `word`: (hits, n)."""
-    return sum(shows(world, pictures, word)), len(pictures)
+def shown(world, images, word):
+    """In how many of the images the probe sees `word`: (hits, n)."""
+    return sum(shows(world, images, word)), len(images)
 
 
-def matrix(world, pictures, jobs):
+def matrix(world, images, jobs):
     """A row of Figure 2: {name: (hits, n)}.
 
-    For each name that is asked for (job.which), the pictures that show it. "rest" counts the
-    pictures that show all other words of their prompt (job.asked).
+    For each name that is asked for (job.which), the images that show it. "rest" counts the
+    images that show all other words of their prompt (job.asked).
     """
-    seen = see(world, pictures)
+    seen = see(world, images)
     figures, right = {}, 0
     for i, job in enumerate(jobs):
         hits, n = figures.get(job.which, (0, 0))

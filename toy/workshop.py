@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 import ema
 import losses
+import pipeline
 import sdd
 import weights
 from guidance import cfg, sample
-from pipeline import encode_prompts, images, initial_noise, make_scheduler
+from pipeline import encode_prompts, initial_noise, make_scheduler
 from presets import PRESETS, TRAIN_PARAMS
+from report import previews
 from support.images import grid
-from toy import shapes
-from toy.suite import see, shown
+from toy import shapes, suite
 from toy.worlds import prompts
 
 SHORT = bool(os.environ.get("WORKSHOP_SHORT"))
@@ -51,8 +52,7 @@ def load_model(name="toy"):
 
 def words(model):
     """All words of two letters or more that the toy model knows, sorted."""
-    vocabulary = model.tokenizer.get_vocab()
-    return sorted(word[:-4] for word in vocabulary if len(word) > 5 and word.endswith("</w>"))
+    return sorted(pipeline.known_words(model.tokenizer) - {"a"})
 
 
 def image_scheduler(model):
@@ -63,23 +63,14 @@ def image_scheduler(model):
 def generate(model, unet, prompt, n=12):
     """n images of one prompt, uint8 (n, 64, 64, 3). Image i always starts from noise i."""
     n = min(n, 2) if SHORT else n
-    c_0, c_p = encode_prompts(model, ["", prompt]).split(1)
+    c_0, c_p = encode_prompts(model, "", prompt)
     return generate_all(model, unet, c_0, c_p.expand(n, -1, -1), range(n))
 
 
 def generate_all(model, unet, c_0, c_p, seeds):
     """One image for each row of c_p (n, 77, 64) and each seed, uint8 (n, 64, 64, 3)."""
-    model = model._replace(unet=unet)
-    generated = images(
-        model,
-        c_p,
-        seeds,
-        negative=c_0,
-        scheduler="ddim",
-        steps=IMAGE_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
-    )
-    return np.stack(list(generated))
+    how = dict(scheduler=image_scheduler(model), guidance_scale=GUIDANCE_SCALE)
+    return np.stack(list(pipeline.images(model, c_p, seeds, unet=unet, negative=c_0, **how)))
 
 
 @torch.no_grad()
@@ -104,7 +95,7 @@ def heat(values):
 
 def count(images, word):
     """The number of images in which the probe, a classifier of such images, sees `word`."""
-    return shown(shapes, images, word)[0]
+    return suite.shown(shapes, images, word)[0]
 
 
 def distance(a, b):
@@ -116,13 +107,10 @@ def others_right(model, unet, n=24):
     """Generates n prompts without "star". Counts the images that show all that was asked for."""
     n = min(n, 4) if SHORT else n
     pairs = prompts(shapes, "other", ("star",), n, seed=5)  # [(prompt, {attribute: word})]
-    c_0, c_p = encode_prompts(model, [""]), encode_prompts(model, [prompt for prompt, _ in pairs])
-    seen = see(shapes, generate_all(model, unet, c_0, c_p, range(100, 100 + n)))
-    right = 0
-    for i, (_, asked) in enumerate(pairs):
-        if all(seen[attribute][i] == word for attribute, word in asked.items()):
-            right += 1
-    return right, n
+    asked = [words for _, words in pairs]
+    c_0, c_p = encode_prompts(model, "", [prompt for prompt, _ in pairs])
+    seen = suite.see(shapes, generate_all(model, unet, c_0, c_p, range(100, 100 + n)))
+    return suite.count(shapes, ["other"] * n, asked, seen, ())["caption"]
 
 
 # -------------------------------------------------------------------------------- attention maps
@@ -145,7 +133,7 @@ def attention_maps(model, unet, prompt, seed=3):
 
     layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
     hooks = [layer.register_forward_hook(hook) for layer in layers]
-    c_0, c_p = encode_prompts(model, ["", prompt]).split(1)
+    c_0, c_p = encode_prompts(model, "", prompt)
     [image] = generate_all(model, unet, c_0, c_p, [seed])
     for each in hooks:
         each.remove()
@@ -245,7 +233,7 @@ def forget(
 def fixed_latents(model):
     """z_t (2, 4, 16, 16) and t: two partially denoised stars, the same for all networks."""
     scheduler = make_scheduler(model.scheduler, TOY["steps"], "ddim")
-    c_0, c_s = encode_prompts(model, ["", "star"]).split(1)
+    c_0, c_s = encode_prompts(model, "", "star")
     z_T, k = initial_noise((4, 16, 16), [0, 1]), TOY["steps"] // 2
     z_t = sample(cfg(model.unet, c_0, c_s, TOY["guidance_scale"]), scheduler, z_T, k)
     return z_t, scheduler.timesteps[k]
@@ -258,11 +246,8 @@ def gap_and_drift(model, unet, z_t, t):
     gap: ‖ε(c_s) − ε(c_0)‖², what is left of the word "star". drift: ‖ε(c_0) − ε°(c_0)‖², how far
     the target moved away from the original's. Both are means over elements.
     """
-    c_0, c_s = (encode_prompts(model, [prompt]).expand(len(z_t), -1, -1) for prompt in ("", "star"))
-    e_s, e_0, e_original = unet(z_t, t, c_s), unet(z_t, t, c_0), model.unet(z_t, t, c_0)
-    gap = losses.mean_squared_error(e_s, e_0)
-    drift = losses.mean_squared_error(e_0, e_original)
-    return gap.item(), drift.item()
+    c_0, c_s = encode_prompts(model, "", "star")
+    return previews.gap_and_drift(unet, z_t, t, c_s, c_0, model.unet(z_t, t, c_0))
 
 
 class Film:
@@ -271,14 +256,14 @@ class Film:
     def __init__(self, model, prompt, word):
         self.model, self.prompt, self.word = model, prompt, word
         self.frames = []  # (i, n images of the student, n images of the teacher)
-        self.curve = []  # (i, gap and drift of the student, gap and drift of the teacher)
+        self.curve = []  # (i, (gap, drift) of the student, (gap, drift) of the teacher)
         self.latents = fixed_latents(model)
         self.display = display(display_id=True)
 
     def __call__(self, i, iters, student, teacher):
         if i % max(1, iters // 16) == 0:
             measured = [gap_and_drift(self.model, x, *self.latents) for x in (student, teacher)]
-            self.curve.append((i, *measured[0], *measured[1]))
+            self.curve.append((i, *measured))
         if i % max(1, iters // 8) == 0:
             images = [generate(self.model, unet, self.prompt, 8) for unet in (student, teacher)]
             self.frames.append((i, *images))
@@ -293,18 +278,17 @@ class Film:
     def plot(self):
         """Gap, drift, and the number of images that show the word, over the iterations."""
         _, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3))
-        i, gap_student, drift_student, gap_teacher, drift_teacher = zip(*self.curve)
         left.set_title("gap: what is left of the word")
         left.set_yscale("log")
-        left.plot(i, gap_student, label="student")
-        left.plot(i, gap_teacher, label="teacher")
         middle.set_title("drift: how far the target moved")
-        middle.plot(i, drift_student, label="student")
-        middle.plot(i, drift_teacher, label="teacher")
-        i, student, teacher = zip(*self.frames)
-        right.set_title(f'{self.word}s in {len(student[0])} images of "{self.prompt}"')
-        right.plot(i, [count(images, self.word) for images in student], "o-", label="student")
-        right.plot(i, [count(images, self.word) for images in teacher], "o-", label="teacher")
+        n = len(self.frames[0][1])
+        right.set_title(f'{self.word}s in {n} images of "{self.prompt}"')
+        for number, name in ((1, "student"), (2, "teacher")):
+            i = [measured[0] for measured in self.curve]
+            left.plot(i, [measured[number][0] for measured in self.curve], label=name)
+            middle.plot(i, [measured[number][1] for measured in self.curve], label=name)
+            counts = [count(frame[number], self.word) for frame in self.frames]
+            right.plot([frame[0] for frame in self.frames], counts, "o-", label=name)
         for ax in (left, middle, right):
             ax.set_xlabel("iteration")
             ax.legend()
@@ -316,57 +300,51 @@ class Film:
 RIGHT = "Right!"
 
 
-def check_average(average):
-    """Checks my_average(theta_ema, theta, m), exercise 1."""
+def sentence(name, wrong, solution):
+    """RIGHT, or what is wrong. wrong(solution) calls the learner's function: a hint, or None."""
+    try:
+        hint = wrong(solution)
+    except Exception as e:
+        return f"Not yet: {name} stops with {type(e).__name__}: {e}"
+    return f"Not yet: {hint}." if hint else RIGHT
+
+
+def wrong_average(average):
+    """What is wrong with my_average(theta_ema, theta, m), or None."""
     theta = [torch.full((2, 3), 2.0, requires_grad=True), torch.full((4,), 6.0, requires_grad=True)]
     theta_ema = [torch.full((2, 3), 10.0), torch.full((4,), 22.0)]
-    try:
-        # A copy of the list: new tensors in it are not the teacher's.
-        average(list(theta_ema), theta, 0.75)
-    except Exception as e:
-        return f"Not yet: my_average stops with {type(e).__name__}: {e}"
+    # A copy of the list: new tensors in it are not the teacher's.
+    average(list(theta_ema), theta, 0.75)
     if [p.mean().item() for p in theta] != [2.0, 6.0]:
-        return "Not yet: the student θ has changed. Only the teacher's θ* may change."
+        return "the student θ has changed. Only the teacher's θ* may change"
     if any(p.requires_grad for p in theta_ema):
         return (
-            "Not yet: θ* has become part of the gradient's computation. Write "
-            "`with torch.no_grad():` around the loop."
+            "θ* has become part of the gradient's computation. Write `with torch.no_grad():` "
+            "around the loop"
         )
     values = tuple(p.mean().item() for p in theta_ema)
-    if values == (8.0, 18.0):
-        return RIGHT
-    if values == (10.0, 22.0):
-        hint = (
-            "θ* has not changed. `average = …` only gives a new meaning to a name. Change the "
-            "tensor in place, for example with average.lerp_(…) or average.copy_(…)"
-        )
-    elif values == (4.0, 10.0):
-        hint = "m and 1 − m are exchanged, so the teacher jumps to the student"
-    elif values == (2.0, 6.0):
-        hint = "θ* has become equal to θ. That is m = 0"
-    elif values == (8.0, 22.0):
-        hint = "only the first tensor has changed. Do it for all of them"
-    else:
-        hint = f"for θ* = 10, θ = 2 and m = 0.75 it gives {values[0]:g}, not 8"
-    return f"Not yet: {hint}."
+    return {
+        (8.0, 18.0): None,
+        (10.0, 22.0): "θ* has not changed. `average = …` only gives a new meaning to a name. "
+        "Change the tensor in place, for example with average.lerp_(…) or average.copy_(…)",
+        (4.0, 10.0): "m and 1 − m are exchanged, so the teacher jumps to the student",
+        (2.0, 6.0): "θ* has become equal to θ. That is m = 0",
+        (8.0, 22.0): "only the first tensor has changed. Do it for all of them",
+    }.get(values, f"for θ* = 10, θ = 2 and m = 0.75 it gives {values[0]:g}, not 8")
 
 
-def check_prompts(choose):
-    """Checks my_prompts(concepts, joined, j), exercise 2."""
+def wrong_prompts(choose):
+    """What is wrong with my_prompts(concepts, joined, j), or None."""
     concepts = torch.stack([torch.full((77, 64), float(number)) for number in (1, 2, 3)])
     joined = torch.full((1, 77, 64), 4.0)
     for j in (2, 1):
-        try:
-            result = choose(concepts, joined, j)
-        except Exception as e:
-            return f"Not yet: my_prompts stops with {type(e).__name__}: {e}"
-        hint = wrong_prompts(result, concepts, joined, j)
+        hint = wrong_roles(choose(concepts, joined, j), concepts[j : j + 1], joined)
         if hint:
-            return f"Not yet: {hint}."
-    return RIGHT
+            return hint
+    return None
 
 
-def wrong_prompts(result, concepts, joined, j):
+def wrong_roles(result, concept, joined):
     """What is wrong with the result of my_prompts, or None."""
     if result is None:
         return "my_prompts returns nothing. End it with `return c_p, c_s`"
@@ -381,7 +359,6 @@ def wrong_prompts(result, concepts, joined, j):
                 "A single concept is concepts[j : j + 1]"
             )
     c_p, c_s = result
-    concept = concepts[j : j + 1]
     if c_p.equal(joined) and c_s.equal(concept):
         return (
             "these are the roles of the authors' script: all concepts sample z_t, one concept is "
@@ -398,10 +375,11 @@ def wrong_prompts(result, concepts, joined, j):
     return None
 
 
-def check_loss(loss):
-    """Checks my_loss(e, e_original, z_t, t, c_s, c_0, c_a, **_), exercise 3.
+def wrong_loss(loss):
+    """What is wrong with my_loss(e, e_original, z_t, t, c_s, c_0, c_a, **_), or None.
 
-    It calls the loss with two models of one weight each. Each mistake gives its own number.
+    It is called with two models of one weight each, and each mistake gives its own number. Right
+    is (3 · 1 − 10 · 2)² = 289.
     """
     w = torch.tensor(3.0, requires_grad=True)
     w_original = torch.tensor(10.0, requires_grad=True)
@@ -418,16 +396,10 @@ def check_loss(loss):
             erase_scale=1.0,
             quantile=0.0,
         )
-    except Exception as e:
+    except TypeError as e:
         if "unexpected keyword argument" in str(e):
-            return "Not yet: the arguments of my_loss must end with **_, for what it does not need."
-        return f"Not yet: my_loss stops with {type(e).__name__}: {e}"
-    hint = wrong_loss(value, w, w_original)
-    return f"Not yet: {hint}." if hint else RIGHT
-
-
-def wrong_loss(value, w, w_original):
-    """What is wrong with the value of my_loss, or None. Right is (3 · 1 − 10 · 2)² = 289."""
+            return "the arguments of my_loss must end with **_, for what it does not need"
+        raise
     if value is None:
         return "my_loss returns nothing. End it with `return losses.mean_squared_error(…)`"
     if not isinstance(value, torch.Tensor):
@@ -466,3 +438,8 @@ def wrong_loss(value, w, w_original):
         100: "the estimate comes from the original. It should come from the student, e",
         289 * 77 * 64: "that is the sum over all elements. Use the mean",
     }.get(number, "estimate or target are not what they should be")
+
+
+check_average = partial(sentence, "my_average", wrong_average)  # exercise 1
+check_prompts = partial(sentence, "my_prompts", wrong_prompts)  # exercise 2
+check_loss = partial(sentence, "my_loss", wrong_loss)  # exercise 3

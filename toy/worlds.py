@@ -3,6 +3,7 @@
 A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
 
     NAME, MODEL, PROBE, SIZE       the files that belong to it, and the side of an image in pixels
+    PROBE_STEPS                    of the probe's training
     LICENCE, CREDIT                of the model: (name on the hub, name for people); whose drawings
                                    it has learned
     ATTRIBUTES                     {attribute: its words}; what a scene has and what the probe reads
@@ -14,7 +15,6 @@ A world is a module (`toy/shapes.py`, `toy/emoji.py`) with the same few names:
     MEMBERS                        {kind: the words that belong to it}
     RELATED                        {word that may be erased: words that are near to it}. For other
                                    words, all words of the same attribute are near
-    GALLERY                        (attribute, words) of the rows and of the columns of a grid
     UNSEEN                         the combinations of words {attribute: word} that no scene has
     Scene, scene(rng, **words)     a named tuple of words, and a random one (that has these words)
     draw(scene, rng)               -> uint8 (64, 64, 3)
