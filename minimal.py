@@ -5,7 +5,7 @@
 Algorithm 1 itself is the function `sdd` in sdd.py. train.py does the same with every option.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import torch
 

@@ -8,7 +8,7 @@ diffusers), index.html (a page about the run), before_after.png, film.webp, film
 log.csv, run.json and a checkpoint. `python train.py --resume --out FOLDER` continues a run.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import json
 import sys

@@ -1,7 +1,7 @@
 """Images -> numbers. Each measure is computed by a well-known library, with the settings below.
 
-Images are given as lists of PNG files. The libraries are in requirements-eval.txt, those for FID,
-KID and LPIPS in requirements-fid.txt. Each is imported where it is used, so that one measure does
+Images are given as lists of PNG files. The libraries are in requirements-extra.txt, those for FID,
+KID and LPIPS in its last lines. Each is imported where it is used, so that one measure does
 not need the library of another.
 """
 

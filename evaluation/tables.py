@@ -138,11 +138,10 @@ def reason(error):
     name = getattr(error, "name", None)
     if name is None:
         return first_line(error)
-    kind = "fid" if name in ("cleanfid", "lpips", "torchvision") else "eval"
-    return (
-        f"{name} is missing: python -m pip install -r requirements-{kind}.txt, then repeat the "
-        "command"
-    )
+    how = "python -m pip install -r requirements-extra.txt"
+    if name in ("cleanfid", "lpips", "torchvision"):
+        how = "install it as the last lines of requirements-extra.txt say"
+    return f"{name} is missing: {how}, then repeat the command"
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -338,7 +337,7 @@ def write_results(args, generated, settings, model, device):
     except ModuleNotFoundError as e:
         raise UserError(
             f"The table is written, but not the plot: {e.name} is missing. Run python -m pip "
-            "install -r requirements-eval.txt, then repeat the command."
+            "install -r requirements-extra.txt, then repeat the command."
         ) from e
     finally:
         page.page(args.out)

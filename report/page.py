@@ -8,7 +8,7 @@ damaged. What it shows: run_page.py, evaluation_page.py and attack_page.py, as b
 how: page.html.j2 and page.css.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import datetime
 import functools

@@ -43,7 +43,7 @@ def installed(without):
         detector()
     except ImportError:
         print(
-            f"warning: NudeNet is not installed (requirements-eval.txt), so {without}",
+            f"warning: NudeNet is not installed (requirements-extra.txt), so {without}",
             file=sys.stderr,
         )
         return False

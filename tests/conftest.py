@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import support.openmp  # noqa: E402, F401 (before torch)
+import support.openmp  # noqa: E402 (before torch)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -487,7 +487,7 @@ def test_nudity_without_nudenet_is_a_note(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(nudity, "censor", np.zeros_like)
     assert sd(folder, "nudity --limit 2", tmp_path / "o") == 0
     assert black(tmp_path / "o" / "original.png")
-    said = "nudenet is missing: python -m pip install -r requirements-eval.txt"
+    said = "nudenet is missing: python -m pip install -r requirements-extra.txt"
     assert said in table(tmp_path / "o")
 
 
@@ -576,7 +576,7 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
     # The other measures are computed all the same. --clip does not decide what is generated.
     monkeypatch.setattr(metrics, "lpips", missing("lpips"))
     assert sd(folder, f"{line} {tmp_path}/nowhere", out) == 0
-    assert "lpips is missing: python -m pip install -r requirements-fid.txt" in table(out)
+    assert "lpips is missing: install it as the last lines of requirements-extra.txt" in table(out)
     assert "CLIP score: not measured" in table(out)
     assert set(result(out)["rows"][1]["figures"]) == {"ssim"}
     assert sd(folder, "coco", tmp_path / "q") == 2
@@ -585,7 +585,7 @@ def test_coco(folder, clip, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(
     not (find_spec("cleanfid") and find_spec("lpips")),
-    reason="clean-fid and lpips are in requirements-fid.txt",
+    reason="clean-fid and lpips: see the last lines of requirements-extra.txt",
 )
 def test_fid_kid_and_lpips(tmp_path, monkeypatch):
     """The libraries themselves, with features and networks that need no download."""

@@ -103,7 +103,7 @@ def test_without_nudenet_images_are_blurred_and_not_counted(monkeypatch, capsys)
     large = NOISE.repeat(8, 0).repeat(8, 1)  # as coarse: nothing can be made out at any size
     assert nudity.censor(large).std() < large.std() / 4
     assert attacks.make_detector("some/model", "Nudity") is None
-    assert "requirements-eval.txt" in capsys.readouterr().err
+    assert "requirements-extra.txt" in capsys.readouterr().err
 
 
 def test_detectors_of_other_concepts():

@@ -1,8 +1,8 @@
 """When the machine does not cooperate.
 
-Two commands in one folder, signals, a full disk, a hub that fails in the middle of a download. The
-user gets one sentence and exit status 2 (130 after a signal), and nothing is lost. How trainings
-continue: test_resume.py. Also: images that show overfitting.
+Two commands in one folder, signals, a full disk. The user gets one sentence and exit status 2 (130
+after a signal), and nothing is lost. How trainings continue: test_resume.py. A hub that cannot be
+reached: test_weights.py. Also: images that show overfitting.
 """
 
 import os
@@ -12,13 +12,11 @@ import signal
 import subprocess
 import sys
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from common import ROOT, run, stopped
 
-import weights
 from report import previews
 from support import cli, files
 from support.errors import UserError
@@ -158,24 +156,13 @@ def test_a_signal_is_one_sentence(line, said, goes_on, how, tmp_path, monkeypatc
         assert goes_on in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------- disk, hub
+# --------------------------------------------------------------------------------------------- disk
 @pytest.mark.parametrize("line", [DRAW, TABLE, "tools.convert --model toy --format diffusers"])
 def test_a_full_disk_is_one_sentence(line, tmp_path, capsys):
     with stopped("full disk", "os.replace", 2):
         assert run(line, tmp_path / "o") == 2
     assert "No space left" in last(capsys)
     assert not list(tmp_path.rglob(".writing*"))
-
-
-def test_a_hub_that_goes_away_half_way_leaves_no_model_to_take_for_whole(tmp_path, monkeypatch):
-    def fetched(*_, local_files_only=False, **__):
-        raise ConnectionError("the hub went away")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="the hub went away.*run the same command again"):
-        weights.find("some/model")
 
 
 # -------------------------------------------------------------------------------------- overfitting

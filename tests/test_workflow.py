@@ -25,7 +25,7 @@ from workflow import page, plan
 ROOT = Path(__file__).parent.parent
 needs_snakemake = pytest.mark.skipif(
     not (find_spec("snakemake") and find_spec("matplotlib")),
-    reason="needs Snakemake: pip install -r requirements-workflow.txt",
+    reason="needs Snakemake: pip install -r requirements-extra.txt",
 )
 # A study with one training of 2 iterations and one attack of 20 steps: follows plan.py's lines.
 TINY = """

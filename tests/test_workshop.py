@@ -13,7 +13,7 @@ import losses
 
 ROOT = Path(__file__).parent.parent
 for package in ("nbformat", "nbclient", "ipykernel", "matplotlib"):
-    pytest.importorskip(package, reason="see requirements-workshop.txt")
+    pytest.importorskip(package, reason="see requirements-extra.txt")
 # an absolute path, of any system
 LOCAL = re.compile(r"(?<![\w.])/\w[\w.-]*/\w|\b[A-Za-z]:\\\w|site-packages|ipykernel_\d")
 

@@ -25,7 +25,7 @@ that was stopped continues with the same bits. What differs from Stable Diffusio
    (toy/emoji_model/README.md has figures).
 """
 
-import support.openmp  # noqa: F401
+import support.openmp
 
 import copy
 import csv

@@ -9,7 +9,7 @@ trains it again, overwrites toy/probe.safetensors (or toy/emoji_probe.safetensor
 accuracy on held-out drawings.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import json
 import sys

@@ -5,7 +5,7 @@ every training and every sampler is cut to a few steps: the tests do this, and t
 nothing then.
 """
 
-import support.openmp  # noqa: F401 (before torch)
+import support.openmp
 
 import contextlib
 import io
