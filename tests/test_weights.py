@@ -584,3 +584,23 @@ def test_a_checkpoint_of_another_run(tmp_path):
         weights.load_checkpoint(file, {"teacher": net.state_dict()}, optimizer)
     with pytest.raises(UserError, match="There is no file"):
         weights.load_checkpoint(tmp_path / "none.safetensors", {}, optimizer)
+
+
+# ---------------------------------------------------------------------- --patch [NAME=]FILE | none
+def test_the_grammar_of_patches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1" / "moon.safetensors").touch()
+    texts = ["none", "a=x.safetensors", "a=y.safetensors", "runs/0001-star/erased.safetensors"]
+    assert weights.named_patches([*texts, "lr=1/moon.safetensors"]) == {
+        "original": [],
+        "a": ["x.safetensors", "y.safetensors"],
+        "0001-star": ["runs/0001-star/erased.safetensors"],
+        "moon": ["lr=1/moon.safetensors"],
+    }
+    for text in ("=x.safetensors", "a=", "..=x.safetensors"):
+        with pytest.raises(UserError, match=r"write \[NAME=\]FILE, or none"):
+            weights.named_patches([text])
+    for text in ("original=x.safetensors", "patches/original.safetensors"):
+        with pytest.raises(UserError, match="the untouched model has this name"):
+            weights.named_patches([text])
