@@ -4,12 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from common import TEXT, UNETS, pair, randn, relative
+from common import TEXT, UNETS, pair, randn, relative, their_scheduler
 
 import presets
 import train
-from adversaries import Adversary
+from adversaries import Adversary, noise_loss
 from presets import METHODS
+from scheduler import DDIM
 
 SIZES = UNETS["2 heads, plain first"] | dict(cross_attention_dim=TEXT["hidden_size"])
 B, STEPS = 3, 4
@@ -140,6 +141,22 @@ def test_a_full_prompt_keeps_its_end_of_text(models):
     alone, named = adversary.ids[0].tolist()
     assert alone == [97, 99, *[98] * 75]
     assert named == [97, 100, *[5] * 74, 98]
+
+
+def test_noise_loss_is_ordinary_training():
+    """Random images, timesteps, prompts and noise, drawn in this order."""
+
+    def unet(z, t, c):
+        return z * c.mean((1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000
+
+    z_0, c = randn(5, 4, 8, 8), randn(2, 77, 6, seed=1)
+    g = torch.Generator().manual_seed(5)
+    loss = noise_loss(unet, DDIM(10), z_0, c, 3, torch.Generator().manual_seed(5))
+    which, t, prompt = (torch.randint(n, (3,), generator=g) for n in (5, 1000, 2))
+    n = torch.randn(3, 4, 8, 8, generator=g)
+    z_t = their_scheduler("ddim", 10).add_noise(z_0[which], n, t)
+    expected = ((unet(z_t, t, c[prompt]) - n) ** 2).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 # ---------------------------------------------------------------------- flags

@@ -39,14 +39,6 @@ def test_text_encoder_has_the_names_of_sd14s_file():
     assert all(name.startswith("text_model.") for name in ours.state_dict())
 
 
-def test_cross_attention_has_80_tensors():
-    """The tensors that SDD trains: 5.11 % of the UNet."""
-    ours, _ = common.empty_pair("unet")
-    sizes = [x.numel() for name, x in ours.state_dict().items() if ".attn2." in name]
-    assert len(sizes) == 80
-    assert sum(sizes) == 43_962_560
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -65,7 +57,7 @@ def test_another_u_is_refused(change):
 
 # ---------------------------------------------------------------------- small networks
 @GAINS
-@pytest.mark.parametrize("size", [(16, 8), (15, 13), (9, 21)])
+@pytest.mark.parametrize("size", [(16, 8), (15, 13)])
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name, size, gain):
     assert common.unet_error(name, size, gain) <= TOLERANCE
@@ -120,11 +112,6 @@ def test_text_layer():
 
 def test_timestep_embedding():
     assert common.timestep_error() <= TOLERANCE
-
-
-def test_timestep_embedding_has_cosines_first():
-    embedding = unet.timestep_embedding(torch.tensor([0]), 8)[0]
-    assert embedding.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]  # cos 0, then sin 0
 
 
 # ---------------------------------------------------------------------- constants
@@ -217,9 +204,6 @@ def test_scaling_factor():
     assert relative(ours.encode(x), 0.18215 * ours.moments(x)[0]) <= 1e-6
     expected = theirs.decode(theirs.encode(x).latent_dist.mean).sample
     assert relative(ours.decode(ours.encode(x)), expected) <= TOLERANCE
-
-
-def test_scaling_factor_of_another_model():
     assert vae.VAE(**common.VAE, scaling_factor=0.5).scaling_factor == 0.5
 
 

@@ -20,15 +20,9 @@ SAMPLERS = pytest.mark.parametrize("kind", ["ddim", "pndm"])
 
 # ---------------------------------------------------------------------- whole trajectories
 @SAMPLERS
-@pytest.mark.parametrize("steps", [10, 20, 25, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 50])  # 3 and 7 do not divide 1000
 def test_trajectory(kind, steps):
     """50 steps with guidance 7.5 could amplify roundings. We measured 0 for both samplers."""
-    assert common.trajectory_error(kind, steps) <= TOLERANCE
-
-
-@SAMPLERS
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 30])  # 3, 7 and 30 do not divide 1000
-def test_trajectory_with_few_or_odd_steps(kind, steps):
     assert common.trajectory_error(kind, steps) <= TOLERANCE
 
 
@@ -72,7 +66,7 @@ def test_pndm_can_be_used_again():
 
 # ---------------------------------------------------------------------- timesteps
 @SAMPLERS
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 20, 25, 30, 50, 999])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 30, 50, 999])
 def test_timesteps(kind, steps):
     common.timesteps(kind, steps)
 
@@ -145,12 +139,6 @@ def test_cfg(s, factor):
     assert relative(e, factor * z) <= 1e-6  # a few roundings
 
 
-def test_cfg_with_one_prompt_per_latent():
-    z = randn(3, 4, 2, 2)
-    e = guidance.cfg(linear_unet, prompt(2.0), prompt(3.0, 4.0, 5.0), 2)(z, 1)
-    assert relative(e, torch.stack([4 * z[0], 6 * z[1], 8 * z[2]])) <= 1e-6
-
-
 def test_evaluate_gives_the_unet_one_prompt_per_latent():
     """Stand-ins and diffusers' UNet do not expand a prompt, so `evaluate` must."""
     z = randn(3, 4, 2, 2)
@@ -164,6 +152,8 @@ def test_evaluate_gives_the_unet_one_prompt_per_latent():
     assert seen == [((6, 4, 2, 2), (6, 7, 5))]
     assert torch.equal(a, 2 * z)
     assert torch.equal(b, torch.stack([3 * z[0], 4 * z[1], 5 * z[2]]))
+    e = guidance.cfg(unet, prompt(2.0), prompt(3.0, 4.0, 5.0), 2)(z, 1)
+    assert relative(e, torch.stack([4 * z[0], 6 * z[1], 8 * z[2]])) <= 1e-6
 
 
 def test_cfg_with_scale_1_evaluates_only_the_prompt():
@@ -188,8 +178,7 @@ def test_negative_prompt():
 
 
 # ---------------------------------------------------------------------- the whole pipeline
-@SAMPLERS
-@pytest.mark.parametrize("negative", ["", "a blue moon"])
+@pytest.mark.parametrize("kind, negative", [("ddim", ""), ("pndm", "a blue moon")])
 def test_images_of_the_whole_pipeline(model_folder, kind, negative):
     """From prompt to image, against StableDiffusionPipeline with the same folder and z_T."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -223,27 +212,26 @@ def toy():
 
 
 def test_images_of_texts_and_of_embeddings_are_the_same(toy):
-    prompts, how = ["a red star", "a moon"], dict(steps=2, scheduler="ddim", size=(16, 24))
+    def images(prompts, *seeds, **more):
+        how = dict(steps=2, scheduler="ddim", size=(16, 24), warmup=0)
+        return np.stack(list(pipeline.images(toy, prompts, *seeds, **how | more)))
+
+    prompts, seeds = ["a red star", "a moon"], [3, 4]
     c_p, c_0, c_S = pipeline.encode_prompts(toy, prompts, "", ["red"])
-    texts = list(pipeline.images(toy, prompts, [3, 4], **how))
-    assert len(texts) == 2
-    assert texts[0].shape == (16, 24, 3)
-    assert texts[0].dtype == np.uint8
-    assert np.array_equal(texts, list(pipeline.images(toy, c_p, [3, 4], **how)))
-    assert np.array_equal(texts, list(pipeline.images(toy, prompts, [3, 4], negative=c_0, **how)))
-    # Each image has noise of its own, whatever the batch. Another batch rounds differently.
-    one, apart = list(pipeline.images(toy, "a moon", [4], **how)), [3, 4]
-    apart = list(pipeline.images(toy, prompts, apart, batch_size=1, **how))
-    assert abs(one[0].astype(int) - texts[1]).max() <= 1
-    assert np.array_equal(apart[1], one[0])
-    # Without seeds they are 0, 1, ..
-    default = list(pipeline.images(toy, prompts, **how))
-    assert np.array_equal(default, list(pipeline.images(toy, prompts, [0, 1], **how)))
-    for guidance_ in ("neg", "sega"):
-        avoiding = dict(guidance=guidance_, warmup=0, **how)
-        a = list(pipeline.images(toy, prompts, avoid=["red"], **avoiding))
-        assert np.array_equal(a, list(pipeline.images(toy, c_p, avoid=c_S, **avoiding)))
-        assert not np.array_equal(a, default)
+    texts = images(prompts, seeds)
+    assert texts.shape == (2, 16, 24, 3)
+    assert texts.dtype == np.uint8
+    assert np.array_equal(texts, images(c_p, seeds))
+    assert np.array_equal(texts, images(prompts, seeds, negative=c_0))
+    # Each image has noise of its own, at any batch size. Without seeds they are 0, 1, ..
+    apart = images(prompts, seeds, batch_size=1)
+    assert np.array_equal(apart[1:], images("a moon", [4]))
+    assert abs(apart.astype(int) - texts).max() <= 1  # another batch rounds differently
+    assert np.array_equal(images(prompts), images(prompts, [0, 1]))
+    for method in ("neg", "sega"):
+        avoiding = images(prompts, seeds, guidance=method, avoid=["red"])
+        assert np.array_equal(avoiding, images(c_p, seeds, guidance=method, avoid=c_S))
+        assert not np.array_equal(avoiding, texts)
 
 
 @pytest.mark.parametrize(
@@ -300,12 +288,26 @@ def test_saved_latents_continue_with_the_same_images(toy, tmp_path, monkeypatch)
 def test_a_patch_is_in_the_model_only_inside_the_block(toy, tmp_path):
     names = [name for name in toy.unet.state_dict() if ".attn2.to_v." in name]
     before = {name: x.clone() for name, x in toy.unet.state_dict().items()}
-    weights.save(tmp_path / "p.safetensors", {name: before[name] + 1 for name in names}, {"a": "b"})
+    base = weights.fingerprint({name: before[name] for name in names})
+    patch = {name: before[name] + 1 for name in names}
+    weights.save(tmp_path / "p.safetensors", patch, {"base_fingerprint": base})
     with pipeline.patched(toy, tmp_path / "p.safetensors") as metadata:
         inside = toy.unet.state_dict()
         changed = [name for name in before if not torch.equal(inside[name], before[name])]
         assert changed == names
-        assert metadata["a"] == "b"
+        assert metadata["base_fingerprint"] == base
     assert all(torch.equal(x, before[name]) for name, x in toy.unet.state_dict().items())
     with pipeline.patched(toy, None) as metadata:
         assert metadata == {}
+
+
+def test_the_models_own_sampler_and_schedule():
+    config = dict(_class_name="DDIMScheduler", beta_start=0.001, steps_offset=0, clip_sample=False)
+    ddim = pipeline.make_scheduler(config, 10)
+    assert type(ddim) is scheduler.DDIM
+    assert ddim.timesteps[-3:] == [100, 0, 0]
+    assert ddim.alphas_cumprod[0].item() == pytest.approx(0.999)
+    assert type(pipeline.make_scheduler(config, 10, "pndm")) is scheduler.PNDM
+    assert type(pipeline.make_scheduler({"_class_name": "PNDMScheduler"}, 10)) is scheduler.PNDM
+    with pytest.raises(UserError, match="own sampler, Euler, is not implemented"):
+        pipeline.make_scheduler({"_class_name": "Euler"}, 10)
