@@ -293,16 +293,14 @@ def settle(args):
     for patch in patches:
         weights.read(patch)  # a missing or damaged file ends here
         a["patch_sha256"] = sha256(Path(patch))
-    toy = a["model"] in weights.TOYS
+    toy, own = a["model"] in weights.TOYS, {}
     if toy:
         a["concept"] = a["concept"].lower()  # as its world writes words
+        own["init"] = worlds.of(a["model"]).INIT
+    own["prompt"] = a["concept"]
     for key, kinds, small, large in DEFAULTS:
         if args.kind in kinds.split() and a[key] is None:
-            a[key] = small if toy else large
-    if a["prompt"] is None:
-        a["prompt"] = a["concept"]
-    if a["init"] is None:
-        a["init"] = worlds.of(a["model"]).INIT
+            a[key] = own.get(key, small if toy else large)
     a = {key: value for key, value in a.items() if args.kind in USED_BY.get(key, args.kind)}
     if args.kind in KINDS:
         check_learning(a)
