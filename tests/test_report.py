@@ -91,23 +91,18 @@ def art(*key, side=64):
     return (np.stack(waves, -1) * 127 + 128).astype("uint8")
 
 
-def write_attack(folder, kind="word", detected=True, finished=True, hits=(0, 3, 6), **changed):
-    """The files that attack.py leaves, with hits of 8 images per measurement."""
+def write_attack(folder, detected=True, **changed):
+    """The files that attack.py leaves."""
     folder.mkdir()
     settings = {"model": "toy", "concept": "star", "patch": "runs/0001-star/erased.safetensors"}
-    settings |= {"kind": kind, "prompt": "star", "at": [0, 40, 80]} | changed
+    settings |= {"kind": "word", "prompt": "star", "at": [0, 40, 80]} | changed
     (folder / "attack.json").write_text(json.dumps(settings))
     results = Results(folder, settings, detected, lambda image: image)
-    for i, n in enumerate(hits):
-        if kind == "noise":
-            results.chance.append(dict(step=i + 1, hits=i, n=8))
-            step, more = i + 1, dict(eta=1.17, scale=1.02)
-        else:
-            results.chance = [dict(step=0, hits=1, n=8)]
-            step, more = 40 * i, dict(loss=0.25 if i else None, prompt=f"<{settings['concept']}>")
-        results.add(step, [art(i, j) for j in range(8)], [j < n for j in range(8)], **more)
-    if finished:
-        results.finish()
+    results.chance = [dict(step=0, hits=1, n=8)]
+    for step, hits in ((0, 0), (40, 3), (80, 6)):
+        found, prompt = [j < hits for j in range(8)], f"<{settings['concept']}>"
+        results.add(step, [art(step, j) for j in range(8)], found, loss=0.25, prompt=prompt)
+    results.finish()
     return folder
 
 
@@ -302,24 +297,23 @@ def test_a_finished_run(tmp_path):
     assert "the teacher after 4 iterations" in early.text and "the result)" not in early.text
 
 
-@pytest.mark.parametrize(
-    "concepts, prompt, world, kind",
-    [
-        (["star"], "a red Star on sand", shapes, "erased"),
-        (["star"], "starfish", shapes, "stay"),
-        (["star"], "a view of arcadia", shapes, "implied"),
-        (["red"], "a view of arcadia", shapes, "stay"),
-        (["alcohol"], "a beer by noto", emoji, "member"),
-        (["alcohol"], "at a party", emoji, "implied"),
-        (["beer"], "a wine", emoji, "stay"),
-        (["blood", "nudity"], "blood on snow", None, "erased"),
-        (["nudity"], "Japan body", None, None),
-        (["nudity"], "a photo of a mountain lake", None, "stay"),
-    ],
-)
-def test_preview_kinds(concepts, prompt, world, kind):
-    settings = {"concept": concepts, "preview": [prompt]}
-    assert previews.preview_kinds(settings, world) == [kind]
+def test_preview_kinds():
+    for line in """
+        star | a red Star on sand | shapes | erased
+        star | starfish | shapes | stay
+        star | a view of arcadia | shapes | implied
+        red | a view of arcadia | shapes | stay
+        alcohol | a beer by noto | emoji | member
+        alcohol | at a party | emoji | implied
+        beer | a wine | emoji | stay
+        blood, nudity | blood on snow | none | erased
+        nudity | Japan body | none | None
+        nudity | a photo of a mountain lake | none | stay
+    """.strip().splitlines():
+        concepts, prompt, world, kind = line.strip().split(" | ")
+        settings = {"concept": concepts.split(", "), "preview": [prompt]}
+        world = {"shapes": shapes, "emoji": emoji, "none": None}[world]
+        assert str(previews.preview_kinds(settings, world)[0]) == kind, line
 
 
 def test_settings_are_folded_and_compared_with_the_preset(tmp_path):
