@@ -45,7 +45,7 @@ def write_text(file, text):
 
 def used_files(folder):
     """What an output folder contains, except the lock of a command. Empty if there is no folder."""
-    if not folder.exists():
+    if not folder.is_dir():
         return []
     return [file for file in folder.iterdir() if file.name != LOCK]
 

@@ -166,7 +166,7 @@ def test_ablating_trains_the_concepts_rows_only(tmp_path):
     z_0 = weights.read(tmp_path / "o" / "anchors.safetensors")[0]["z_0"]
     assert z_0.shape == (3, 4, 16, 16) and not torch.equal(z_0[0], z_0[1])
     assert run(f"{DRAW} 'a star' --steps 2 --patch none new={patch}", tmp_path / "p") == 0
-    before, after = (pictures(tmp_path / "p" / folder) for folder in ("none", "new"))
+    before, after = (pictures(tmp_path / "p" / folder) for folder in ("original", "new"))
     assert not np.array_equal(before, after)
 
 
