@@ -101,7 +101,8 @@ def describe(name, line, unit):
     """A line in words, for readers who cannot see it."""
     (first, start), (last, end) = line[0], line[-1]
     if isinstance(start, Figure):
-        return f"{name}: {unit} {first}: {in_words(start)}, {unit} {last}: {in_words(end)}"
+        ends = dict.fromkeys(f"{unit} {x}: {in_words(y)}" for x, y in (line[0], line[-1]))
+        return f"{name}: {', '.join(ends)}"
     low, high = min(y for _, y in line), max(y for _, y in line)
     return (
         f"{name}: {start:.3g} at iteration {first:.0f}, {end:.3g} at iteration {last:.0f}, "

@@ -127,7 +127,7 @@ def test_temporary_files_of_a_command_in_a_folder_below_stay(tmp_path):
         (DRAW, "files that are written stay", None),
         (
             "tools.convert --model toy --format diffusers",
-            "nothing has been written",
+            "stopped: nothing has been written.",
             "model card",
         ),
     ],

@@ -84,7 +84,7 @@ class Ours:
         model = our_model(size, device)
         models, theta, theta_ema = train.three_models(model, a, device, self.dtype)
         student, teacher, original = models
-        c = train.encode_all(student, a, [])
+        c = train.encode_all(student, a)
         self.generator, terms = torch.Generator().manual_seed(a.seed), []
         if a.preserve:
             terms.append(losses.preservation_term(a.preserve, c.kept, self.generator))

@@ -280,5 +280,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    advice = "nothing of it is left; run the same command again"
-    sys.exit(run_command(convert, parse(), advice))
+    sys.exit(run_command(convert, parse()))
