@@ -10,7 +10,6 @@ import torch
 import weights
 from evaluation.suites import Job
 from pipeline import InferenceUNet, encode_prompts, generate_images, initial_noise, make_scheduler
-from support.errors import UserError
 from toy import atlas, emoji, suite, worlds
 
 MADE = weights.TOYS["emoji"]
@@ -241,9 +240,3 @@ def test_diffusers_generates_the_same_images():
     images = generate(weights.load("emoji"), prompts, 6, 7.5)
     apart = np.abs(images - (255 * expected).round())
     assert apart.max() <= 1 and apart.mean() < 0.01
-
-
-def test_a_toy_model_without_weights_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(weights.TOYS, "emoji", tmp_path)
-    with pytest.raises(UserError, match="python -m toy.pretrain emoji"):
-        weights.load("emoji")
