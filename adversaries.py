@@ -242,7 +242,8 @@ class Adversary:
         for _ in range(self.steps):
             v.requires_grad_()
             error = mean_squared_error(e(z_t, t, self.encode(v, j)), target)
-            (gradient,) = torch.autograd.grad(error, v)
+            # The factor keeps small gradients in float16. Only the direction counts.
+            (gradient,) = torch.autograd.grad(2**14 * error, v)
             direction = gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-20)
             v = (v - self.length * direction).detach()
         self.words[j] = v

@@ -5,7 +5,7 @@
 Algorithm 1 itself is the function `sdd` in sdd.py. train.py does the same with every option.
 """
 
-import support.openmp
+import support.openmp  # before torch: keeps training fast next to other programs
 
 import torch
 
@@ -31,8 +31,8 @@ c_0, c_s = encode_prompts(model, "", "star")
 loop = sdd(
     student,
     teacher,
-    model.unet,
-    torch.optim.AdamW(theta, weight_decay=0.01),
+    model.unet,  # the original
+    torch.optim.AdamW(theta, weight_decay=0.01),  # `rates` sets the learning rate
     theta_ema,
     make_scheduler(model.scheduler, 6, "ddim"),
     Prompts(c_0, concepts=c_s, joined=c_s),

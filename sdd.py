@@ -14,8 +14,8 @@ T is not DDPM's 1000: the sampler visits 50 of the timesteps, 981, 961, .. 1. z_
 For example, k = 2 steps lead from 981 over 961 to t = 941. All 50 steps lead to t = 0.
 
 The function `sdd` below is the loop of this listing. train.py and minimal.py make θ* and c_s before
-it, and save θ* after it. The other methods are variations of the loop (presets.METHODS): another
-loss, another model that samples z_t, or noised images as z_t.
+it, and save θ* after it. The other methods that train are variations of the loop (presets.METHODS):
+another loss, another model that samples z_t, or noised images as z_t.
 
 Why each line is there:
 
@@ -106,7 +106,7 @@ def sdd(
 
     student, original: the UNets ε_θ and ε_θ°. They share every tensor that is not trained.
     teacher: the UNet that samples z_t; in SDD ε_θ*, whose trained tensors are theta_ema (θ*). If it
-    holds copies of them (pipeline.InferenceUNet), call its sync() after each iteration.
+    holds copies of them (support.fast.InferenceUNet), call its sync() after each iteration.
     optimizer: holds the trained parameters θ, in the order of theta_ema.
     scheduler: a DDIM of T steps. prompts: Prompts. shape: of z_t, (B, 4, h, w).
     generator: a CPU generator, the only source of random numbers.
@@ -171,6 +171,8 @@ def adamw_step(optimizer, L, lr, i, *, max_grad_norm=1.0, scaler=None):
     # A disabled scaler passes the loss and the step through unchanged.
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     scaler.scale(L).backward()
+    if all(p.grad is None for p in theta):
+        raise ValueError("no gradient reaches the optimizer's tensors: are they the student's?")
     scaler.unscale_(optimizer)
     # A limit of infinity measures the norm and does not clip.
     grad_norm = torch.nn.utils.clip_grad_norm_(theta, max_grad_norm or math.inf).item()

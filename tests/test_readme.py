@@ -159,7 +159,7 @@ def test_every_command_runs(results, folder):
     assert {line: status for line, status in results.items() if status} == {}
     scripts = {split(line)[0] for line in results}
     assert {"train.py", "generate.py", "eval.py", "attack.py"} <= scripts
-    assert (folder / "runs/0001-alcohol/index.html").exists()
+    assert (folder / "runs/alcohol/index.html").exists()
     tables = [file.read_text() for file in folder.glob("tables/*/table.md")]
     assert any("| l1_loss |" in table for table in tables)
 
