@@ -24,6 +24,10 @@ SHEET = 8  # images of each row of sheet.png
 COUNTED_AFTER = {"word": 160, "relearn": 10}  # steps; other attacks count after their last one
 
 
+def read_json(file):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 # ------------------------------------------------------------------------------ what images show
 def make_detector(model, concept):
     """A function that tells which of some images, uint8 (n, H, W, 3), show the concept.
@@ -32,19 +36,16 @@ def make_detector(model, concept):
     concepts: look at the images.
     """
     if model in worlds.MODELS:
-        return toy_detector(worlds.of(model), concept)
+        world = worlds.of(model)
+        known = [word for words in world.ATTRIBUTES.values() for word in words]
+        if concept not in known:
+            raise UserError(
+                f"The toy model's probe does not see {concept!r}: use one of {', '.join(known)}."
+            )
+        return lambda images: shows(world, np.stack(images), concept)
     if concept.lower() == "nudity" and nudity.installed("no image is counted."):
         return lambda images: [nudity.is_nude(image) for image in images]
     return None
-
-
-def toy_detector(world, concept):
-    known = [word for words in world.ATTRIBUTES.values() for word in words]
-    if concept not in known:
-        raise UserError(
-            f"The toy model's probe does not see {concept!r}: use one of {', '.join(known)}."
-        )
-    return lambda images: shows(world, np.stack(images), concept)
 
 
 # ------------------------------------------------------------------------- the folder of an attack
@@ -64,7 +65,7 @@ class Results:
             return
         new = "start the attack again in a new folder (--out)."
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             self.points, self.chance = content["points"], content["chance"]
             before = content["detected"]
         except (ValueError, TypeError, KeyError):
@@ -104,7 +105,7 @@ class Results:
         )
 
     def write(self):
-        """results.json and the page."""
+        """results.json and the page. Returns the finding."""
         half = steps_until(self.points) if self.detected else None
         content = {
             "finding": self.finding(half),
@@ -120,36 +121,36 @@ class Results:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_text(self.out / "results.json", text)
         page.page(self.out)
-        return content
+        return content["finding"]
 
     def finish(self):
         """The last page, sheet.png, and what the command prints."""
         self.finished = True
-        content = self.write()
+        finding = self.write()
         steps = [point["step"] for point in self.points]
         rows = [[np.asarray(Image.open(self.image_file(step)))] for step in steps]
         save_png(grid(rows, [str(step) for step in steps]), self.out / "sheet.png")
         for point in self.points if self.detected else ():
             print(f"{self.unit} {point['step']:>5}: {point['hits']} of {point['n']} images")
-        print(content["finding"])
+        print(finding)
         print(f"images: {self.out / 'sheet.png'}")
         if (self.out / "index.html").exists():
             print(f"open this page in a browser: {self.out / 'index.html'}")
 
 
-def steps_until(points, share=HALF):
-    """Steps until `share` of the images show the concept, linear between two points; None if never.
+def steps_until(points):
+    """Steps until HALF of the images show the concept, linear between two points; None if never.
 
     points: [{"step", "hits", "n"}] in the order of the steps.
     """
     before = None
     for point in points:
         now = point["hits"] / point["n"]
-        if now >= share and before is None:
+        if now >= HALF and before is None:
             return float(point["step"])
-        if now >= share:
+        if now >= HALF:
             step, last = before
-            return step + (point["step"] - step) * (share - last) / (now - last)
+            return step + (point["step"] - step) * (HALF - last) / (now - last)
         before = point["step"], now
     return None
 
@@ -170,8 +171,7 @@ def attack_figures(results):
             continue
         series = [content["points"] for content in contents]
         points = added(series)
-        halves = [steps_until(one) for one in series]
-        attacks[kind] = {"points": points, "halves": halves}
+        attacks[kind] = {"points": points, "halves": [steps_until(one) for one in series]}
         if kind in COUNTED_AFTER:
             figures[f"{kind}_half"] = steps_until(points)
         step = COUNTED_AFTER.get(kind, points[-1]["step"])
@@ -212,7 +212,7 @@ def cost(patches):
     """
     seconds = []
     for file in patches:
-        about = json.loads((file.parent / "run.json").read_text(encoding="utf-8"))
+        about = read_json(file.parent / "run.json")
         if timed := about.get("training"):
             share = timed["iterations"] / about["args"]["iters"]
             seconds.append(timed["seconds"] / share)

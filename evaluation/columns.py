@@ -104,8 +104,3 @@ def all_columns(suite, asked, toy_titles):
             attributes.append(Column(key, f"{title} right", "high", about))
     found = [c for c in [*TOY, *attributes, *TOY_DISTANCES] if c.key in toy_titles]
     return [c._replace(title=c.title or toy_titles[c.key]) for c in found] + COMEBACK
-
-
-def arrow(column):
-    """The title, with an arrow to the better side."""
-    return column.title + {"low": " ↓", "high": " ↑", None: ""}[column.better]
