@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from report import page
+from report.blocks import read_json
 from support import nudity
 from support.errors import UserError
 from support.files import write_text
@@ -24,16 +25,11 @@ SHEET = 8  # images of each row of sheet.png
 COUNTED_AFTER = {"word": 160, "relearn": 10}  # steps; other attacks count after their last one
 
 
-def read_json(file):
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 # ------------------------------------------------------------------------------ what images show
 def make_detector(model, concept):
-    """A function that tells which of some images, uint8 (n, H, W, 3), show the concept.
+    """A function that tells which of n images, uint8 (H, W, 3), show the concept: n booleans.
 
-    It returns n booleans. The toy models have their probes, nudity has NudeNet. None for other
-    concepts: look at the images.
+    The toy models have their probes, nudity has NudeNet. None for other concepts.
     """
     if model in worlds.MODELS:
         world = worlds.of(model)
@@ -60,19 +56,16 @@ class Results:
     def __init__(self, out, settings, detected, censor):
         self.out, self.settings, self.detected, self.censor = out, settings, detected, censor
         self.points, self.chance, self.finished = [], [], False
-        file = out / "results.json"
-        if not file.exists():
+        content = read_json(out / "results.json")
+        if not content:
             return
-        new = "start the attack again in a new folder (--out)."
-        try:
-            content = read_json(file)
-            self.points, self.chance = content["points"], content["chance"]
-            before = content["detected"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{file} is damaged: {new}") from None
-        if before is not detected:
+        self.points, self.chance = content["points"], content["chance"]
+        if content["detected"] is not detected:
             how = "without" if detected else "with"
-            raise UserError(f"{out} holds images that were measured {how} a detector: {new}")
+            raise UserError(
+                f"{out} holds images that were measured {how} a detector: start the attack again "
+                "in a new folder (--out)."
+            )
 
     def add(self, step, images, found, **more):
         """One measurement: its counts, and a row of images/."""
@@ -160,9 +153,8 @@ def attack_figures(results):
     """(figures, attacks) of a row: how often several attacks brought the concept back.
 
     results: {kind: [the content of results.json, one for each training seed]}. figures: {column:
-    value}, of columns.COMEBACK. attacks: {kind: {"points", "halves"}} with the points of all seeds
-    together, and for each seed the steps until the concept is back in half of the images (None: it
-    did not come back).
+    value}, of columns.COMEBACK. attacks: {kind: {"points", "halves"}}, the points of all seeds
+    together, and steps_until of each seed.
     """
     figures, attacks = {}, {}
     for kind, contents in results.items():
@@ -183,10 +175,7 @@ def attack_figures(results):
 
 
 def after_step(series, step):
-    """The Figure of several attacks after a step; None if one of them did not count then.
-
-    series: the points of each attack.
-    """
+    """The Figure of several attacks, lists of points, after a step; None if one has no count."""
     found = [point for points in series for point in points if point["step"] == step]
     if len(found) < len(series):
         return None
@@ -205,10 +194,9 @@ def added(series):
 def cost(patches):
     """{"seconds": the shortest time of a training, "megabytes": size of a patch}.
 
-    Without "seconds" if no training was timed, because a stop fell into its last iteration.
-
     patches: files erased.safetensors, each next to the run.json of its training. After a stop,
-    run.json has the time of the iterations since then: the rest is taken to be as fast.
+    run.json has the time of the iterations since then: the rest is taken to be as fast. It has none
+    if the stop fell into the last iteration.
     """
     seconds = []
     for file in patches:

@@ -21,16 +21,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from evaluation import study
-from evaluation.attacks import attack_figures, cost, read_json
+from evaluation.attacks import attack_figures, cost
 from evaluation.columns import all_columns
 from evaluation.findings import joined
 from evaluation.tables import columns_with_figures, markdown
+from report.blocks import read_json
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from support.runs import begin_or_continue
 from support.statistics import figure, is_original, judge
-from toy import suite, worlds
 
 ROOT = Path(__file__).parent.parent
 STORED = Path(__file__).parent / "toy_rows"
@@ -74,12 +74,7 @@ def own_row(args):
                 stop_commands()
                 raise
         rows = {table: future.result() for table, future in zip(TABLES, made)}
-        write(args.out, name_of(settings), rows)
-
-
-def name_of(settings):
-    """The name of your row: the function's."""
-    return settings["loss"].rpartition(":")[2]
+        write(args.out, args.loss.rpartition(":")[2], rows)
 
 
 def check_flags(text):
@@ -98,11 +93,12 @@ def check_flags(text):
 def make_row(table, settings, out):
     """Trains, attacks and measures one set of concepts. Returns its row {"model", "figures", …}."""
     folder = out / table
+    name = settings["loss"].rpartition(":")[2]
     patches, attacks, words = [], {}, ["toy", "--limit", settings["limit"]]
     for seed in settings["seeds"]:
         patch = train(table, folder / f"run-{seed}", settings, seed)
         patches.append(patch)
-        words += ["--patch", f"{name_of(settings)}={patch}"]
+        words += ["--patch", f"{name}={patch}"]
         for kind, steps in AT.items() if table == "one" else ():
             # A complete attack repeats only its last measurement.
             found, at = folder / f"{kind}-{seed}", ["--at", *steps]
@@ -169,7 +165,7 @@ def command(*words):
 # --------------------------------------------------------------------------------------- results
 def write(out, name, rows):
     """table.md, results.json, and what the command prints. rows: {table: your row}."""
-    columns = all_columns("toy", [], suite.columns(worlds.of("toy")))
+    columns = all_columns("toy", [], "toy")
     columns = [column for key in SHOWN for column in columns if column.key == key]
     text = f"# {name}, and the stored rows\n"
     for table, row in rows.items():

@@ -40,22 +40,18 @@ def read_rows(args):
     patches = weights.named_patches(args.patch).items()
     erased = [patch_row(name, files) for name, files in patches if files]
     erased += guided_rows(args.guidance, args.avoid)
-    rows = [original(()), *erased]
+    rows = [Row(ORIGINAL, (), "sd", "sd", ()), *erased]
     if args.suite == "toy":
         rows = []
         for concepts in dict.fromkeys(row.concepts for row in erased) or [()]:
-            rows += [original(concepts), *(row for row in erased if row.concepts == concepts)]
-    titles = [row.title for row in rows]
-    for title in titles:
-        if titles.count(title) > 1:
-            raise UserError(
-                f"Two rows would be called {title}: give the patches different names in --patch."
-            )
+            rows.append(Row(ORIGINAL, (), "sd", "sd", concepts))
+            rows += [row for row in erased if row.concepts == concepts]
+    title, times = Counter(row.title for row in rows).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"Two rows would be called {title}: give the patches different names in --patch."
+        )
     return rows
-
-
-def original(concepts):
-    return Row(ORIGINAL, (), "sd", "sd", concepts)
 
 
 def guided_rows(methods, avoid):
@@ -67,7 +63,8 @@ def guided_rows(methods, avoid):
 
 def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
-    about = [read_about(file) for file in files]
+    about = [weights.read(file)[1] for file in files]
+    about = [(metadata, json.loads(metadata.get("args", "{}"))) for metadata in about]
     concepts = {erased_concepts(*read) for read in about}
     methods = {paper_name(*read) for read in about}
     for what, found in (
@@ -93,17 +90,6 @@ def patch_row(name, files):
     return Row(name, tuple(files), "sd", methods.pop(), concepts.pop())
 
 
-def read_about(file):
-    """A patch's metadata {key: text} and the arguments of its training {name: value}."""
-    metadata = weights.read(file)[1]
-    try:
-        return metadata, json.loads(metadata.get("args", "{}"))
-    except ValueError as e:
-        raise UserError(
-            f"{file}: its metadata is damaged ({e}): make it again with train.py."
-        ) from None
-
-
 # Arguments of train.py that may differ between the patches of a row: the seed, the machine, what is
 # shown and saved, and the path of a loss (its contents, loss_sha256, must be the same).
 NO_RECIPE = (
@@ -114,12 +100,13 @@ NO_RECIPE = (
 
 def different_settings(trainings):
     """The arguments, but for NO_RECIPE, in which trainings differ. 0, None and [] are equal."""
-    found = set()
-    for settings in trainings:
-        for key in settings.keys() | trainings[0].keys():
-            if (settings.get(key) or None) != (trainings[0].get(key) or None):
-                found.add(key)
-    return sorted(found - set(NO_RECIPE))
+    keys = {key for settings in trainings for key in settings} - set(NO_RECIPE)
+
+    def differs(key):
+        first, *others = (settings.get(key) or None for settings in trainings)
+        return any(other != first for other in others)
+
+    return sorted(filter(differs, keys))
 
 
 def erased_concepts(metadata, settings):
@@ -168,11 +155,9 @@ def turns(jobs, patches):
     """For each job, the number of the patch that generates it.
 
     The patches take turns at the images of each prompt, so their shares are nearly equal. Different
-    prompts begin with different patches. (Turns by the job's index would always give a prompt that
-    returns after a multiple of `patches` jobs to the same patch.)
+    prompts begin with different patches.
     """
-    first, seen = {}, Counter()
-    found = []
+    first, seen, found = {}, Counter(), []
     for job in jobs:
         start = first.setdefault(job.prompt, len(first))
         found.append((start + seen[job.prompt]) % patches)

@@ -185,7 +185,7 @@ def notes(args, generated, rows, columns, problems, model):
     prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
     if cut := sum(tokenize(model.tokenizer, sorted(prompts))[1]):
         found.append(f"{cut} prompts were cut to 77 tokens")
-    titles = {column.key: column.title for column in all_columns(args.suite, [], {})}
+    titles = {column.key: column.title for column in all_columns(args.suite, [], args.model)}
     for name, why in problems.items():
         found.append(f"{titles.get(name, name)}: not measured, {why}")
     return found
@@ -300,9 +300,8 @@ def write_results(args, generated, settings, model, device):
     """
     problems = {}
     rows = result_rows(args, generated, device, problems)
-    titles = suite.columns(worlds.of(args.model)) if args.suite == "toy" else {}
-    parts = parts_of(generated[0][1])
-    columns = columns_with_figures(all_columns(args.suite, parts, titles), rows)
+    columns = all_columns(args.suite, parts_of(generated[0][1]), args.model)
+    columns = columns_with_figures(columns, rows)
     below = notes(args, generated, rows, columns, problems, model)
     add_samples(rows, generated, columns, args)
     finding = summary(args.suite, rows, columns)
