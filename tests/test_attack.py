@@ -7,7 +7,6 @@ import html
 import json
 import re
 import shlex
-import shutil
 import sys
 
 import numpy as np
@@ -24,7 +23,6 @@ from adversaries import NoisyDDIM, Tokens, Word, project_to_simplex, whole_words
 from evaluation import attacks
 from pipeline import added_word, check_words, encode_prompts
 from presets import TRAIN_PARAMS
-from report import page
 from scheduler import DDIM
 from support.errors import UserError
 from toy import shapes, suite
@@ -164,13 +162,6 @@ def test_the_page_and_the_terminal_say_what_was_found(how, finding, shown, bands
     if how.get("finished", True):
         assert finding in out and f"in a browser: {tmp_path / 'o' / 'index.html'}" in out
         assert ("step    40: 3 of 8 images" in out) == (not how)
-
-
-def test_the_page_of_an_attack_that_has_just_begun(tmp_path):
-    shutil.copy(write_attack(tmp_path / "o") / "attack.json", tmp_path)
-    page.make(tmp_path)
-    text, _ = page_of(tmp_path)
-    assert "Nothing is measured yet." in text and "Not finished." in text
 
 
 # ----------------------------------------------------------------------------------- stop, resume
@@ -324,33 +315,25 @@ def test_generate_with_a_word(tmp_path, capsys):
     assert "No prompt contains the word '<star>'" in capsys.readouterr().err
 
 
-def test_a_word_is_there_only_while_it_is_added(tmp_path):
-    model, file = weights.load("toy"), word_file(tmp_path / "word.safetensors")
+def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
+    model, file = weights.load("toy"), tmp_path / "word.safetensors"
+    for tensors, said in (
+        ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
+        ({"<a>": torch.zeros(64), "<b>": torch.zeros(64)}, "does not hold one word"),
+        ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
+    ):
+        weights.save(file, tensors)
+        with pytest.raises(UserError, match=said), added_word(model, file):
+            pass
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     for _ in range(2):
-        with added_word(model, file) as word:
+        with added_word(model, word_file(file)) as word:
             assert word == "<star>"
             star, circle = encode_prompts(model, "a <star> on sand", "a circle on sand")
             assert torch.equal(star, circle)
         assert model.text_encoder.text_model.embeddings.token_embedding.weight is table
-
-
-@pytest.mark.parametrize(
-    "tensors, said",
-    [
-        ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
-        ({"<a>": torch.zeros(64), "<b>": torch.zeros(64)}, "does not hold one word"),
-        ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
-        ({"<other>": torch.zeros(64)}, "load it again"),  # after another word
-    ],
-)
-def test_a_word_that_does_not_fit_is_refused(tensors, said, tmp_path):
-    model, file = weights.load("toy"), tmp_path / "word.safetensors"
-    if "<other>" in tensors:
-        with added_word(model, word_file(file)):
-            pass
-    weights.save(file, tensors)
-    with pytest.raises(UserError, match=said), added_word(model, file):
+    weights.save(file, {"<other>": torch.zeros(64)})
+    with pytest.raises(UserError, match="load it again"), added_word(model, file):
         pass
 
 
