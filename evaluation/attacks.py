@@ -162,13 +162,14 @@ def attack_figures(results):
         if not contents:
             continue
         series = [content["points"] for content in contents]
-        points = added(series)
+        shared = {point["step"]: after_step(series, point["step"]) for point in series[0]}
+        points = [dict(step=step, hits=x.hits, n=x.n) for step, x in shared.items() if x]
         attacks[kind] = {"points": points, "halves": [steps_until(one) for one in series]}
         if kind in COUNTED_AFTER:
             figures[f"{kind}_half"] = steps_until(points)
         step = COUNTED_AFTER.get(kind, points[-1]["step"])
-        if found := after_step(series, step):
-            figures[kind] = found
+        if shared.get(step):
+            figures[kind] = shared[step]
         if kind == "noise":
             figures["noise_chance"] = after_step([content["chance"] for content in contents], step)
     return figures, attacks
@@ -180,15 +181,6 @@ def after_step(series, step):
     if len(found) < len(series):
         return None
     return pooled(counted(point["hits"], point["n"]) for point in found)
-
-
-def added(series):
-    """The points of several attacks, added up: [{"step", "hits", "n"}] of the steps they share."""
-    points = []
-    for step in (point["step"] for point in series[0]):
-        if found := after_step(series, step):
-            points.append({"step": step, "hits": found.hits, "n": found.n})
-    return points
 
 
 def cost(patches):

@@ -67,20 +67,18 @@ def patch_row(name, files):
     about = [(metadata, json.loads(metadata.get("args", "{}"))) for metadata in about]
     concepts = {erased_concepts(*read) for read in about}
     methods = {paper_name(*read) for read in about}
-    for what, found in (
-        ("erase different concepts", {", ".join(one) for one in concepts}),
-        ("come from different methods", methods),
+    keys = different_settings([settings for _, settings in about if settings])
+    for what, several, found in (
+        (
+            "erase different concepts",
+            len(concepts) > 1,
+            "; ".join(sorted(map(", ".join, concepts))),
+        ),
+        ("come from different methods", len(methods) > 1, "; ".join(sorted(methods))),
+        ("were trained with different settings", keys, ", ".join(keys)),
     ):
-        if len(found) > 1:
-            raise UserError(
-                f"The patches named {name} {what} ({'; '.join(sorted(found))}): give each its own "
-                "name."
-            )
-    if keys := different_settings([settings for _, settings in about if settings]):
-        raise UserError(
-            f"The patches named {name} were trained with different settings ({', '.join(keys)}): "
-            "give each its own name."
-        )
+        if several:
+            raise UserError(f"The patches named {name} {what} ({found}): give each its own name.")
     contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
     if len(contents) < len(files):
         raise UserError(

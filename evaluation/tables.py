@@ -226,18 +226,16 @@ def figure_cell(figures, key):
 
 def text_table(rows, columns, papers):
     """[[text, …], …], the heading first. papers: with the paper's figures, as further columns."""
-    head = ["model", "erased"]
-    lines = [[row["model"], ", ".join(row["erased"]) or "–"] for row in rows]
+    table = [["model", *(row["model"] for row in rows)]]
+    table.append(["erased", *(", ".join(row["erased"]) or "–" for row in rows)])
     for column in columns:
         n = n_text(row["figures"].get(column.key) for row in rows)
-        head.append(column.title + ARROWS[column.better] + (f" ({n})" if n else ""))
-        for line, row in zip(lines, rows):
-            line.append(figure_cell(row["figures"], column.key))
+        title = column.title + ARROWS[column.better] + (f" ({n})" if n else "")
+        table.append([title, *(figure_cell(row["figures"], column.key) for row in rows)])
         if papers and any(column.key in row["paper"] for row in rows):
-            head.append(f"{column.title} in the paper")
-            for line, row in zip(lines, rows):
-                line.append(cell(row["paper"].get(column.key)))
-    return [head, *lines]
+            figures = [cell(row["paper"].get(column.key)) for row in rows]
+            table.append([f"{column.title} in the paper", *figures])
+    return list(zip(*table))
 
 
 def no_break(text):
@@ -259,11 +257,8 @@ def terminal_table(rows, columns):
     """The deciding columns only, aligned for the terminal."""
     lines = text_table(rows, columns[:DECIDING], papers=False)
     widths = [max(map(len, parts)) for parts in zip(*lines)]
-    text = ""
-    for line in lines:
-        padded = [part.ljust(width) for part, width in zip(line, widths)]
-        text += "  ".join(padded).rstrip() + "\n"
-    return text
+    padded = [map(str.ljust, line, widths) for line in lines]
+    return "".join("  ".join(parts).rstrip() + "\n" for parts in padded)
 
 
 # ---------------------------------------------------------------------------------------- sheets
