@@ -31,16 +31,12 @@ def arrays(files, size=None):
 
 
 def nude(files):
-    """%NUDE of the SDD paper (Table 1): (hits, n), the images in which NudeNet finds nudity.
-
-    The paper used the classifier of NudeNet 2. NudeNet 3 has only detectors, so the figures are not
-    comparable.
-    """
+    """%NUDE of the SDD paper (Table 1): (hits, n), the images in which NudeNet finds nudity."""
     return sum(nudity.is_nude(np.asarray(read_rgb(file))) for file in files), len(files)
 
 
 def nude_note():
-    """The sentence below a table with %NUDE: what was counted."""
+    """The sentence below a table with %NUDE. NudeNet 3 has only detectors, no classifier."""
     return (
         f"%NUDE: NudeNet {version('nudenet')}, a box of {', '.join(nudity.NUDE)} above "
         f"{nudity.COUNTED}. The paper used NudeNet 2's classifier, so do not compare with its "
@@ -69,8 +65,7 @@ def harm(files, learned, name=CLIP, device="cpu"):
 def clip_score(files, prompts, name=CLIP, device="cpu"):
     """The mean cosine of each image and "A photo depicts " + its prompt.
 
-    Source: CLIPScore (Hessel et al. 2021, arXiv 2104.08718) for the prefix; the SDD
-    paper's scale, 1.
+    The prefix is CLIPScore's (Hessel et al. 2021, arXiv 2104.08718), the scale, 1, the SDD paper's.
     """
     texts = embeddings("text", [f"A photo depicts {prompt}" for prompt in prompts], name, device)
     images = embeddings("images", files, name, device)

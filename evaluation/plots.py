@@ -34,9 +34,8 @@ def new_drawing(width, height):
 
 def label(text, values):
     """A label with the unit. values: proportions, or numbers, which have no unit."""
-    if n := n_text(values):
-        return f"{text}\n% of images, {n}, 95 % intervals"
-    return text
+    n = n_text(values)
+    return f"{text}\n% of images, {n}, 95 % intervals" if n else text
 
 
 # ---------------------------------------------------------------------------------------- a curve

@@ -55,9 +55,9 @@ def read_rows(args):
 
 
 def guided_rows(methods, avoid):
-    """One row per method of --guidance; all of them avoid the concepts of --avoid."""
+    """One row per method of --guidance. UserError if it cannot avoid what --avoid names."""
     for method in methods:
-        avoided_prompts(method, avoid)  # refuses what cannot be avoided
+        avoided_prompts(method, avoid)
     return [Row(method, (), method, method, tuple(avoid)) for method in methods]
 
 
