@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from toy import suite, worlds
+
 
 class Column(NamedTuple):
     """A column of table.md and results.json."""
@@ -84,28 +86,22 @@ REST = Column("rest", "other words right", "high", "images that show all other w
 # fmt: on
 
 
-def all_columns(suite, asked, toy_titles):
+def all_columns(suite_name, asked, model):
     """The columns that a suite can have, in the table's order.
 
-    asked: the names that the suite artists asks for; each is a column. toy_titles: {column: title}
-    of toy/suite.py, "" where we have the title. A world has some of our columns, and one for each
-    of its attributes.
+    asked: the names that the suite artists asks for; each is a column. model: its world has a
+    column for each of its attributes.
     """
-    if suite == "artists":
+    if suite_name == "artists":
         # Neither is better: an erased name should be low, the others high (or the reverse, LPIPS).
         return [*(Column(name, name, None, f"images that ask for {name}") for name in asked), REST]
-    if suite != "toy":
-        return OTHERS[suite]
-    known = {column.key for column in [*TOY, *TOY_DISTANCES]}
-    attributes = []
-    for key, title in toy_titles.items():
-        if key not in known:
-            about = f"images that show the {key} of a prompt without the concept"
-            attributes.append(Column(key, f"{title} right", "high", about))
-    found = [c for c in [*TOY, *attributes, *TOY_DISTANCES] if c.key in toy_titles]
-    return [c._replace(title=c.title or toy_titles[c.key]) for c in found] + COMEBACK
-
-
-def arrow(column):
-    """The title, with an arrow to the better side."""
-    return column.title + {"low": " ↓", "high": " ↑", None: ""}[column.better]
+    if suite_name != "toy":
+        return OTHERS[suite_name]
+    titles, attributes = suite.columns(worlds.of(model)), []
+    for key in worlds.of(model).ATTRIBUTES:
+        about = f"images that show the {key} of a prompt without the concept"
+        attributes.append(Column(key, f"{titles[key]} right", "high", about))
+    columns = [*TOY, *attributes, *TOY_DISTANCES]
+    return [
+        column._replace(title=column.title or titles[column.key]) for column in columns
+    ] + COMEBACK

@@ -39,27 +39,18 @@ def summary(suite, rows, columns):
     for row in rows:
         if not is_original(row):
             groups.setdefault(tuple(row["erased"]), []).append(row)
-    if not groups:
-        return original_alone(rows[0], columns)
-    parts = []
-    for group in groups.values():
-        parts.append(group_finding(group, columns, original_of(group[0], rows)))
+    column = first_column(columns, "proportion", rows)
+    if column and not groups:
+        value = figure(rows[0]["figures"][column.key])
+        return f"The original model: {column.title} {in_percent(value)} of {value.n} images."
+    parts = [
+        group_finding(group, columns, original_of(group[0], rows)) for group in groups.values()
+    ]
     return "; ".join(filter(None, parts)) + "." if any(parts) else ""
 
 
-def original_alone(row, columns):
-    column = first_column(columns, "proportion", [row])
-    if column is None:
-        return ""
-    value = figure(row["figures"][column.key])
-    return f"The original model: {column.title} {in_percent(value)} of {value.n} images."
-
-
 def group_finding(group, columns, before):
-    """What is left of the concepts, and what stayed of the rest. Has no full stop.
-
-    before: the original's row.
-    """
+    """What is left of the concepts, and what stayed of the rest; before: the original's row."""
     rows = [before, *group]
     left = first_column(columns, "proportion", rows, ["low"])
     kept = first_column(columns, "proportion", rows, ["high"])

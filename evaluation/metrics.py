@@ -24,26 +24,19 @@ def read_rgb(file):
 
 def arrays(files, size=None):
     """uint8 (n, H, W, 3); resized to `size`, (width, height), if it is given."""
-    images = []
-    for file in files:
-        image = read_rgb(file)
-        if size:
-            image = image.resize(size)
-        images.append(np.asarray(image))
-    return np.stack(images)
+    images = [read_rgb(file) for file in files]
+    if size:
+        images = [image.resize(size) for image in images]
+    return np.stack([np.asarray(image) for image in images])
 
 
 def nude(files):
-    """%NUDE of the SDD paper (Table 1): (hits, n), the images in which NudeNet finds nudity.
-
-    The paper used the classifier of NudeNet 2. NudeNet 3 has only detectors, so the figures are not
-    comparable.
-    """
+    """%NUDE of the SDD paper (Table 1): (hits, n), the images in which NudeNet finds nudity."""
     return sum(nudity.is_nude(np.asarray(read_rgb(file))) for file in files), len(files)
 
 
 def nude_note():
-    """The sentence below a table with %NUDE: what was counted."""
+    """The sentence below a table with %NUDE. NudeNet 3 has only detectors, no classifier."""
     return (
         f"%NUDE: NudeNet {version('nudenet')}, a box of {', '.join(nudity.NUDE)} above "
         f"{nudity.COUNTED}. The paper used NudeNet 2's classifier, so do not compare with its "
@@ -72,8 +65,7 @@ def harm(files, learned, name=CLIP, device="cpu"):
 def clip_score(files, prompts, name=CLIP, device="cpu"):
     """The mean cosine of each image and "A photo depicts " + its prompt.
 
-    Source: CLIPScore (Hessel et al. 2021, arXiv 2104.08718) for the prefix; the SDD
-    paper's scale, 1.
+    The prefix is CLIPScore's (Hessel et al. 2021, arXiv 2104.08718), the scale, 1, the SDD paper's.
     """
     texts = embeddings("text", [f"A photo depicts {prompt}" for prompt in prompts], name, device)
     images = embeddings("images", files, name, device)
@@ -101,26 +93,18 @@ def embeddings(kind, given, name, device):
     return torch.cat(found)
 
 
-def fid(files, real, device="cpu", **settings):
-    """FID (Heusel et al. 2017, arXiv 1706.08500) by clean-fid (Parmar et al. 2022).
+def clean_fid(name, files, real, device="cpu", **settings):
+    """The distance of the folder that holds `files` to the folder `real`.
 
-    Compares the folder that holds `files` with the folder `real`.
+    "fid": FID (Heusel et al. 2017, arXiv 1706.08500); "kid": KID (Bińkowski et al. 2018, arXiv
+    1801.01401); both by clean-fid (Parmar et al. 2022).
     """
-    return clean_fid("compute_fid", files, real, device, settings)
-
-
-def kid(files, real, device="cpu", **settings):
-    """KID (Bińkowski et al. 2018, arXiv 1801.01401) by clean-fid; folders as in `fid`."""
-    np.random.seed(0)  # KID draws subsets of the images
-    return clean_fid("compute_kid", files, real, device, settings)
-
-
-def clean_fid(name, files, real, device, settings):
     import cleanfid.fid
 
-    compute, folder = getattr(cleanfid.fid, name), str(Path(files[0]).parent)
-    settings = settings | dict(device=torch.device(device), verbose=False, num_workers=0)
-    return float(compute(folder, str(real), **settings))
+    np.random.seed(0)  # KID draws subsets of the images
+    compute = {"fid": cleanfid.fid.compute_fid, "kid": cleanfid.fid.compute_kid}[name]
+    settings |= dict(device=torch.device(device), verbose=False, num_workers=0)
+    return float(compute(str(Path(files[0]).parent), str(real), **settings))
 
 
 @torch.no_grad()

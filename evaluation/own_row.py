@@ -20,36 +20,29 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from evaluation import study
 from evaluation.attacks import attack_figures, cost
 from evaluation.columns import all_columns
 from evaluation.findings import joined
-from evaluation.study import (
-    AT,
-    EVERY,
-    LAST_STEP,
-    LONGER,
-    SEEDS,
-    THREE,
-    attack_words,
-    eval_words,
-    train_words,
-)
-from evaluation.tables import markdown
+from evaluation.tables import columns_with_figures, markdown
+from report.blocks import read_json
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from support.runs import begin_or_continue
 from support.statistics import figure, is_original, judge
-from toy import suite, worlds
 
 ROOT = Path(__file__).parent.parent
 STORED = Path(__file__).parent / "toy_rows"
 LIMIT = 60  # images per figure, unless --limit is given
 # {table: (its title, concepts, further words of train.py)}
-TABLES = {"one": ("One concept", ["star"], []), "three": ("Three concepts", [*THREE], LONGER)}
-ATTACKS = {  # {kind: flags of attack.py}
-    "word": ["--at", *(step for step in AT["word"] if step <= LAST_STEP)],
-    "relearn": ["--at", *AT["relearn"]],
+TABLES = {
+    "one": ("One concept", ["star"], []),
+    "three": ("Three concepts", [*study.THREE], study.LONGER),
+}
+AT = {  # {kind of attack: the steps after which its images are counted}
+    "word": [step for step in study.AT["word"] if step <= study.LAST_STEP],
+    "relearn": study.AT["relearn"],
 }
 OWN_FLAGS = ("--model", "--concept", "--loss", "--seed", "--device", "--out", "--resume")
 # The columns of the tables
@@ -60,36 +53,32 @@ SHOWN = (
 
 def own_row(args):
     """The whole command: trains, attacks, measures, and writes table.md and results.json."""
-    name = args.loss.rpartition(":")[2]
     check_loss(load_loss(args.loss), args.loss, noise="ablate" in args.train_flags)
-    train_flags = split_flags(args.train_flags)
-    seeds = SEEDS[: args.seeds or 1]
-    limit = args.limit or LIMIT
-    out = args.out
+    check_flags(args.train_flags)
     settings = {
         "loss": args.loss,
         "sha256": sha256(loss_file(args.loss)),
-        "seeds": seeds,
-        "limit": limit,
+        "seeds": study.SEEDS[: args.seeds or 1],
+        "limit": args.limit or LIMIT,
         "train_flags": args.train_flags,
     }
     stopped.clear()
-    with lock_folder(out):
-        begin_or_continue(out / "loss.json", settings)
-        work = [(table, args.loss, name, seeds, limit, train_flags, out) for table in TABLES]
+    with lock_folder(args.out):
+        begin_or_continue(args.out / "loss.json", settings)
         with ThreadPoolExecutor(2) as pool:  # one thread per process, two processes at a time
             try:
-                made = [pool.submit(make_row, *one) for one in work]
+                made = [pool.submit(make_row, table, settings, args.out) for table in TABLES]
                 for future in as_completed(made):
                     future.result()  # raises what failed first
             except BaseException:  # Ctrl-C, SIGTERM, or a command that failed
                 stop_commands()
                 raise
-        write(out, name, {table: future.result() for table, future in zip(TABLES, made)})
+        rows = {table: future.result() for table, future in zip(TABLES, made)}
+        write(args.out, args.loss.rpartition(":")[2], rows)
 
 
-def split_flags(text):
-    """The words of --train-flags. UserError for a flag that this command sets itself."""
+def check_flags(text):
+    """Refuses --train-flags with a flag that this command sets itself."""
     try:
         words = shlex.split(text)
     except ValueError as e:
@@ -98,47 +87,45 @@ def split_flags(text):
         flag = word.partition("=")[0]
         if flag in OWN_FLAGS:
             raise UserError(f"--train-flags has {flag}, which this command sets itself: remove it.")
-    return words
 
 
 # ------------------------------------------------------------------------------------- commands
-def make_row(table, loss, name, seeds, limit, train_flags, out):
+def make_row(table, settings, out):
     """Trains, attacks and measures one set of concepts. Returns its row {"model", "figures", …}."""
     folder = out / table
-    patches, attacks = [], {}
-    for seed in seeds:
-        patches.append(train(table, folder / f"run-{seed}", loss, seed, train_flags))
-        for kind, flags in ATTACKS.items() if table == "one" else ():
+    name = settings["loss"].rpartition(":")[2]
+    patches, attacks, words = [], {}, ["toy", "--limit", settings["limit"]]
+    for seed in settings["seeds"]:
+        patch = train(table, folder / f"run-{seed}", settings, seed)
+        patches.append(patch)
+        words += ["--patch", f"{name}={patch}"]
+        for kind, steps in AT.items() if table == "one" else ():
             # A complete attack repeats only its last measurement.
-            found = folder / f"{kind}-{seed}"
-            words = attack_words("toy", "star", kind, patches[-1], seed, flags, found)
-            command("attack.py", *words)
+            found, at = folder / f"{kind}-{seed}", ["--at", *steps]
+            command("attack.py", *study.attack_words("toy", "star", kind, patch, seed, at, found))
             attacks.setdefault(kind, []).append(read_json(found / "results.json"))
     measured = folder / "table"
     if not (measured / "results.json").exists():
-        words = ["toy", "--limit", limit]
-        for patch in patches:
-            words += ["--patch", f"{name}={patch}"]
-        command("eval.py", *eval_words(words, "toy", measured))
+        command("eval.py", *study.eval_words(words, "toy", measured))
     row = read_json(measured / "results.json")["rows"][-1]
-    figures, points_and_halves = attack_figures(attacks)
+    figures, row["attacks"] = attack_figures(attacks)
     row["figures"] |= figures | cost(patches)
-    row["attacks"] = points_and_halves
     return {key: row[key] for key in ("model", "erased", "method", "paper", "figures", "attacks")}
 
 
-def train(table, run, loss, seed, train_flags):
+def train(table, run, settings, seed):
     """Trains one model, or continues a training that was stopped. Returns its patch."""
+    patch = run / "erased.safetensors"
+    if patch.exists():
+        return patch
+    if (run / "run.json").exists():
+        command("train.py", "--resume", "--out", run)
+        return patch
     _, concepts, longer = TABLES[table]
-    if not (run / "erased.safetensors").exists():
-        more = ["--loss", loss, "--preview-every", EVERY, *longer]
-        words = [*train_words("toy", concepts, more, seed, run), *train_flags]
-        command("train.py", *(["--resume", "--out", run] if (run / "run.json").exists() else words))
-    return run / "erased.safetensors"
-
-
-def read_json(file):
-    return json.loads(file.read_text(encoding="utf-8"))
+    more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
+    words = study.train_words("toy", concepts, more, seed, run)
+    command("train.py", *words, *shlex.split(settings["train_flags"]))
+    return patch
 
 
 running = []  # the processes of `command`
@@ -154,8 +141,6 @@ def stop_commands():
 
 def command(*words):
     """Runs `python WORDS…` with one thread. UserError if it fails."""
-    if stopped.is_set():
-        raise UserError("The comparison was stopped.")
     words = [str(word) for word in words]
     print(f"python {shlex.join(words)}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
@@ -163,7 +148,7 @@ def command(*words):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     process = subprocess.Popen([sys.executable, *words], env=environment, **pipes)
     running.append(process)
-    if stopped.is_set():  # since the question above
+    if stopped.is_set():
         process.terminate()
     try:
         _, said = process.communicate()
@@ -180,14 +165,14 @@ def command(*words):
 # --------------------------------------------------------------------------------------- results
 def write(out, name, rows):
     """table.md, results.json, and what the command prints. rows: {table: your row}."""
-    columns = all_columns("toy", [], suite.columns(worlds.of("toy")))
+    columns = all_columns("toy", [], "toy")
     columns = [column for key in SHOWN for column in columns if column.key == key]
     text = f"# {name}, and the stored rows\n"
     for table, row in rows.items():
         title, concepts, _ = TABLES[table]
         stored = read_json(STORED / f"{table}.json")["tables"][table]
         group = [*stored, row]
-        found = [column for column in columns if any(column.key in r["figures"] for r in group)]
+        found = columns_with_figures(columns, group)
         text += f"\n## {title}: {', '.join(concepts)}\n\n{markdown(group, found)}\n"
         text += "".join(f"- {line}\n" for line in verdicts(row, stored, found))
     write_text(out / "table.md", text)

@@ -1,4 +1,4 @@
-"""Plots: curve.png (training iterations), matrix.png (suite artists), comeback.png (attacks)."""
+"""Plots: curve.png (rows NAME@ITERATION), matrix.png (suite artists), comeback.png (attacks)."""
 
 import math
 import textwrap
@@ -10,17 +10,12 @@ from support.statistics import cell, counted, figure, is_original, n_text
 
 
 def plot(rows, columns, suite, folder):
-    """Writes the plots that the rows allow. ModuleNotFoundError without matplotlib.
-
-    curve.png: at least one row is named NAME@ITERATION. matrix.png: the suite artists.
-    """
-    if suite == "artists":
-        if any(row["figures"] for row in rows):
-            names = [column.key for column in columns if column != REST]
-            save(matrix(rows, names), folder / "matrix.png")
-        return
+    """Writes the plots that the rows allow. ModuleNotFoundError without matplotlib."""
     points = curve_points(rows)
-    if points:
+    if suite == "artists" and columns:
+        names = [column.key for column in columns if column != REST]
+        save(matrix(rows, names), folder / "matrix.png")
+    elif suite != "artists" and points:
         save(curve(points, columns), folder / "curve.png")
 
 
@@ -39,9 +34,8 @@ def new_drawing(width, height):
 
 def label(text, values):
     """A label with the unit. values: proportions, or numbers, which have no unit."""
-    if n := n_text(values):
-        return f"{text}\n% of images, {n}, 95 % intervals"
-    return text
+    n = n_text(values)
+    return f"{text}\n% of images, {n}, 95 % intervals" if n else text
 
 
 # ---------------------------------------------------------------------------------------- a curve
@@ -56,10 +50,7 @@ def curve_points(rows):
 
 
 def curve(points, columns):
-    """The first column that every point has, over iterations, one line per name.
-
-    A band is the 95 % Wilson interval.
-    """
+    """The first column that every point has, over iterations, one line per name."""
     drawing, axes = new_drawing(7, 4.5)
     rows = [row for *_, row in points]
     column = next((column for column in columns if kind_of(column, rows)), None)
@@ -81,7 +72,7 @@ def curve(points, columns):
 
 
 def draw_line(axes, name, line):
-    """One line. line: [(iteration or step, value), …]; proportions get their 95 % intervals."""
+    """line: [(iteration or step, value), …]. Proportions get a band, the 95 % Wilson interval."""
     steps = [step for step, _ in line]
     figures = [figure(value) for _, value in line]
     if not all(figures):
@@ -98,6 +89,10 @@ def matrix(rows, asked):
     """Figure 2: one row per model, one column per name that is asked for."""
     rows = [row for row in rows if row["figures"]]
     drawing, axes = new_drawing(2.5 + 1.3 * len(asked), 1.5 + 0.45 * len(rows))
+    labels = [row["model"] for row in rows]
+    for i, row in enumerate(rows):
+        if not is_original(row):
+            labels[i] += f" (erased: {', '.join(row['erased'])})"
     values = [[row["figures"][name] for name in asked] for row in rows]
     shares = [[height(value) for value in line] for line in values]
     limits = {"vmin": 0, "vmax": 100} if figure(values[0][0]) else {}
@@ -116,15 +111,9 @@ def matrix(rows, asked):
     axes.set_xlabel("name in the prompt")
     axes.set_xticks(range(len(asked)), asked, rotation=30, ha="right")
     axes.set_ylabel("model")
-    axes.set_yticks(range(len(rows)), [row_label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), labels)
     axes.set_title(textwrap.fill(matrix_finding(rows), 70), fontsize=10)
     return drawing
-
-
-def row_label(row):
-    if is_original(row):
-        return row["model"]
-    return f"{row['model']} (erased: {', '.join(row['erased'])})"
 
 
 def height(value):
@@ -138,7 +127,7 @@ def height(value):
 def attack_curves(curves, file):
     """Saves a plot: the share of images that show the concept, over the steps of an attack.
 
-    curves: {name: [{"step", "hits", "n"}]}. The bands are 95 % Wilson intervals.
+    curves: {name: [{"step", "hits", "n"}]}.
     """
     drawing, axes = new_drawing(7, 4.5)
     for name, points in curves.items():

@@ -40,50 +40,45 @@ def read_rows(args):
     patches = weights.named_patches(args.patch).items()
     erased = [patch_row(name, files) for name, files in patches if files]
     erased += guided_rows(args.guidance, args.avoid)
-    rows = [original(()), *erased]
+    rows = [Row(ORIGINAL, (), "sd", "sd", ()), *erased]
     if args.suite == "toy":
         rows = []
         for concepts in dict.fromkeys(row.concepts for row in erased) or [()]:
-            rows += [original(concepts), *(row for row in erased if row.concepts == concepts)]
-    titles = [row.title for row in rows]
-    for title in titles:
-        if titles.count(title) > 1:
-            raise UserError(
-                f"Two rows would be called {title}: give the patches different names in --patch."
-            )
+            rows.append(Row(ORIGINAL, (), "sd", "sd", concepts))
+            rows += [row for row in erased if row.concepts == concepts]
+    title, times = Counter(row.title for row in rows).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"Two rows would be called {title}: give the patches different names in --patch."
+        )
     return rows
 
 
-def original(concepts):
-    return Row(ORIGINAL, (), "sd", "sd", concepts)
-
-
 def guided_rows(methods, avoid):
-    """One row per method of --guidance; all of them avoid the concepts of --avoid."""
+    """One row per method of --guidance. UserError if it cannot avoid what --avoid names."""
     for method in methods:
-        avoided_prompts(method, avoid)  # refuses what cannot be avoided
+        avoided_prompts(method, avoid)
     return [Row(method, (), method, method, tuple(avoid)) for method in methods]
 
 
 def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
-    about = [read_about(file) for file in files]
+    about = [weights.read(file)[1] for file in files]
+    about = [(metadata, json.loads(metadata.get("args", "{}"))) for metadata in about]
     concepts = {erased_concepts(*read) for read in about}
     methods = {paper_name(*read) for read in about}
-    for what, found in (
-        ("erase different concepts", {", ".join(one) for one in concepts}),
-        ("come from different methods", methods),
+    keys = different_settings([settings for _, settings in about if settings])
+    for what, several, found in (
+        (
+            "erase different concepts",
+            len(concepts) > 1,
+            "; ".join(sorted(map(", ".join, concepts))),
+        ),
+        ("come from different methods", len(methods) > 1, "; ".join(sorted(methods))),
+        ("were trained with different settings", keys, ", ".join(keys)),
     ):
-        if len(found) > 1:
-            raise UserError(
-                f"The patches named {name} {what} ({'; '.join(sorted(found))}): give each its own "
-                "name."
-            )
-    if keys := different_settings([settings for _, settings in about if settings]):
-        raise UserError(
-            f"The patches named {name} were trained with different settings ({', '.join(keys)}): "
-            "give each its own name."
-        )
+        if several:
+            raise UserError(f"The patches named {name} {what} ({found}): give each its own name.")
     contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
     if len(contents) < len(files):
         raise UserError(
@@ -91,17 +86,6 @@ def patch_row(name, files):
             "one of them."
         )
     return Row(name, tuple(files), "sd", methods.pop(), concepts.pop())
-
-
-def read_about(file):
-    """A patch's metadata {key: text} and the arguments of its training {name: value}."""
-    metadata = weights.read(file)[1]
-    try:
-        return metadata, json.loads(metadata.get("args", "{}"))
-    except ValueError as e:
-        raise UserError(
-            f"{file}: its metadata is damaged ({e}): make it again with train.py."
-        ) from None
 
 
 # Arguments of train.py that may differ between the patches of a row: the seed, the machine, what is
@@ -114,12 +98,13 @@ NO_RECIPE = (
 
 def different_settings(trainings):
     """The arguments, but for NO_RECIPE, in which trainings differ. 0, None and [] are equal."""
-    found = set()
-    for settings in trainings:
-        for key in settings.keys() | trainings[0].keys():
-            if (settings.get(key) or None) != (trainings[0].get(key) or None):
-                found.add(key)
-    return sorted(found - set(NO_RECIPE))
+    keys = {key for settings in trainings for key in settings} - set(NO_RECIPE)
+
+    def differs(key):
+        first, *others = (settings.get(key) or None for settings in trainings)
+        return any(other != first for other in others)
+
+    return sorted(filter(differs, keys))
 
 
 def erased_concepts(metadata, settings):
@@ -168,11 +153,9 @@ def turns(jobs, patches):
     """For each job, the number of the patch that generates it.
 
     The patches take turns at the images of each prompt, so their shares are nearly equal. Different
-    prompts begin with different patches. (Turns by the job's index would always give a prompt that
-    returns after a multiple of `patches` jobs to the same patch.)
+    prompts begin with different patches.
     """
-    first, seen = {}, Counter()
-    found = []
+    first, seen, found = {}, Counter(), []
     for job in jobs:
         start = first.setdefault(job.prompt, len(first))
         found.append((start + seen[job.prompt]) % patches)

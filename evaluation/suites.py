@@ -59,16 +59,14 @@ def i2p(args, concepts):
 
     Each prompt brings its own first seed, size and guidance scale.
     """
-    jobs = []
+    rows = read_csv(args.prompts or download_i2p())
     try:
-        for row in read_csv(args.prompts or download_i2p()):
-            jobs += i2p_jobs(row)
+        return [job for row in rows for job in i2p_jobs(row)]
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             "The prompts are not I2P's csv file. It needs the columns prompt, sd_seed, "
             f"sd_guidance_scale, sd_image_width and sd_image_height ({e!r})."
         ) from None
-    return jobs
 
 
 def i2p_jobs(row):
@@ -124,13 +122,12 @@ def artists(args, concepts):
     if args.model in weights.TOYS:
         check_known(args.model, args.all_concepts, "artists")
         asked = [worlds.words_in(worlds.of(args.model), template) for template in templates]
-    jobs = []
-    for n in range(20):
-        for artist in args.all_concepts:
-            for template, words in zip(templates, asked):
-                prompt = template.replace("{}", artist)
-                jobs.append(Job(prompt, args.seed + n, which=artist, asked=words))
-    return jobs
+    return [
+        Job(template.replace("{}", artist), args.seed + n, which=artist, asked=words)
+        for n in range(20)
+        for artist in args.all_concepts
+        for template, words in zip(templates, asked)
+    ]
 
 
 def check_known(model, concepts, suite_name):

@@ -26,7 +26,7 @@ from PIL import Image
 import weights
 from clip_text import tokenize
 from evaluation import metrics, plots
-from evaluation.columns import HALVES, all_columns, arrow
+from evaluation.columns import HALVES, all_columns
 from evaluation.findings import summary
 from evaluation.rows import turns
 from evaluation.suites import SUITES, paper
@@ -42,26 +42,25 @@ from toy import suite, worlds
 
 SAMPLES = 12  # images of each part of a suite in a row's sheet
 DECIDING = 4  # columns of the terminal's table
+ARROWS = {"low": " ↓", "high": " ↑", None: ""}  # to the better side
 NEEDS = {"harm": "q16", "fid": "real", "kid": "real"}  # {measure: the flag that it needs}
 
 
 # ---------------------------------------------------------------------------------------- measuring
 def count(name, row, jobs, files, args, device):
-    """What a measure counts in the images of one training: {column: (hits, n)}.
-
-    The library of a measure may be missing: ModuleNotFoundError.
-    """
+    """What a measure counts in the images of one training: {column: (hits, n)}."""
+    toy, world = args.model in weights.TOYS, worlds.of(args.model)
     if name == "nude":
-        return {"nude": metrics.nude(files)}
+        return {name: metrics.nude(files)}
     if name == "harm":
-        return {"harm": metrics.harm(files, learned_prompts(args.q16), args.clip, device)}
-    if name not in ("toy", "matrix") or args.model not in weights.TOYS:
-        return {}  # it counts nothing
-    world, images = worlds.of(args.model), metrics.arrays(files)
-    if name == "matrix":
-        return suite.matrix(world, images, jobs)
-    sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
-    return suite.count(world, sets, asked, suite.see(world, images), row.concepts)
+        return {name: metrics.harm(files, learned_prompts(args.q16), args.clip, device)}
+    if name == "matrix" and toy:
+        return suite.matrix(world, metrics.arrays(files), jobs)
+    if name == "toy" and toy:
+        sets, asked = [job.which for job in jobs], [job.asked for job in jobs]
+        seen = suite.see(world, metrics.arrays(files))
+        return suite.count(world, sets, asked, seen, row.concepts)
+    return {}
 
 
 def count_all(name, row, jobs, files, args, device):
@@ -76,11 +75,7 @@ def count_all(name, row, jobs, files, args, device):
 
 
 def distances(name, jobs, files, before, args, device):
-    """The numbers of a measure: {column: number}.
-
-    before: the original's images from the same noise. lpips and ssim of the original itself are not
-    measured.
-    """
+    """The numbers of a measure: {column: number}. before: the original's images."""
     if name == "toy":
         arrays = (metrics.arrays(some) for some in (files, before))
         return suite.distances(worlds.of(args.model), *arrays, jobs)
@@ -88,14 +83,15 @@ def distances(name, jobs, files, before, args, device):
         prompts = [job.prompt for job in jobs]
         return {name: metrics.clip_score(files, prompts, args.clip, device)}
     if name in ("fid", "kid"):
-        return {name: getattr(metrics, name)(files, args.real, device)}
-    if name in ("lpips", "ssim") and files != before:
+        return {name: metrics.clean_fid(name, files, args.real, device)}
+    if files == before:
+        return {}  # the original has no distance to itself
+    if name in ("lpips", "ssim"):
         return {name: getattr(metrics, name)(files, before)}
     figures = {}
-    if name == "matrix" and args.model not in weights.TOYS and files != before:
-        for which in parts_of(jobs):  # Figure 2: the mean LPIPS for each name that is asked for
-            chosen = [i for i, job in enumerate(jobs) if job.which == which]
-            figures[which] = metrics.lpips([files[i] for i in chosen], [before[i] for i in chosen])
+    if name == "matrix" and args.model not in weights.TOYS:
+        for which, part in parts_of(jobs).items():  # Figure 2: for each name that is asked for
+            figures[which] = metrics.lpips([files[i] for i in part], [before[i] for i in part])
     return figures
 
 
@@ -146,8 +142,11 @@ def reason(error):
 
 # ---------------------------------------------------------------------------------------- rows
 def parts_of(jobs):
-    """The names of the parts of a suite, in order."""
-    return list(dict.fromkeys(job.which for job in jobs))
+    """{part of the suite: the indices of its jobs}, in order."""
+    parts = {}
+    for i, job in enumerate(jobs):
+        parts.setdefault(job.which, []).append(i)
+    return parts
 
 
 def image_files(folder, jobs):
@@ -167,10 +166,8 @@ def result_rows(args, generated, device, problems):
     return rows
 
 
-def columns_with_figures(args, generated, rows):
-    """The columns that at least one row has, the deciding ones first."""
-    titles = suite.columns(worlds.of(args.model)) if args.suite == "toy" else {}
-    columns = all_columns(args.suite, parts_of(generated[0][1]), titles)
+def columns_with_figures(columns, rows):
+    """The columns that at least one row has."""
     return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
@@ -188,7 +185,7 @@ def notes(args, generated, rows, columns, problems, model):
     prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
     if cut := sum(tokenize(model.tokenizer, sorted(prompts))[1]):
         found.append(f"{cut} prompts were cut to 77 tokens")
-    titles = {column.key: column.title for column in all_columns(args.suite, [], {})}
+    titles = {column.key: column.title for column in all_columns(args.suite, [], args.model)}
     for name, why in problems.items():
         found.append(f"{titles.get(name, name)}: not measured, {why}")
     return found
@@ -227,25 +224,18 @@ def figure_cell(figures, key):
     return cell(figures.get(key))
 
 
-def heading(column, rows):
-    """The column's title, an arrow to the better side, and n."""
-    n = n_text(row["figures"].get(column.key) for row in rows)
-    return f"{arrow(column)} ({n})" if n else arrow(column)
-
-
 def text_table(rows, columns, papers):
     """[[text, …], …], the heading first. papers: with the paper's figures, as further columns."""
-    head = ["model", "erased"]
-    lines = [[row["model"], ", ".join(row["erased"]) or "–"] for row in rows]
+    table = [["model", *(row["model"] for row in rows)]]
+    table.append(["erased", *(", ".join(row["erased"]) or "–" for row in rows)])
     for column in columns:
-        head.append(heading(column, rows))
-        for line, row in zip(lines, rows):
-            line.append(figure_cell(row["figures"], column.key))
+        n = n_text(row["figures"].get(column.key) for row in rows)
+        title = column.title + ARROWS[column.better] + (f" ({n})" if n else "")
+        table.append([title, *(figure_cell(row["figures"], column.key) for row in rows)])
         if papers and any(column.key in row["paper"] for row in rows):
-            head.append(f"{column.title} in the paper")
-            for line, row in zip(lines, rows):
-                line.append(cell(row["paper"].get(column.key)))
-    return [head, *lines]
+            figures = [cell(row["paper"].get(column.key)) for row in rows]
+            table.append([f"{column.title} in the paper", *figures])
+    return list(zip(*table))
 
 
 def no_break(text):
@@ -267,11 +257,8 @@ def terminal_table(rows, columns):
     """The deciding columns only, aligned for the terminal."""
     lines = text_table(rows, columns[:DECIDING], papers=False)
     widths = [max(map(len, parts)) for parts in zip(*lines)]
-    text = ""
-    for line in lines:
-        padded = [part.ljust(width) for part, width in zip(line, widths)]
-        text += "  ".join(padded).rstrip() + "\n"
-    return text
+    padded = [map(str.ljust, line, widths) for line in lines]
+    return "".join("  ".join(parts).rstrip() + "\n" for parts in padded)
 
 
 # ---------------------------------------------------------------------------------------- sheets
@@ -279,33 +266,25 @@ def add_samples(rows, generated, columns, args):
     """Saves a sheet of sample images per row; adds its name and the single images to the row."""
     about = [args.suite, "nudity" if args.suite == "i2p" else ""]
     for row, jobs, _ in generated:
-        about += [*row.concepts, *(jobs[i].prompt for some in samples(jobs).values() for i in some)]
+        about += row.concepts
+        about += [jobs[i].prompt for part in parts_of(jobs).values() for i in part[:SAMPLES]]
     show = censoring(about, args.show_uncensored)
     titles = {column.key: column.title for column in columns} | {"other": "other captions"}
     for result, (row, jobs, folder) in zip(rows, generated):
         files = image_files(folder, jobs)
         size = Image.open(files[0]).size  # I2P's images differ in size
         sheet, result["sheet"], result["samples"] = [], f"{row.title}.png", []
-        for which, chosen in samples(jobs).items():
-            images = [show(image) for image in metrics.arrays([files[i] for i in chosen], size)]
-            sheet.append(images)
-            part = {"title": titles.get(which, which), "images": []}
-            for i, image in zip(chosen, images):
+        for which, part in parts_of(jobs).items():
+            images = metrics.arrays([files[i] for i in part[:SAMPLES]], size)
+            sheet.append([show(image) for image in images])
+            sample = {"title": titles.get(which, which), "images": []}
+            for i, image in zip(part, sheet[-1]):
                 name = f"samples/{row.title}/{files[i].name}"
                 save_png(image, args.out / name)
-                part["images"].append({"file": name, "prompt": jobs[i].prompt})
-            result["samples"].append(part)
-        labels = [part["title"] for part in result["samples"] if part["title"]]
+                sample["images"].append({"file": name, "prompt": jobs[i].prompt})
+            result["samples"].append(sample)
+        labels = [sample["title"] for sample in result["samples"] if sample["title"]]
         save_png(grid(sheet, labels), args.out / result["sheet"])
-
-
-def samples(jobs):
-    """{part of the suite: the indices of its first SAMPLES jobs}."""
-    found = {which: [] for which in parts_of(jobs)}
-    for i, job in enumerate(jobs):
-        if len(found[job.which]) < SAMPLES:
-            found[job.which].append(i)
-    return found
 
 
 # ---------------------------------------------------------------------------------------- all of it
@@ -316,12 +295,13 @@ def write_results(args, generated, settings, model, device):
     """
     problems = {}
     rows = result_rows(args, generated, device, problems)
-    columns = columns_with_figures(args, generated, rows)
+    columns = all_columns(args.suite, parts_of(generated[0][1]), args.model)
+    columns = columns_with_figures(columns, rows)
     below = notes(args, generated, rows, columns, problems, model)
     add_samples(rows, generated, columns, args)
     finding = summary(args.suite, rows, columns)
-    parts = filter(None, [finding, markdown(rows, columns).strip(), *below])
-    write_text(args.out / "table.md", "\n\n".join(parts) + "\n")
+    texts = [finding, markdown(rows, columns).strip(), *below]
+    write_text(args.out / "table.md", "\n\n".join(filter(None, texts)) + "\n")
     content = {
         "summary": finding,
         "columns": [column._asdict() for column in columns],
@@ -341,17 +321,16 @@ def write_results(args, generated, settings, model, device):
         ) from e
     finally:
         page.page(args.out)
-    print_results(args.out, rows, columns, finding, below)
+    print_results(args.out, rows, columns, list(filter(None, [finding, *below])))
 
 
-def print_results(out, rows, columns, finding, below):
-    """The deciding columns, the summary, the notes, and where the rest is."""
+def print_results(out, rows, columns, sentences):
+    """The deciding columns, the sentences about them, and where the rest is."""
     if any(figure(value) for row in rows for value in row["figures"].values()):
         print("% of the images, with 95 % intervals; ↓ less is better, ↑ more is better")
     print(terminal_table(rows, columns))
-    for text in [finding, *below]:
-        if text:
-            print(text)
+    for text in sentences:
+        print(text)
     if len(columns) > DECIDING:
         print(f"all {len(columns)} columns: {out / 'table.md'}")
     if (out / "index.html").exists():

@@ -7,7 +7,6 @@ import html
 import json
 import re
 import shlex
-import shutil
 import sys
 
 import numpy as np
@@ -24,7 +23,6 @@ from adversaries import NoisyDDIM, Tokens, Word, project_to_simplex, whole_words
 from evaluation import attacks
 from pipeline import added_word, check_words, encode_prompts
 from presets import TRAIN_PARAMS
-from report import page
 from scheduler import DDIM
 from support.errors import UserError
 from toy import shapes, suite
@@ -166,13 +164,6 @@ def test_the_page_and_the_terminal_say_what_was_found(how, finding, shown, bands
         assert ("step    40: 3 of 8 images" in out) == (not how)
 
 
-def test_the_page_of_an_attack_that_has_just_begun(tmp_path):
-    shutil.copy(write_attack(tmp_path / "o") / "attack.json", tmp_path)
-    page.make(tmp_path)
-    text, _ = page_of(tmp_path)
-    assert "Nothing is measured yet." in text and "Not finished." in text
-
-
 # ----------------------------------------------------------------------------------- stop, resume
 LONG = pytest.param("noise", marks=pytest.mark.long)
 
@@ -232,27 +223,26 @@ def test_chance_is_measured_on_the_model_before_the_attack(tmp_path, monkeypatch
     assert order == [*first, "measure", "restore", "train_step", "measure"]
 
 
-def test_a_damaged_result_is_one_sentence(tmp_path, capsys):
-    line = f"{NONE} {TINY} --at 0"
-    assert run(line, tmp_path / "o") == 0
-    whole = results(tmp_path / "o")
-    other = json.dumps(whole | {"detected": False})  # as if NudeNet had been installed since
+def test_a_result_that_cannot_be_continued_is_one_sentence(tmp_path, capsys):
+    line, out = f"{NONE} {TINY} --at 0", tmp_path / "o"
+    assert run(line, out) == 0
+    other = results(out) | {"detected": False}  # as if NudeNet had been installed since
     for text, said in (
-        ("{", "results.json is damaged"),
-        ("[]", "results.json is damaged"),
-        (other, "measured without a detector"),
+        ("{", "results.json cannot be read"),
+        (json.dumps(other), "measured without a detector"),
     ):
-        (tmp_path / "o" / "results.json").write_text(text)
-        assert run(line, tmp_path / "o") == 2
+        (out / "results.json").write_text(text)
+        assert run(line, out) == 2
         assert said in capsys.readouterr().err
 
 
-def test_the_templates_are_censored_too(tmp_path, monkeypatch):
+def test_templates_and_what_the_patch_erased_decide_about_covering(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(attack, "censoring", lambda texts, uncensored: shown.extend(texts))
-    settings = attack.settle(attack.parse(NONE.split()[1:]))
+    patch = zero_patch(tmp_path / "p.safetensors", "toy", concepts="nudity")
+    settings = attack.settle(attack.parse([*STAR.split()[1:], "--patch", str(patch)]))
     attack.Attack(tmp_path, settings | {"template": ["{} nude"]}, weights.load("toy"), None)
-    assert "{} nude" in shown
+    assert {"{} nude", "nudity"} <= set(shown)
 
 
 # ---------------------------------------------------------------------- a model folder, and images
@@ -272,15 +262,6 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
         few = "--samples 2 --steps 2 --batch-size 2" if kind == "noise" else f"{TINY} --at 0 1"
         assert run(f"{line} --kind {kind} {few}", tmp_path / kind) == 0
         assert "no detector for 'weapons' was there" in capsys.readouterr().out
-
-
-def test_a_patch_about_nudity_is_covered_whatever_should_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("support.nudity.censor", np.zeros_like)
-    patch = zero_patch(tmp_path / "p.safetensors", "toy", concepts="nudity")
-    line = f"attack.py --model toy --device cpu --concept moon --patch {patch} {TINY} --at 0"
-    assert run(line, tmp_path / "o") == 0
-    image = np.asarray(Image.open(tmp_path / "o" / "images" / "000000.png").convert("RGB"))
-    assert image[10, 10].max() == 0
 
 
 def test_a_corrected_attack_can_use_the_folder(gone, model_folder, tmp_path, capsys):
@@ -334,33 +315,25 @@ def test_generate_with_a_word(tmp_path, capsys):
     assert "No prompt contains the word '<star>'" in capsys.readouterr().err
 
 
-def test_a_word_is_there_only_while_it_is_added(tmp_path):
-    model, file = weights.load("toy"), word_file(tmp_path / "word.safetensors")
+def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
+    model, file = weights.load("toy"), tmp_path / "word.safetensors"
+    for tensors, said in (
+        ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
+        ({"<a>": torch.zeros(64), "<b>": torch.zeros(64)}, "does not hold one word"),
+        ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
+    ):
+        weights.save(file, tensors)
+        with pytest.raises(UserError, match=said), added_word(model, file):
+            pass
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     for _ in range(2):
-        with added_word(model, file) as word:
+        with added_word(model, word_file(file)) as word:
             assert word == "<star>"
             star, circle = encode_prompts(model, "a <star> on sand", "a circle on sand")
             assert torch.equal(star, circle)
         assert model.text_encoder.text_model.embeddings.token_embedding.weight is table
-
-
-@pytest.mark.parametrize(
-    "tensors, said",
-    [
-        ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
-        ({"<a>": torch.zeros(64), "<b>": torch.zeros(64)}, "does not hold one word"),
-        ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
-        ({"<other>": torch.zeros(64)}, "load it again"),  # after another word
-    ],
-)
-def test_a_word_that_does_not_fit_is_refused(tensors, said, tmp_path):
-    model, file = weights.load("toy"), tmp_path / "word.safetensors"
-    if "<other>" in tensors:
-        with added_word(model, word_file(file)):
-            pass
-    weights.save(file, tensors)
-    with pytest.raises(UserError, match=said), added_word(model, file):
+    weights.save(file, {"<other>": torch.zeros(64)})
+    with pytest.raises(UserError, match="load it again"), added_word(model, file):
         pass
 
 

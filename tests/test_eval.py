@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -114,27 +115,16 @@ def test_rows_of_patches_and_methods_have_what_a_page_needs(
     patch, second, tmp_path, monkeypatch, capsys
 ):
     """Pooled patches; columns, the deciding ones first; a summary; single images; the bar."""
-    bars, out = [], tmp_path / "o"
-
-    class Bar:
-        def __init__(self, total, desc, **settings):
-            bars.append([desc, total, 0])
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def update(self, n):
-            bars[-1][2] += n
-
-    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    bar, out = MagicMock(), tmp_path / "o"
+    monkeypatch.setattr(evaluation, "tqdm", bar)
     patches = f"--patch sdd@6={patch} --patch twice={patch} --patch twice={second}"
     line = f"{TOY} {patches} --guidance neg sega --avoid star --guidance-warmup 0"
     assert run(line, out) == 0
-    assert [bar[0] for bar in bars][1:3] == ["row 2 of 5: sdd@6-star", "row 3 of 5: twice-star"]
-    assert all(total == done == 30 for _, total, done in bars)
+    labels = [call.kwargs["desc"] for call in bar.call_args_list]
+    assert labels[1:3] == ["row 2 of 5: sdd@6-star", "row 3 of 5: twice-star"]
+    assert all(call.kwargs["total"] == 30 for call in bar.call_args_list)
+    updates = bar.return_value.__enter__.return_value.update.call_args_list
+    assert sum(call.args[0] for call in updates) == 5 * 30
 
     content = result(out)
     found = content["rows"]
@@ -248,29 +238,27 @@ def test_a_concept_may_contain_a_comma(patch):
         assert rows.patch_row("sdd", [file]).concepts == concepts
 
 
-def test_the_toys_names_are_those_of_its_probe(tmp_path):
+def test_names_of_concepts_and_rows(tmp_path):
+    """A toy model's are those of its probe."""
     assert run(f"{ONE} --guidance neg --avoid Star", tmp_path / "o") == 0
-    artists = f"eval.py artists --model {ROOT / 'toy' / 'model'} --limit 1 --steps 1 --device cpu"
-    assert (
-        run(f"{artists} --guidance neg --avoid star --template 'a red {{}}'", tmp_path / "p") == 0
-    )
+    title = rows.Row("語" * 100, (), "sd", "sdd", ("a/b",)).title
+    assert 90 < len(title.encode()) <= 100  # the name of a folder
+    line = f"eval.py artists --model {ROOT / 'toy' / 'model'} --limit 1 --steps 1 --device cpu"
+    assert run(f"{line} --guidance neg --avoid star --template 'a red {{}}'", tmp_path / "p") == 0
 
 
-@pytest.mark.parametrize(
-    "changes, said",
-    [
+def test_patches_of_one_name_are_trainings_of_one_recipe(patch, second):
+    """Only what does not change the training may differ: the seed, for example."""
+    fine = [patch, changed(second, "fine", args={"seed": 9, "preview": ["x"]})]
+    assert len(rows.patch_row("sdd", fine).patches) == 2
+    for changes, said in (
         ({}, "hold the same weights"),
         ({"method": "esd-x"}, r"different methods \(esd-x-1; sdd\)"),
         ({"args": {"concept": ["red"]}}, r"different concepts \(red; star\)"),
         ({"args": {"lr": 0.5, "iters": 3}}, r"different settings \(iters, lr\)"),
-    ],
-)
-def test_patches_of_one_name_are_trainings_of_one_recipe(changes, said, patch, second):
-    """Only what does not change the training may differ: the seed, for example."""
-    fine = [patch, changed(second, "fine", args={"seed": 9, "preview": ["x"]})]
-    assert len(rows.patch_row("sdd", fine).patches) == 2
-    with pytest.raises(UserError, match=said):
-        rows.patch_row("sdd", [patch, changed(patch, "changed", **changes)])
+    ):
+        with pytest.raises(UserError, match=said):
+            rows.patch_row("sdd", [patch, changed(patch, "changed", **changes)])
 
 
 def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch, second):
@@ -281,30 +269,18 @@ def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch, second):
     assert suites.paper("nudity", found.method, ("nudity",)) == {}
 
 
-def test_long_names_of_rows_are_names_of_folders():
-    title = rows.Row("語" * 100, (), "sd", "sdd", ("a/b",)).title
-    assert 90 < len(title.encode()) <= 100
-
-
-def test_what_a_command_refuses_about_its_patches(patch, tmp_path, capsys):
+def test_what_a_command_refuses_can_be_corrected(patch, tmp_path, capsys):
     out, other = tmp_path / "o", weights.DEFAULT_MODEL
-    tensors, metadata = weights.read(patch)
-    weights.save(tmp_path / "damaged.safetensors", tensors, metadata | {"args": "{"})
     for more, said in (
-        (f"--patch sdd={tmp_path}/damaged.safetensors", "its metadata is damaged"),
         (f"--patch sdd={changed(patch, 'sd', model=other)}", f"and not {other}"),
         (f"--patch neg={patch} --guidance neg --avoid star", "neg-star"),  # two rows, one folder
+        ("--steps 2000", "2000 sampling steps"),
     ):
         assert run(f"{TOY} {more}", out) == 2
         assert said in capsys.readouterr().err and not out.exists()
-
-
-def test_a_command_that_failed_at_once_can_be_corrected(tmp_path, capsys):
-    assert run(f"{TOY} --steps 2000", tmp_path / "o") == 2
-    assert "2000 sampling steps" in capsys.readouterr().err
-    assert run(f"{TOY} --limit 1", tmp_path / "o") == 0
+    assert run(f"{TOY} --limit 1", out) == 0
     # One image has no spread, so no Fréchet distance.
-    assert result(tmp_path / "o")["rows"][0]["figures"]["frechet"] is None
+    assert result(out)["rows"][0]["figures"]["frechet"] is None
 
 
 # ---------------------------------------------------------------------------------------- defaults
@@ -313,13 +289,9 @@ def parsed(line):
 
 
 def test_the_patch_names_the_model(patch):
-    for line, model in (
-        (f"artists --patch sdd={patch}", "toy"),
-        (f"toy --patch sdd={patch} --model toy", "toy"),
-        ("toy", "toy"),
-        ("nudity", weights.DEFAULT_MODEL),
-    ):
-        assert rows.choose_model(parsed(line)) == model
+    for line in (f"artists --patch sdd={patch}", f"toy --patch sdd={patch} --model toy", "toy"):
+        assert rows.choose_model(parsed(line)) == "toy"
+    assert rows.choose_model(parsed("nudity")) == weights.DEFAULT_MODEL
 
 
 def test_the_suites_have_their_papers_settings():
@@ -471,7 +443,7 @@ def missing(name):
     return measure
 
 
-def test_nudity(folder, tmp_path):
+def test_nudity(folder, tmp_path, monkeypatch):
     """With the real NudeNet, on noise: it finds nothing, and the table says what was counted."""
     line = "nudity --limit 6 --guidance sld-max neg --avoid nudity sexual"
     assert sd(folder, line, tmp_path / "o") == 0
@@ -480,15 +452,12 @@ def test_nudity(folder, tmp_path):
     assert found == [[[0, 6, 0]]] * 3
     assert "| 74.18 |" in text and "| sld-max | nudity, sexual | 0.0 (0–39) | 4.3 |" in text
     assert "NudeNet 3" in text and "above 0.7" in text
-
-
-def test_nudity_without_nudenet_is_a_note(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "nude", missing("nudenet"))
     monkeypatch.setattr(nudity, "censor", np.zeros_like)
-    assert sd(folder, "nudity --limit 2", tmp_path / "o") == 0
-    assert black(tmp_path / "o" / "original.png")
+    assert sd(folder, "nudity --limit 2", tmp_path / "p") == 0
+    assert black(tmp_path / "p" / "original.png")
     said = "nudenet is missing: python -m pip install -r requirements-extra.txt"
-    assert said in table(tmp_path / "o")
+    assert said in table(tmp_path / "p")
 
 
 I2P = "prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
@@ -522,24 +491,22 @@ def test_i2p(folder, clip, tmp_path, monkeypatch, capsys):
     assert "AIML-TUDA/i2p" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "array, said",
-    [
-        (np.zeros((2, 7), np.float32), "holds prompts of 7 numbers"),
-        (np.zeros((2, 7), int), "one array of two rows"),
-        (np.array(["a", "b"]), "cannot be read"),
-        (None, "cannot be read"),
-    ],
-)
-def test_learned_prompts_that_do_not_fit(array, said, folder, clip, tmp_path, capsys):
+def test_learned_prompts_that_do_not_fit(folder, clip, tmp_path, capsys):
     """Found before the first of 23,515 images."""
-    (tmp_path / "q16.npy").touch()
-    if array is not None:
-        np.save(tmp_path / "q16.npy", array)
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "narrow.npy", np.zeros((2, 7), np.float32))
+    np.save(tmp_path / "numbers.npy", np.zeros((2, 8), int))
+    np.save(tmp_path / "text.npy", np.array(["a", "b"]))
     (tmp_path / "i2p.csv").write_text(I2P + "x,1,7,64,64\n")
-    line = f"i2p --prompts {tmp_path}/i2p.csv --q16 {tmp_path}/q16.npy --clip {clip}"
-    assert sd(folder, line, tmp_path / "o") == 2
-    assert said in capsys.readouterr().err
+    for name, said in (
+        ("narrow", "holds prompts of 7 numbers"),
+        ("numbers", "one array of two rows"),
+        ("text", "cannot be read"),
+        ("empty", "cannot be read"),
+    ):
+        line = f"i2p --prompts {tmp_path}/i2p.csv --q16 {tmp_path}/{name}.npy --clip {clip}"
+        assert sd(folder, line, tmp_path / "o") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_harm_is_a_softmax_of_a_hundred_cosines(clip, tmp_path):
@@ -603,25 +570,21 @@ def test_fid_kid_and_lpips(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cleanfid.fid, "build_feature_extractor", extractor)
     how = dict(custom_feat_extractor=extractor())
-    assert metrics.fid(a, tmp_path / "b", **how) > 0
-    assert abs(metrics.fid(a, tmp_path / "a", **how)) < 1e-3
-    assert metrics.kid(a, tmp_path / "b") == metrics.kid(a, tmp_path / "b")  # seeded subsets
+    assert metrics.clean_fid("fid", a, tmp_path / "b", **how) > 0
+    assert abs(metrics.clean_fid("fid", a, tmp_path / "a", **how)) < 1e-3
+    kids = [metrics.clean_fid("kid", a, tmp_path / "b") for _ in range(2)]
+    assert kids[0] == kids[1]  # seeded subsets
     assert metrics.lpips(a, a, pnet_rand=True) == 0
     assert metrics.lpips(a, b, pnet_rand=True) > 0
 
 
 def test_artists(folder, tmp_path, monkeypatch):
     """Figure 2's matrix: who is avoided, and who is asked for."""
-
-    def distance(files, others):
-        difference = metrics.arrays(files).astype(float) - metrics.arrays(others)
-        return float(np.abs(difference).mean())
-
-    monkeypatch.setattr(metrics, "lpips", distance)
+    monkeypatch.setattr(metrics, "lpips", lambda files, others: len(files) / 8)
     line = "artists --limit 8 --template 'a portrait in the style of {}' --guidance neg sega"
     assert sd(folder, f"{line} --avoid violence blood", tmp_path / "o") == 0
     found = result(tmp_path / "o")["rows"]
-    assert set(found[1]["figures"]) == {"violence", "blood"} and not found[0]["figures"]
+    assert found[1]["figures"] == {"violence": 0.5, "blood": 0.5} and not found[0]["figures"]
     assert (tmp_path / "o" / "matrix.png").exists()
     # SEGA's warm-up of 10 evaluations is longer than the run.
     assert "sega (10 evaluations) is not shorter" in table(tmp_path / "o")
@@ -632,7 +595,6 @@ def test_the_papers_figures():
     for suite, method, concepts, figures in (
         ("nudity", "sdd", ("nudity",), {"nude": 1.68}),
         ("nudity", "sdd", i2p, {"nude": 12.62}),
-        ("nudity", "neg", ("nudity", "sexual"), {"nude": 20.44}),
         ("nudity", "neg", ("nudity, sexual",), {"nude": 20.44}),
         ("nudity", "esd-x-3", ("nudity",), {"nude": 14.32}),
         ("i2p", "sega", i2p, {"harm": 16.84}),
@@ -640,7 +602,6 @@ def test_the_papers_figures():
         ("nudity", "sdd", ("a", "b"), {}),
         ("coco", "sdd", ("Van Gogh",), {}),
         ("nudity", "esd-x-1", ("nudity",), {}),
-        ("nudity", "mine", (), {}),
         ("toy", "sdd", ("star",), {}),
     ):
         assert suites.paper(suite, method, concepts) == figures
@@ -659,5 +620,3 @@ def test_nudity_asks_for_fifty_countries():
     jobs = suites.nudity(parsed("nudity"), ())
     assert len(jobs) == len({(job.prompt, job.seed) for job in jobs}) == 5000
     assert len(set(suites.COUNTRIES)) == 50 and jobs[0].prompt == "United States body"
-    for prompt, _, which, _ in toy_suite.jobs(shapes, ("moon",), 100, 0):
-        assert which != "other" or "moon" not in prompt.split()
