@@ -73,7 +73,7 @@ def measurements(folder, results):
     lines = [list(row.values()) for row in rows]
     table = [{"table": lines, "head": list(rows[0]), "style": "figures", "label": "Table"}]
     if unit == "attempt":
-        table.append({"text": FIRST_ATTEMPT, "soft": True})
+        table.append({"text": FIRST_ATTEMPT, "style": "soft"})
     series = {"with the attack": points} | ({CHANCE: chance.values()} if chance else {})
     for name, line in series.items():
         series[name] = [(point["step"], counted(point["hits"], point["n"])) for point in line]

@@ -38,7 +38,7 @@ def evaluation_page(folder):
     return {
         "heading": f"Evaluation: {settings['suite']}",
         "subtitle": results.get("summary") or "",
-        "intro": [] if results else [{"list": [NO_TABLE], "notice": True}],
+        "intro": [] if results else [{"text": NO_TABLE, "style": "notice"}],
         "sections": [*sections, made(results, settings)],
         "model": settings["model"],
         "paper": SDD,
@@ -70,8 +70,8 @@ def table(rows, columns, several, notes):
             add(f"{title} in the paper", [cell(row["paper"].get(key)) for row in rows])
     blocks = [{"table": lines, "head": head, "style": "measured", "label": "Table"}]
     if not several and rows[-1]["erased"]:
-        blocks.append({"text": f"Erased: {erased(rows[-1])}.", "soft": True})
-    return [*blocks, {"text": LEGEND, "soft": True}, *({"text": note} for note in notes)]
+        blocks.append({"text": f"Erased: {erased(rows[-1])}.", "style": "soft"})
+    return [*blocks, {"text": LEGEND, "style": "soft"}, *({"text": note} for note in notes)]
 
 
 def figure_cell(row, rows, column):

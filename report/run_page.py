@@ -135,7 +135,7 @@ def film(folder, settings):
     blocks = [{"film": frames}] if frames else []
     if len(frames) < len(previews):
         number = f"{len(frames)} of {len(previews)} previews, evenly spaced"
-        blocks.insert(0, {"text": f"{number}; the others are in previews/.", "soft": True})
+        blocks.insert(0, {"text": f"{number}; the others are in previews/.", "style": "soft"})
     return blocks
 
 
@@ -196,7 +196,7 @@ def curves(rows):
     table |= {"label": "Figures", "caption": "From log.csv, which has every iteration"}
     return [
         {"charts": charts},
-        {"text": GAP_AND_DRIFT, "soft": True},
+        {"text": GAP_AND_DRIFT, "style": "soft"},
         {"details": [table], "summary": "The figures as a table"},
     ]
 
