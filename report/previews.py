@@ -142,8 +142,8 @@ class Previews:
             for n, image in enumerate(columns[model]):  # a resumed run may censor, or not any more
                 file = image_file(self.out, model, n, done)
                 save_png(image, file, prompt=a.preview[n], iteration=trained)
-        sheet = grid(list(zip(*columns.values())), a.preview, columns)
-        save_png(sheet, sheet_file(self.out, done), iteration=done)
+        rows = list(zip(*columns.values()))
+        save_png(grid(rows, a.preview, columns), sheet_file(self.out, done), iteration=done)
         return flat
 
     def warn_if_flat(self, flat, done):
@@ -192,8 +192,8 @@ def finished_previews(out):
     return sorted(i for i in done if image_file(out, "student", 0, i).exists())
 
 
-def images_of(out, models, cells, side=None):
-    """A row of images, uint8 (H, W, 3), per model. cells: (number of the prompt, iterations).
+def sheet(out, models, cells, labels, columns, side=None):
+    """A PIL image of previews: a row per model, a column per cell (prompt's number, iterations).
 
     side: the pixels of an image, at most.
     """
@@ -205,32 +205,31 @@ def images_of(out, models, cells, side=None):
             if side:
                 image.thumbnail((side, side))
             rows[-1].append(np.asarray(image))
-    return rows
+    return grid(rows, labels, columns)
 
 
 def save_before_after(out, prompts, output, done):
     """before_after.png: one column per prompt, with rows before and after."""
-    rows = images_of(out, ["original", output], [(n, done) for n in range(len(prompts))])
-    save_png(grid(rows, ["before", "after"], prompts), out / "before_after.png")
+    cells = [(n, done) for n in range(len(prompts))]
+    image = sheet(out, ["original", output], cells, ["before", "after"], prompts)
+    save_png(image, out / "before_after.png")
 
 
 def save_film(out, prompts):
-    """The film of student and teacher, whose frames are previews.
+    """The film of student and teacher; its frames are previews.
 
     film.png: the first prompt, one column per frame. film.webp: an animation that repeats for
     ever, one column per prompt, with the iteration on top.
     """
-    iterations = thin_out(finished_previews(out), FILM_FRAMES)
-    rows = images_of(out, MODELS, [(0, done) for done in iterations])
-    save_png(grid(rows, MODELS, map(str, iterations)), out / "film.png")
-
-    font, frames = ImageFont.load_default(16), []
+    iterations, frames = thin_out(finished_previews(out), FILM_FRAMES), []
+    cells = [(0, done) for done in iterations]
+    save_png(sheet(out, MODELS, cells, MODELS, map(str, iterations)), out / "film.png")
     for done in iterations:
         cells = [(n, done) for n in range(len(prompts))]
-        sheet = grid(images_of(out, MODELS, cells, FILM_SIDE), MODELS, prompts)
-        frame = Image.new("RGB", (sheet.width, sheet.height + FILM_TITLE), "white")
-        frame.paste(sheet, (0, FILM_TITLE))
-        title = f"after {done} iterations"
+        images = sheet(out, MODELS, cells, MODELS, prompts, FILM_SIDE)
+        frame = Image.new("RGB", (images.width, images.height + FILM_TITLE), "white")
+        frame.paste(images, (0, FILM_TITLE))
+        title, font = f"after {done} iterations", ImageFont.load_default(16)
         ImageDraw.Draw(frame).text((frame.width / 2, 14), title, "black", font, anchor="mm")
         frames.append(frame)
     durations = [FRAME_TIME] * (len(frames) - 1) + [LAST_FRAME_TIME]
