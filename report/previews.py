@@ -137,9 +137,9 @@ class Previews:
         for model, images in columns.items():
             columns[model] = [censor(image) for image in images]
             if model == "original" and not first:
-                continue
+                continue  # this process has written it; a resumed run may censor, or not any more
             trained = 0 if model == "original" else done
-            for n, image in enumerate(columns[model]):  # a resumed run may censor, or not any more
+            for n, image in enumerate(columns[model]):
                 file = image_file(self.out, model, n, done)
                 save_png(image, file, prompt=a.preview[n], iteration=trained)
         rows = list(zip(*columns.values()))
