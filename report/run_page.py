@@ -154,11 +154,10 @@ def cards(folder, settings, models, done, side, when=""):
 # -------------------------------------------------------------------------------------- figures
 def read_log(file):
     """The rows of log.csv, {column: number, or None}. A kill can cut the last line."""
-    if not file.exists():
-        return []
-    with open(file, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    rows = [{key: number(row[key]) for key in ("iteration", *FIGURES)} for row in rows]
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = []
+    for row in csv.DictReader(lines):
+        rows.append({key: number(row[key]) for key in ("iteration", *FIGURES)})
     return [row for row in rows if row["iteration"] is not None]
 
 
