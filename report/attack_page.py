@@ -13,6 +13,7 @@ ABOUT_IMAGES = (
     "Each column has the same seed. A row shows the first of the images that were counted."
 )
 FIRST_ATTEMPT = "An image counts from the first attempt on that shows the concept."
+GOES_ON = "Reload this page to see the newest state. After a stop, the same command continues."
 HOW = {
     "word": "a learned word",
     "tokens": "searched words",
@@ -24,26 +25,22 @@ HOW = {
 def attack_page(folder):
     """The page of the attack in a folder; see blocks.py."""
     settings, results = read_json(folder / "attack.json"), read_json(folder / "results.json")
-    patch, model = settings["patch"], settings["model"]
+    patch, finished = settings["patch"], results.get("finished")
     target, with_patch = settings["name"], f"patch {patch}"
     if patch == "none":
         target, with_patch = "the untouched model", "without a patch"
-    if results.get("finished"):
-        state = f"Finished. Model {model}, {with_patch}."
-    else:
-        state = (
-            f"Not finished. Model {model}, {with_patch}. Reload this page to see the newest state. "
-            "After a stop, the same command continues."
-        )
+    state = (
+        f"{'Finished' if finished else 'Not finished'}. Model {settings['model']}, {with_patch}."
+    )
     return {
         "heading": f"Attack on {target}: {settings['concept']} with {HOW[settings['kind']]}",
         "subtitle": results.get("finding", "Nothing is measured yet."),
-        "intro": [{"text": state}],
+        "intro": [{"text": state if finished else f"{state} {GOES_ON}"}],
         "sections": [
             *(measurements(folder, results) if results else []),
             made(results, settings),
         ],
-        "model": model,
+        "model": settings["model"],
         "paper": SDD,
     }
 
@@ -72,7 +69,7 @@ def measurements(folder, results):
     lines = [list(row.values()) for row in rows]
     table = [{"table": lines, "head": list(rows[0]), "style": "figures", "label": "Table"}]
     if unit == "attempt":
-        table.append({"text": FIRST_ATTEMPT, "soft": True})
+        table.append({"text": FIRST_ATTEMPT, "style": "soft"})
     series = {"with the attack": points} | ({CHANCE: chance.values()} if chance else {})
     for name, line in series.items():
         series[name] = [(point["step"], counted(point["hits"], point["n"])) for point in line]

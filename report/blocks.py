@@ -3,8 +3,8 @@
 A page is a dict with its heading, subtitle, intro (blocks) and sections (id, title, blocks). A
 section without blocks is left out. A block is a dict, and its first key says what it is:
 
-    text      a paragraph; soft: in grey
-    list      lines; notice: with a mark in front
+    text      a paragraph; style: soft (in grey) or notice (with a mark in front)
+    list      lines
     code      a command or a program, and its name; it scrolls in its own box
     table     rows of cells; style: a class of page.css; label, head, caption; scrolls
     sheet     a wide image and its title; scrolls

@@ -76,36 +76,31 @@ def line_chart(title, series, unit="iteration", faint=False):
         if number == round(number):  # there are no parts of a step
             x, _ = place(number, 0)
             shapes.append(shape("text", text=f"{number:g}", x=x, y=BOTTOM + 18))
-    styles = ["faint"] * faint + ["line0", "line1"]
+    styles, described = ["faint"] * faint + ["line0", "line1"], []
     for style, (name, line) in zip(styles, series.items()):
-        abouts = [""] if len(line) == 1 else []
         if has_intervals:
             abouts = [f"{unit} {x}: {in_words(y)}" for x, y in line]
+            words = ", ".join(dict.fromkeys([abouts[0], abouts[-1]]))
             low, high = zip(*(((x, y.interval[0]), (x, y.interval[1])) for x, y in line))
             shapes.append(shape("polygon", f"band {style}", points=path([*low, *high[::-1]])))
+        else:
+            abouts = [""] if len(line) == 1 else []  # a line of one point is a circle
+            words = ends_and_range(line)
         shapes.append(shape("polyline", style, points=path(lines[name])))
         for (x, y), about in zip(lines[name], abouts):
             x, y = place(x, y)
             shapes.append(shape("circle", style, about=about, cx=x, cy=y, r=3))
-    return {
-        "title": title,
-        "height": 220,
-        "shapes": shapes,
-        "legend": list(zip(styles, series)),
-        "caption": caption,
-        "in_words": "; ".join(describe(name, line, unit) for name, line in series.items()),
-    }
+        described.append(f"{name}: {words}")
+    chart = {"title": title, "height": 220, "shapes": shapes, "in_words": "; ".join(described)}
+    return chart | {"legend": list(zip(styles, series)), "caption": caption}
 
 
-def describe(name, line, unit):
-    """A line in words, for readers who cannot see it."""
+def ends_and_range(line):
+    """A line of numbers in words, for readers who cannot see it."""
     (first, start), (last, end) = line[0], line[-1]
-    if isinstance(start, Figure):
-        ends = dict.fromkeys(f"{unit} {x}: {in_words(y)}" for x, y in (line[0], line[-1]))
-        return f"{name}: {', '.join(ends)}"
     low, high = min(y for _, y in line), max(y for _, y in line)
     return (
-        f"{name}: {start:.3g} at iteration {first:.0f}, {end:.3g} at iteration {last:.0f}, "
+        f"{start:.3g} at iteration {first:.0f}, {end:.3g} at iteration {last:.0f}, "
         f"between {low:.3g} and {high:.3g}"
     )
 

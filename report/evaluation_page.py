@@ -38,7 +38,7 @@ def evaluation_page(folder):
     return {
         "heading": f"Evaluation: {settings['suite']}",
         "subtitle": results.get("summary") or "",
-        "intro": [] if results else [{"list": [NO_TABLE], "notice": True}],
+        "intro": [] if results else [{"text": NO_TABLE, "style": "notice"}],
         "sections": [*sections, made(results, settings)],
         "model": settings["model"],
         "paper": SDD,
@@ -52,36 +52,28 @@ def erased(row):
 
 def table(rows, columns, several, notes):
     """A line per row. The paper's figures stand in columns of their own."""
-    head, lines = ["model"], [[row["model"]] for row in rows]
-
-    def add(title, texts):
-        head.append(title)
-        for line, text in zip(lines, texts):
-            line.append(text)
-
+    shown = [("model", [row["model"] for row in rows])]
     if several:
-        add("erased", [erased(row) for row in rows])
+        shown.append(("erased", [erased(row) for row in rows]))
     for column in columns:
         key, title = column["key"], column["title"]
         below = [ARROWS[column["better"]], n_text(row["figures"].get(key) for row in rows)]
-        title_cell = {"text": title, "lines": list(filter(None, below)), "about": column["about"]}
-        add(title_cell, [figure_cell(row, rows, column) for row in rows])
+        head = {"text": title, "lines": list(filter(None, below)), "about": column["about"]}
+        shown.append((head, [figure_cell(row, rows, column) for row in rows]))
         if any(key in row["paper"] for row in rows):
-            add(f"{title} in the paper", [cell(row["paper"].get(key)) for row in rows])
-    blocks = [{"table": lines, "head": head, "style": "measured", "label": "Table"}]
+            shown.append((f"{title} in the paper", [cell(row["paper"].get(key)) for row in rows]))
+    head, cells = zip(*shown)
+    blocks = [{"table": list(zip(*cells)), "head": head, "style": "measured", "label": "Table"}]
     if not several and rows[-1]["erased"]:
-        blocks.append({"text": f"Erased: {erased(rows[-1])}.", "soft": True})
-    return [*blocks, {"text": LEGEND, "soft": True}, *({"text": note} for note in notes)]
+        blocks.append({"text": f"Erased: {erased(rows[-1])}.", "style": "soft"})
+    return [*blocks, {"text": LEGEND, "style": "soft"}, *({"text": note} for note in notes)]
 
 
 def figure_cell(row, rows, column):
     """A figure, marked as better or worse than the original where the intervals do not overlap."""
-    value, better, original = (
-        row["figures"].get(column["key"]),
-        column["better"],
-        original_of(row, rows),
-    )
-    now, then = figure(value), original and figure(original["figures"].get(column["key"]))
+    key, better = column["key"], column["better"]
+    value, original = row["figures"].get(key), original_of(row, rows)
+    now, then = figure(value), original and figure(original["figures"].get(key))
     mark = ""
     if now and then and better and not is_original(row):
         mark = judge(now, then, better).replace("open", "")

@@ -13,7 +13,6 @@ import support.openmp
 import datetime
 import functools
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +54,9 @@ def make(folder):
         page = page_of(folder)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"The files in {folder} cannot be read ({e!r}).") from e
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    no_blank_lines = dict(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(loader=loader, autoescape=True, **no_blank_lines)
     page |= {
         "readme": link_to_readme(folder),
         "credit": worlds.of(page["model"]).CREDIT,
@@ -97,15 +93,6 @@ def require_tensorboard():
     return SummaryWriter
 
 
-class NoWriter:
-    """Takes the place of TensorBoard's writer, and writes nothing."""
-
-    def flush(self, *_, **__):
-        pass
-
-    add_scalar = add_image = flush
-
-
 class Reporter:
     """Updates the page of a run. With to="tensorboard" also writes events into tensorboard/.
 
@@ -114,40 +101,39 @@ class Reporter:
     """
 
     def __init__(self, folder, to=None, start=0):
-        self.folder = folder
-        self.reported = {done for done in finished_previews(folder) if done < start}
-        self.writer = NoWriter()
+        self.folder, self.writer = folder, None
         if to:
             self.writer = require_tensorboard()(folder / "tensorboard", purge_step=start)
+        self.reported = {done for done in finished_previews(folder) if done < start}
 
     def log_row(self, row):
-        """After each row of log.csv, {column: value}."""
-        with self.events() as writer:
-            for key in FIGURES:
-                if key in row:
-                    writer.add_scalar(key.replace("_", "/"), row[key], row["iteration"])
+        """After each row of log.csv, {column: value}. The rows of previews have gap and drift."""
+        self.write_events(row)
         if "gap_student" in row:
-            self.log_previews()
+            page(self.folder)
 
     def log_previews(self):
-        """After each preview, and at the end of the run."""
+        """After the first preview, and at the end of the run."""
+        self.write_events({})
         page(self.folder)
-        for done in finished_previews(self.folder):
-            if done not in self.reported:
-                self.reported.add(done)
-                with self.events() as writer:
-                    sheet = np.asarray(Image.open(sheet_file(self.folder, done)).convert("RGB"))
-                    writer.add_image("previews", sheet, done, dataformats="HWC")
 
-    @contextmanager
-    def events(self):
-        """Yields the writer. An error ends TensorBoard's events, not the run."""
+    def write_events(self, row):
+        """Events of a row and of new previews. An error ends TensorBoard's events, not the run."""
+        if self.writer is None:
+            return
         try:
-            yield self.writer
+            for key in FIGURES:
+                if key in row:
+                    self.writer.add_scalar(key.replace("_", "/"), row[key], row["iteration"])
+            for done in finished_previews(self.folder):
+                if done not in self.reported:
+                    self.reported.add(done)
+                    sheet = np.asarray(Image.open(sheet_file(self.folder, done)).convert("RGB"))
+                    self.writer.add_image("previews", sheet, done, dataformats="HWC")
             self.writer.flush()
         except Exception as e:
             warn(f"TensorBoard's events end here: {e!r}")
-            self.writer = NoWriter()
+            self.writer = None
 
 
 # ---------------------------------------------------------------------------------- the command

@@ -16,6 +16,7 @@ from support.files import atomic_write
 from support.images import grid, save_png
 from support.nudity import censoring
 
+MODELS = ("student", "teacher")  # that a run changes
 SEED = 1000  # of the first preview prompt; the next prompts use 1001, 1002, …
 FLAT = 4.0  # grey levels: an image is flat if no channel's standard deviation is larger. The least
 # varied of 400 images of the toy world has 33.
@@ -44,18 +45,11 @@ def preview_kinds(settings, world=None):
     if world:
         members = [word for kind in concepts for word in world.MEMBERS.get(kind, ())]
         implying = [place for place, word in world.PLACES.items() if word in concepts]
+    texts = {"erased": concepts, "member": members, "implied": implying}
     kinds = []
     for prompt in settings["preview"]:
-        if names_any(prompt, concepts):
-            kinds.append("erased")
-        elif names_any(prompt, members):
-            kinds.append("member")
-        elif names_any(prompt, implying):
-            kinds.append("implied")
-        elif world or prompt in PREVIEW_PROMPTS:
-            kinds.append("stay")
-        else:
-            kinds.append(None)
+        other = "stay" if world or prompt in PREVIEW_PROMPTS else None
+        kinds.append(next((kind for kind in texts if names_any(prompt, texts[kind])), other))
     return kinds
 
 
@@ -131,8 +125,7 @@ class Previews:
         columns original, student and teacher. The sheet is written last, so it marks a preview
         whose images are all there.
         """
-        a, out = self.a, self.out
-        first = self.before is None
+        a, first = self.a, self.before is None
         if first:
             self.before = self.images(self.original)
         student, teacher = self.images(self.student), self.images(self.teacher)
@@ -140,18 +133,17 @@ class Previews:
         self.warn_if_flat(flat, done)
 
         censor = censoring([*a.concept, *a.preview], a.show_uncensored)
-        before, student, teacher = (
-            [censor(image) for image in images] for images in (self.before, student, teacher)
-        )
-        for model, images in (("original", before), ("student", student), ("teacher", teacher)):
-            for n, image in enumerate(images):
-                file = image_file(out, model, n, done)
-                if model != "original" or first:  # a resumed run may censor, or not any more
-                    trained = 0 if model == "original" else done
-                    save_png(image, file, prompt=a.preview[n], iteration=trained)
-        rows = list(zip(before, student, teacher))
-        sheet = grid(rows, a.preview, ["original", "student", "teacher"])
-        save_png(sheet, sheet_file(out, done), iteration=done)
+        columns = {"original": self.before, "student": student, "teacher": teacher}
+        for model, images in columns.items():
+            columns[model] = [censor(image) for image in images]
+            if model == "original" and not first:
+                continue  # this process has written it; a resumed run may censor, or not any more
+            trained = 0 if model == "original" else done
+            for n, image in enumerate(columns[model]):
+                file = image_file(self.out, model, n, done)
+                save_png(image, file, prompt=a.preview[n], iteration=trained)
+        rows = list(zip(*columns.values()))
+        save_png(grid(rows, a.preview, columns), sheet_file(self.out, done), iteration=done)
         return flat
 
     def warn_if_flat(self, flat, done):
@@ -171,11 +163,9 @@ class Previews:
 
         output: the model that is the result, "teacher" or "student".
         """
-        a, out = self.a, self.out
-        self.save(a.iters)
-        save_before_after(out, a.preview, output, a.iters)
-        save_film_sheet(out)
-        save_film(out, a.preview[:FILM_PROMPTS])
+        self.save(self.a.iters)
+        save_before_after(self.out, self.a.preview, output, self.a.iters)
+        save_film(self.out, self.a.preview[:FILM_PROMPTS])
 
 
 # ------------------------------------------------------------------------------- files of a run
@@ -202,72 +192,55 @@ def finished_previews(out):
     return sorted(i for i in done if image_file(out, "student", 0, i).exists())
 
 
-def read(out, model, n, done):
-    """One single image, uint8 (H, W, 3)."""
-    return np.asarray(Image.open(image_file(out, model, n, done)).convert("RGB"))
+def sheet(out, models, cells, labels, columns, side=None):
+    """A PIL image of previews: a row per model, a column per cell (prompt's number, iterations).
+
+    side: the pixels of an image, at most.
+    """
+    rows = []
+    for model in models:
+        rows.append([])
+        for n, done in cells:
+            image = Image.open(image_file(out, model, n, done)).convert("RGB")
+            if side:
+                image.thumbnail((side, side))
+            rows[-1].append(np.asarray(image))
+    return grid(rows, labels, columns)
 
 
 def save_before_after(out, prompts, output, done):
     """before_after.png: one column per prompt, with rows before and after."""
-    rows = []
-    for model in ("original", output):
-        rows.append([read(out, model, n, done) for n in range(len(prompts))])
-    save_png(grid(rows, ["before", "after"], prompts), out / "before_after.png")
-
-
-def save_film_sheet(out):
-    """film.png: the first prompt by student and teacher, one column per frame of the film."""
-    iterations = thin_out(finished_previews(out), FILM_FRAMES)
-    rows = []
-    for model in ("student", "teacher"):
-        rows.append([read(out, model, 0, done) for done in iterations])
-    save_png(
-        grid(rows, ["student", "teacher"], [str(done) for done in iterations]), out / "film.png"
-    )
+    cells = [(n, done) for n in range(len(prompts))]
+    image = sheet(out, ["original", output], cells, ["before", "after"], prompts)
+    save_png(image, out / "before_after.png")
 
 
 def save_film(out, prompts):
-    """film.webp: the same for several prompts, as an animation that repeats for ever."""
-    iterations = thin_out(finished_previews(out), FILM_FRAMES)
-    frames = [film_frame(out, prompts, done) for done in iterations]
+    """The film of student and teacher; its frames are previews.
+
+    film.png: the first prompt, one column per frame. film.webp: an animation that repeats for
+    ever, one column per prompt, with the iteration on top.
+    """
+    iterations, frames = thin_out(finished_previews(out), FILM_FRAMES), []
+    cells = [(0, done) for done in iterations]
+    save_png(sheet(out, MODELS, cells, MODELS, map(str, iterations)), out / "film.png")
+    for done in iterations:
+        cells = [(n, done) for n in range(len(prompts))]
+        images = sheet(out, MODELS, cells, MODELS, prompts, FILM_SIDE)
+        frame = Image.new("RGB", (images.width, images.height + FILM_TITLE), "white")
+        frame.paste(images, (0, FILM_TITLE))
+        title, font = f"after {done} iterations", ImageFont.load_default(16)
+        ImageDraw.Draw(frame).text((frame.width / 2, 14), title, "black", font, anchor="mm")
+        frames.append(frame)
     durations = [FRAME_TIME] * (len(frames) - 1) + [LAST_FRAME_TIME]
+    animation = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
     for quality in (90, 70, 50, 30, 10):
         buffer = io.BytesIO()
-        frames[0].save(
-            buffer,
-            "WEBP",
-            save_all=True,
-            append_images=frames[1:],
-            duration=durations,
-            loop=0,
-            quality=quality,
-        )
+        frames[0].save(buffer, "WEBP", quality=quality, **animation)
         if buffer.tell() <= FILM_BYTES:
             break
     with atomic_write(out / "film.webp") as temporary:
         temporary.write_bytes(buffer.getvalue())
-
-
-def film_frame(out, prompts, done):
-    """A PIL image: student above teacher, one column per prompt, and the iteration on top."""
-    rows = []
-    for model in ("student", "teacher"):
-        images = [read(out, model, n, done) for n in range(len(prompts))]
-        rows.append([shrink(image) for image in images])
-    sheet = grid(rows, ["student", "teacher"], prompts)
-    frame = Image.new("RGB", (sheet.width, sheet.height + FILM_TITLE), "white")
-    frame.paste(sheet, (0, FILM_TITLE))
-    font = ImageFont.load_default(16)
-    title = f"after {done} iterations"
-    ImageDraw.Draw(frame).text((frame.width / 2, 14), title, "black", font, anchor="mm")
-    return frame
-
-
-def shrink(image):
-    """An image of at most FILM_SIDE pixels a side, uint8 (H, W, 3)."""
-    smaller = Image.fromarray(image)
-    smaller.thumbnail((FILM_SIDE, FILM_SIDE))
-    return np.asarray(smaller)
 
 
 def thin_out(values, n):

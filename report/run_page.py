@@ -9,7 +9,7 @@ import weights
 from presets import METHODS, preset_values
 from report.blocks import SDD, Html, in_words, made, path_from_project, read_image, read_json
 from report.charts import line_chart, running_mean
-from report.previews import finished_previews, image_file, thin_out
+from report.previews import MODELS, finished_previews, image_file, thin_out
 
 SIDE = 512  # pixels of an image before and after, at most
 FILM_SIDE = 256  # and of an image of the film
@@ -39,6 +39,13 @@ NO_PREVIEWS = Html(
 WITH_DIFFUSERS = Html(
     "With diffusers (<code>pip install diffusers</code>), also in the project's folder:"
 )
+DIFFUSERS = """\
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+pipeline = StableDiffusionPipeline.from_pretrained({source})
+pipeline.unet.load_state_dict(load_file({patch}), strict=False)
+pipeline({prompt}).images[0].save("erased.png")"""
 GAP_AND_DRIFT = (
     "Gap: mean |e(c_s) − e(c_0)|², how differently the model answers the concept and the empty "
     "prompt. Drift: mean |e(c_0) − e°(c_0)|², how far its answer to the empty prompt has moved "
@@ -111,46 +118,46 @@ def before_and_after(folder, run, finished):
         f"The same prompt and the same noise, before (the original model) and after ({after}). "
         f"The noise has the seeds {in_words(run['preview_seeds'])}, one per prompt."
     )
-    shown = {"before": ("original", 0, "before"), "after": (model, done, "after")}
-    kinds = [KINDS.get(kind) for kind in run["preview_kinds"]]
-    return [{"text": about}, {"pairs": cards(folder, settings, shown, SIDE, kinds)}]
+    models = {"before": "original", "after": model}
+    pairs = cards(folder, settings, models, done, SIDE)
+    for card, kind in zip(pairs, run["preview_kinds"]):
+        card["kind"] = KINDS.get(kind)
+    return [{"text": about}, {"pairs": pairs}]
 
 
 def film(folder, settings):
     """A frame per preview, with a card per prompt."""
     frames, previews = [], finished_previews(folder)
     for done in thin_out(previews, FRAMES):
-        shown = {}
-        for model in ("student", "teacher"):
-            shown[model] = (model, done, f"{model} after {done} iterations")
-        frames.append({"done": done, "pairs": cards(folder, settings, shown, FILM_SIDE)})
+        models = {model: model for model in MODELS}
+        pairs = cards(folder, settings, models, done, FILM_SIDE, f" after {done} iterations")
+        frames.append({"done": done, "pairs": pairs})
     blocks = [{"film": frames}] if frames else []
     if len(frames) < len(previews):
         number = f"{len(frames)} of {len(previews)} previews, evenly spaced"
-        blocks.insert(0, {"text": f"{number}; the others are in previews/.", "soft": True})
+        blocks.insert(0, {"text": f"{number}; the others are in previews/.", "style": "soft"})
     return blocks
 
 
-def cards(folder, settings, shown, side, kinds=None):
-    """A card per prompt. shown: {caption: (model, iterations, the image in words)}."""
+def cards(folder, settings, models, done, side, when=""):
+    """A card per prompt. models: {caption: model}; when: ends the images' alternative texts."""
     found = []
     for n, prompt in enumerate(settings["preview"]):
         images = {}
-        for caption, (model, done, about) in shown.items():
+        for caption, model in models.items():
             file = image_file(folder, model, n, done)
-            images[caption] = read_image(file, f"{prompt}, {about}", side)
-        found.append({"prompt": prompt, "kind": kinds and kinds[n], "images": images})
+            images[caption] = read_image(file, f"{prompt}, {caption}{when}", side)
+        found.append({"prompt": prompt, "images": images})
     return found
 
 
 # -------------------------------------------------------------------------------------- figures
 def read_log(file):
     """The rows of log.csv, {column: number, or None}. A kill can cut the last line."""
-    if not file.exists():
-        return []
-    with open(file, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    rows = [{key: number(row[key]) for key in ("iteration", *FIGURES)} for row in rows]
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = []
+    for row in csv.DictReader(lines):
+        rows.append({key: number(row[key]) for key in ("iteration", *FIGURES)})
     return [row for row in rows if row["iteration"] is not None]
 
 
@@ -180,22 +187,17 @@ def curves(rows):
     if not charts:
         return []
     head = ["iteration", *FIGURES]
+    complete = [row for row in rows if row["gap_student"] is not None]  # those of previews
     lines = []
-    for row in rows_for_table(rows):
+    for row in thin_out(complete, FRAMES) if complete else thin_out(rows, ROWS):
         lines.append(["–" if row[key] is None else f"{row[key]:.4g}" for key in head])
     table = {"table": lines, "head": [key.replace("_", " ") for key in head], "style": "figures"}
     table |= {"label": "Figures", "caption": "From log.csv, which has every iteration"}
     return [
         {"charts": charts},
-        {"text": GAP_AND_DRIFT, "soft": True},
+        {"text": GAP_AND_DRIFT, "style": "soft"},
         {"details": [table], "summary": "The figures as a table"},
     ]
-
-
-def rows_for_table(rows):
-    """The rows of previews, which have all figures; in a run without previews some, evenly."""
-    complete = [row for row in rows if row["gap_student"] is not None]
-    return thin_out(complete, FRAMES) if complete else thin_out(rows, ROWS)
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -220,48 +222,29 @@ def differences(settings):
 
 # -------------------------------------------------------------------------------------- use it
 def use(folder, run):
-    """How to generate images with the result, here and in diffusers."""
-    command = generate_command(folder, run)
-    blocks = [
-        {"text": "In the project's folder, the one with train.py:"},
-        {"code": command, "name": "Command that generates an image"},
-    ]
-    if run["args"]["train_params"] != "embedding":  # else the patch is not for the UNet
-        snippet = diffusers_snippet(folder, run["args"])
-        blocks += [{"text": WITH_DIFFUSERS}, {"code": snippet, "name": "Python for diffusers"}]
-    return blocks
-
-
-def generate_command(folder, run):
-    """The command that generates the first preview again, with the erased model."""
+    """The command that generates the first preview again, and Python that does it in diffusers."""
     settings = run["args"]
-    model, prompt = settings["model"], settings["preview"][0]
+    model, revision, prompt = settings["model"], settings["revision"], settings["preview"][0]
+    patch = path_from_project(folder / "erased.safetensors")
     if model not in weights.TOYS and Path(model).is_dir():
         model = path_from_project(model)
-    words = ["--model", model, "--patch", path_from_project(folder / "erased.safetensors")]
-    if settings["revision"]:
-        words += ["--revision", settings["revision"]]
+    words = ["--model", model, "--patch", patch]
+    if revision:
+        words += ["--revision", revision]
     words += ["--seed", run["preview_seeds"][0], "--scheduler", "ddim"]
     words += ["--steps", settings["preview_steps"]]
     words += ["--guidance-scale", settings["preview_guidance_scale"]]
     # After "--", a prompt that begins with "-" is not read as a flag.
     words = [*words, "--", prompt] if prompt.startswith("-") else [prompt, *words]
-    return shlex.join(["python", "generate.py", *map(str, words)])
-
-
-def diffusers_snippet(folder, settings):
-    """Python that loads the patch in diffusers."""
-    model, revision = settings["model"], settings["revision"]
+    command = shlex.join(["python", "generate.py", *map(str, words)])
+    blocks = [
+        {"text": "In the project's folder, the one with train.py:"},
+        {"code": command, "name": "Command that generates an image"},
+    ]
+    if settings["train_params"] == "embedding":  # the patch is not for the UNet
+        return blocks
     if model in weights.TOYS:
         model = f"toy/{weights.TOYS[model].name}"
-    elif Path(model).is_dir():
-        model = path_from_project(model)
-    arguments = f"{model!r}, revision={revision!r}" if revision else repr(model)
-    patch = path_from_project(folder / "erased.safetensors")
-    return f"""\
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
-
-pipeline = StableDiffusionPipeline.from_pretrained({arguments})
-pipeline.unet.load_state_dict(load_file({patch!r}), strict=False)
-pipeline({settings["preview"][0]!r}).images[0].save("erased.png")"""
+    source = f"{model!r}, revision={revision!r}" if revision else repr(model)
+    snippet = DIFFUSERS.format(source=source, patch=repr(patch), prompt=repr(prompt))
+    return [*blocks, {"text": WITH_DIFFUSERS}, {"code": snippet, "name": "Python for diffusers"}]

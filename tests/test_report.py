@@ -106,15 +106,6 @@ def write_attack(folder, detected=True, **changed):
     return folder
 
 
-def write_previews(folder, done, side=64, prompts=PROMPTS):
-    """The files that Previews.save writes after `done` iterations."""
-    for n in range(len(prompts)):
-        for number, model in enumerate(("original", "student", "teacher")):
-            key = (n, 0, 0) if model == "original" else (n, done, number)
-            images.save_png(art(*key, side=side), previews.image_file(folder, model, n, done))
-    images.save_png(art(0, 0, 0, side=side), previews.sheet_file(folder, done))
-
-
 def write_run(folder, flags="", made=(0, 2, 4, 6), done=6, finished=True, side=64, **changed):
     """The files that train.py leaves. flags: of train.py; changed: settings."""
     settings = settle(train.parse(shlex.split(f"{STAR} {flags}")))
@@ -138,7 +129,11 @@ def write_run(folder, flags="", made=(0, 2, 4, 6), done=6, finished=True, side=6
         rows.append(f"{i},{0.5 / (i + 1)},{i * 1e-4},0.1,2,star,{measured}")
     (folder / "log.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     for i in made:
-        write_previews(folder, i, side, settings["preview"])
+        for n in range(len(settings["preview"])):
+            for number, model in enumerate(("original", "student", "teacher")):
+                key = (n, 0, 0) if model == "original" else (n, i, number)
+                images.save_png(art(*key, side=side), previews.image_file(folder, model, n, i))
+        images.save_png(art(0, 0, 0, side=side), previews.sheet_file(folder, i))
     return folder
 
 
@@ -182,36 +177,31 @@ def write_evaluation(folder, name="sdd", columns=COLUMN_ROWS, rows=None):
     return folder
 
 
-def without_results(folder):
-    (folder / "results.json").unlink()
+FOLDERS = {  # {what is in a folder: (how it is written, with what, what its page says)}
+    "finished": (write_run, {}, "Finished: 6 of 6"),
+    "going on": (write_run, dict(made=(0, 2), done=3, finished=False), "Not finished: 3 of 6"),
+    "begun": (write_run, dict(made=(), done=0, finished=False), "There are no images of this run"),
+    "no previews": (write_run, dict(made=(), preview_every=0), "started with --preview-every 0"),
+    "evaluation": (write_evaluation, {}, "Evaluation: toy"),
+    "evaluation, begun": (write_evaluation, {}, "There is no table yet. Run the command"),
+    "attack": (write_attack, {}, "3 of 8"),
+    "attack, begun": (write_attack, {}, "Nothing is measured yet."),
+    "no detector": (write_attack, dict(detected=False), "because no detector for 'star' was there"),
+}
+
+
+def write(kind, folder):
+    how, changed, _ = FOLDERS[kind]
+    how(folder, **changed)
+    if kind.endswith(", begun"):
+        (folder / "results.json").unlink()
     return folder
-
-
-FOLDERS = {
-    "finished": write_run,
-    "going on": lambda folder: write_run(folder, made=(0, 2), done=3, finished=False),
-    "begun": lambda folder: write_run(folder, made=(), done=0, finished=False),
-    "no previews": lambda folder: write_run(folder, made=(), preview_every=0),
-    "evaluation": write_evaluation,
-    "evaluation without a table": lambda folder: without_results(write_evaluation(folder)),
-    "attack": write_attack,
-    "attack without a detector": lambda folder: write_attack(folder, detected=False),
-    "attack without results": lambda folder: without_results(write_attack(folder)),
-}
-SAYS = {
-    "going on": "Not finished: 3 of 6",
-    "begun": "There are no images of this run yet.",
-    "no previews": "started with --preview-every 0",
-    "evaluation without a table": "There is no table yet. Run the command",
-    "attack without a detector": "because no detector for 'star' was there",
-    "attack without results": "Nothing is measured yet.",
-}
 
 
 # ------------------------------------------------------------------------------------- every page
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_page_is_complete_and_self_contained(kind, tmp_path):
-    page = made(FOLDERS[kind](tmp_path / "run"))
+    page = made(write(kind, tmp_path / "run"))
     without_images = re.sub(r"base64,[\w+/=]+", "", page.source).replace(PAPER, "")
     assert not re.search(r"https?:|//[\w.]+/|url\(|@import|<link|<iframe", without_images)
     for tag, a in page.elements:
@@ -231,7 +221,7 @@ def test_page_is_complete_and_self_contained(kind, tmp_path):
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b <= a + 1 for a, b in zip(levels, levels[1:]))
     assert page.all("a", href=f"{PAPER}2307.05977") and "README.md of the project" in page.text
-    assert SAYS.get(kind, "") in page.text
+    assert FOLDERS[kind][-1] in page.text
 
 
 def test_what_users_write_is_escaped(tmp_path):
@@ -447,35 +437,33 @@ def test_a_chart_of_shares_has_intervals():
 
 
 # ----------------------------------------------------------------------- images that train.py saves
-def test_before_after_has_a_column_per_prompt(tmp_path):
-    folder = write_run(tmp_path / "run")
+def test_before_after_and_the_film(tmp_path):
+    """A column per prompt. The film is an animation below a megabyte."""
+    prompts = [*PROMPTS, "arcadia on sand"]
+    folder = write_run(tmp_path / "run", preview=[*prompts, "moon"])
     previews.save_before_after(folder, PROMPTS, "teacher", 6)
-    sheet = np.asarray(Image.open(folder / "before_after.png"))
-    cells = sheet[-2 * 132 :, -2 * 132 :].reshape(2, 132, 2, 132, 3).swapaxes(1, 2)
+    cells = cells_of(np.asarray(Image.open(folder / "before_after.png")), 2)
+    previews.save_film(folder, prompts)
+    film = Image.open(folder / "film.webp")
+    assert film.n_frames == 4 and film.info["loop"] == 0
+    assert (folder / "film.webp").stat().st_size < 1e6
+    film.seek(2)
+    frame = cells_of(np.asarray(film.convert("RGB")).astype(int), 3)
+    strip = cells_of(np.asarray(Image.open(folder / "film.png")), 4)
     for n in range(2):
-        for row, key in enumerate([(n, 0, 0), (n, 6, 2)]):
-            assert (cells[row, n, :128:2, :128:2] == art(*key)).all()
+        assert (cells[0, n] == art(n, 0, 0)).all() and (cells[1, n] == art(n, 6, 2)).all()
+        for row in (0, 1):  # the student, and below it the teacher; WebP loses a little
+            assert np.abs(frame[row, n] - art(n, 4, row + 1)).mean() < 6
+            assert (strip[row, 2 * n] == art(0, 4 * n, row + 1)).all()
     narrow = images.grid([[art(0)]], columns=["star"])
     wide = images.grid([[art(0)]], columns=["a blue dotted heart on sand"])
     assert wide.width == narrow.width and wide.height > narrow.height  # the name is wrapped
 
 
-def test_the_film_is_an_animation_below_a_megabyte(tmp_path):
-    folder = write_run(tmp_path / "run", preview=[*PROMPTS, "arcadia on sand", "moon"])
-    previews.save_film(folder, ["star", "a red heart", "arcadia on sand"])
-    film = Image.open(folder / "film.webp")
-    assert film.n_frames == 4 and film.info["loop"] == 0
-    assert film.width >= 3 * 128 and film.height >= 2 * 128
-    assert (folder / "film.webp").stat().st_size < 1e6
-    frames = []
-    for i in range(4):
-        film.seek(i)
-        frames.append(np.asarray(film.convert("RGB")).astype(int))
-    assert all(np.abs(a - b).mean() > 5 for a, b in zip(frames, frames[1:]))
-    # Row 1 of column 2 is the student's second prompt; WebP loses a little.
-    x = film.width - 2 * 132
-    shown = frames[2][-2 * 132 : -132][:128, x : x + 128]
-    assert np.abs(shown - art(1, 4, 1).repeat(2, 0).repeat(2, 1)).mean() < 6
+def cells_of(sheet, columns):
+    """The images of a sheet of two rows, in their own size: (2, columns, 64, 64, 3)."""
+    cells = sheet[-2 * 132 :, -columns * 132 :].reshape(2, 132, columns, 132, 3).swapaxes(1, 2)
+    return cells[:, :, :128:2, :128:2]
 
 
 # ------------------------------------------------------------------------- commands that write them
@@ -502,12 +490,13 @@ def test_the_command(tmp_path):
     assert status == 2 and "has neither a run" in errors and "Traceback" not in errors
 
 
-def test_the_page_names_whose_drawings_the_emoji_model_has_learned(tmp_path):
+def test_a_page_of_the_emoji_model(tmp_path):
+    """It names whose drawings the model has learned."""
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
-    for model, credited in (("emoji", True), ("toy", False)):
-        text = made(write_run(tmp_path / model, model=model)).text
-        for name in ("Noto Emoji", "Twemoji", "EmojiTwo", "Fluent Emoji"):
-            assert (name in text) == credited and name in notice
+    emoji = made(write_run(tmp_path / "emoji", model="emoji"))
+    assert "from_pretrained('toy/emoji_model')" in emoji.codes[1]
+    for name in ("Noto Emoji", "Twemoji", "EmojiTwo", "Fluent Emoji"):
+        assert name in emoji.text and name in notice
 
 
 def test_training_writes_pages_and_survives_their_errors(tmp_path, monkeypatch, capsys):
@@ -568,12 +557,10 @@ def test_paths_are_those_of_the_projects_folder(tmp_path, monkeypatch):
     assert run_page.path_from_project("runs/a") == (tmp_path / "runs" / "a").as_posix()
     assert page.link_to_readme(ROOT / "runs" / "0001-star") == "../../README.md"
     assert page.link_to_readme(tmp_path) is None
-    settings = {"model": "some/model", "revision": "fp16", "preview": ["a cat's hat"]}
-    snippet = run_page.diffusers_snippet(tmp_path, settings)
+    hub = {"model": "some/model", "revision": "fp16", "preview": ["a cat's hat"]}
+    _, snippet, *_ = made(write_run(tmp_path / "hub", **hub)).codes
     assert "from_pretrained('some/model', revision='fp16')" in snippet
     assert 'pipeline("a cat\'s hat")' in snippet
-    settings = {"model": "emoji", "revision": None, "preview": ["a"]}
-    assert "pretrained('toy/emoji_model')" in run_page.diffusers_snippet(tmp_path, settings)
     words = made(write_run(tmp_path / "text", train_params="embedding", preview=["-a"]))
     assert len(words.codes) == 2 and words.codes[0].endswith("-- -a")  # no snippet: no UNet
 
@@ -695,7 +682,7 @@ def test_in_a_browser_without_scripts(browser, tmp_path):
 def test_in_a_browser_nothing_is_cut_off(kind, width, browser, tmp_path):
     """In light and dark. A wide table scrolls in its own box, and its first column stays."""
     if kind != "evaluation":
-        folder = FOLDERS[kind](tmp_path / "run")
+        folder = write(kind, tmp_path / "run")
     else:
         figures = {f"column number {i}": [i, 40] for i in range(30)}
         columns = [{"key": key, "title": key, "better": None, "about": ""} for key in figures]
