@@ -15,22 +15,21 @@ from unet import ResnetBlock, Transformer
 
 def compiled(unet):
     """The UNet as torch.compile makes it; if that fails, a warning, and the UNet as it is."""
-    fast, failed = None, False
+    fast = None
 
     def evaluate(*inputs):
-        nonlocal fast, failed
-        if not failed:
-            try:
-                if fast is None:
-                    fast = torch.compile(unet, dynamic=False, fullgraph=True)
-                return fast(*inputs)
-            except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
-                recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-                if memory_is_full(e) or recording:
-                    raise
-                fast, failed = None, True
-                why = first_line(getattr(e, "inner_exception", e))
-                print(f"warning: torch.compile failed, so it is not used: {why}", file=sys.stderr)
+        nonlocal fast
+        try:
+            if fast is None:
+                fast = torch.compile(unet, dynamic=False, fullgraph=True)
+            return fast(*inputs)
+        except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
+            recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if fast is unet or memory_is_full(e) or recording:
+                raise
+            why = first_line(getattr(e, "inner_exception", e))
+            print(f"warning: torch.compile failed, so it is not used: {why}", file=sys.stderr)
+            fast = unet
         return unet(*inputs)
 
     return evaluate

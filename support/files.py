@@ -57,10 +57,9 @@ def numbered_folder(parent, name):
     The folder is not created.
     """
     numbers = [0]
-    for folder in Path(parent).glob("[0-9][0-9][0-9][0-9]*-*"):
-        number = folder.name.partition("-")[0]
-        if number.isdecimal() and len(number) < 6:  # a longer one is a date
-            numbers.append(int(number))
+    for folder in Path(parent).glob("*-*"):
+        if number := re.match(r"(\d{4,5})-", folder.name):  # a longer one is a date
+            numbers.append(int(number[1]))
     short = re.sub(r"\W+", "-", name)[:40]
     return Path(parent) / f"{max(numbers) + 1:04d}-{short}"
 
