@@ -9,7 +9,6 @@ import pytest
 import weights
 from evaluation.suites import Job
 from pipeline import images, initial_noise
-from support.errors import UserError
 from toy import atlas, emoji, suite, worlds
 
 MADE = weights.TOYS["emoji"]
@@ -180,9 +179,3 @@ def test_diffusers_generates_the_same_images():
     ours = np.stack(list(images(weights.load("emoji"), prompts, steps=6)))
     apart = np.abs(ours - (255 * expected).round())
     assert apart.max() <= 1 and apart.mean() < 0.01
-
-
-def test_a_toy_model_without_weights_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(weights.TOYS, "emoji", tmp_path)
-    with pytest.raises(UserError, match="python -m toy.pretrain emoji"):
-        weights.load("emoji")

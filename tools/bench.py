@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -34,7 +33,7 @@ from clip_text import CLIPText
 from pipeline import images, latent_shape, make_scheduler
 from support.cli import Parser, autocast, one_of, pick_device, pick_dtype, positive, run_command
 from support.errors import UserError
-from support.fast import InferenceUNet
+from support.fast import InferenceUNet, graphed
 from tools.baseline import PROMPT, Authors, their_pipeline
 from unet import UNet
 from vae import VAE
@@ -100,7 +99,7 @@ class Ours:
             (batch_size, *latent_shape(model)),
             self.generator,
             rates=sdd.learning_rates(a.iters, a.lr, a.warmup, a.lr_schedule),
-            loss=train.make_loss(Path(), theta, a, device, self.dtype),
+            loss=graphed(losses.sdd_loss, theta, a, device, self.dtype),
             terms=terms,
         )
 
