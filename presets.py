@@ -134,7 +134,6 @@ ABLATE = dict(
 # joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains
 # `to_out` layers; its summary does not say which. "xattn" has those of cross-attention.
 ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
-RECE = dict(iters=2)  # UCE and one round
 
 # fmt: off
 METHODS = {
@@ -154,7 +153,7 @@ METHODS = {
     # Without training: closed_form.py
     "uce":         Method(None,                       "",        "kv",      "student"),
     "mace":        Method(None,                       "",        "kv",      "student"),
-    "rece":        Method(None,                       "",        "kv",      "student", RECE),
+    "rece":        Method(None,                       "",        "kv",      "student", dict(iters=2)),  # one round
     "speed":       Method(None,                       "",        "v",       "student"),
 }
 # fmt: on
