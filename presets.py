@@ -153,7 +153,8 @@ METHODS = {
     # Without training: closed_form.py
     "uce":         Method(None,                       "",        "kv",      "student"),
     "mace":        Method(None,                       "",        "kv",      "student"),
-    "rece":        Method(None,                       "",        "kv",      "student", dict(iters=2)),  # one round
+    "rece":        Method(None,                       "",        "kv",      "student",
+                          dict(iters=2)),
     "speed":       Method(None,                       "",        "v",       "student"),
 }
 # fmt: on
