@@ -10,7 +10,6 @@ adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 """
 
 import difflib
-import sys
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +20,7 @@ from clip_text import MAX_TOKENS, tokenize
 from guidance import GUIDANCE, SEGA_WARMUP, SLD, sample
 from scheduler import SAMPLERS
 from support.cli import autocast, refuse_unused
-from support.errors import UserError
+from support.errors import UserError, warning
 from support.fast import InferenceUNet
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
@@ -102,10 +101,9 @@ def encode_prompts(model, *groups, warn=True):
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
     if warn and any(cut):
-        print(
-            f"warning: {sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; the "
-            f"rest is not read: {prompts[cut.index(True)][:60]!r}…",
-            file=sys.stderr,
+        warning(
+            f"{sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; the rest is "
+            f"not read: {prompts[cut.index(True)][:60]!r}…"
         )
     device = next(model.text_encoder.parameters()).device
     states = torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])

@@ -9,7 +9,6 @@ are in guidance.py, those of UCE, MACE, RECE and SPEED in closed_form.py. Source
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from pipeline import check_words, words_of
 from sdd import ROLES
 from support import cli
 from support.cuda_graph import can_record
-from support.errors import UserError
+from support.errors import UserError, warning
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from toy import worlds
 
@@ -278,11 +277,10 @@ def check_closed_form(settings):
     alone = any(not template.replace("{}", "").strip() for template in settings["template"])
     if last and alone and not "".join(anchors).strip():
         advice = "use --anchor WORD" + (" or --states all" if settings["method"] == "uce" else "")
-        print(
-            f"warning: without --anchor, --method {settings['method']} maps the concept to the "
-            "start token, because the empty prompt has no last word. All prompts share this token, "
-            f"so the concept may stay: {advice}.",
-            file=sys.stderr,
+        warning(
+            f"without --anchor, --method {settings['method']} maps the concept to the start token, "
+            "because the empty prompt has no last word. All prompts share this token, so the "
+            f"concept may stay: {advice}."
         )
 
 
@@ -401,10 +399,9 @@ def check_anchors(settings, method):
             words = {word for anchor in anchors for word in anchor.lower().split()}
             shared = words & set(concept.lower().split())
             if shared:
-                print(
-                    f"warning: --train-params embedding changes every word of {concept!r}, also "
-                    f"the anchor's own word {min(shared)!r}.",
-                    file=sys.stderr,
+                warning(
+                    f"--train-params embedding changes every word of {concept!r}, also the "
+                    f"anchor's own word {min(shared)!r}."
                 )
 
 
@@ -443,10 +440,7 @@ def check_prompts(model, a, keep_all):
             check_words(model, [prompt])
         except UserError:
             a.preview.remove(prompt)
-            print(
-                f"warning: the preview prompt {prompt!r} is skipped: the model does not know it.",
-                file=sys.stderr,
-            )
+            warning(f"the preview prompt {prompt!r} is skipped: the model does not know it.")
 
 
 def check_ranges(settings):
@@ -456,11 +450,10 @@ def check_ranges(settings):
         if not 0 <= settings[key] <= high:
             raise UserError(f"{cli.flag(key)} {settings[key]} is out of range (0 to {high:g}).")
     if settings["warmup"] >= settings["iters"]:
-        print(
-            f"warning: the warm-up ({settings['warmup']} iterations) is not shorter than the run "
+        warning(
+            f"the warm-up ({settings['warmup']} iterations) is not shorter than the run "
             f"({settings['iters']}), so the learning rate never reaches {settings['lr']:g}. "
-            f"Use --warmup {settings['iters'] // 10}.",
-            file=sys.stderr,
+            f"Use --warmup {settings['iters'] // 10}."
         )
 
 

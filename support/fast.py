@@ -1,7 +1,6 @@
 """How training and sampling become fast, or need less memory, outside the lesson."""
 
 import copy
-import sys
 from functools import partial
 
 import torch
@@ -9,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.cli import memory_is_full
 from support.cuda_graph import CudaGraph, GraphedLoss, can_record
-from support.errors import first_line
+from support.errors import first_line, warning
 from unet import ResnetBlock, Transformer
 
 
@@ -28,7 +27,7 @@ def compiled(unet):
             if fast is unet or memory_is_full(e) or recording:
                 raise
             why = first_line(getattr(e, "inner_exception", e))
-            print(f"warning: torch.compile failed, so it is not used: {why}", file=sys.stderr)
+            warning(f"torch.compile failed, so it is not used: {why}")
             fast = unet
         return unet(*inputs)
 
@@ -70,7 +69,7 @@ class InferenceUNet:
                 unet = compiled(unet)
             self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
         elif compile:
-            print("warning: --compile needs a CUDA GPU, so it is not used.", file=sys.stderr)
+            warning("--compile needs a CUDA GPU, so it is not used.")
 
     def __call__(self, z, t, context):
         z, context = z.to(self.dtype), context.to(self.dtype)

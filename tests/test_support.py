@@ -65,7 +65,7 @@ def test_a_torchvision_of_another_build(monkeypatch):
     "words, said",
     [
         ("--guidance-scal=3", "unknown argument --guidance-scal=3; did you mean --guidance-scale?"),
-        ("--wombat", "unknown argument --wombat."),
+        ("--qqq", "unknown argument --qqq."),
         ("--seed", "argument --seed: expected one argument."),
     ],
 )
