@@ -76,6 +76,7 @@ def lock_folder(folder):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder with --out.")
     created = not folder.exists()
+    killed = (folder / LOCK).exists()  # the lock of a command that could not remove it
     lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,8 @@ def lock_folder(folder):
                 f"Cannot write into {folder} ({e}): choose another folder with --out."
             ) from e
     try:
-        for left in list(folder.rglob(f"{WRITING}[0-9]*")):
-            if not has_lock_below(folder, left):
+        if killed:
+            for left in list(folder.rglob(f"{WRITING}[0-9]*")):
                 shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
@@ -102,12 +103,6 @@ def lock_folder(folder):
         if created:
             with suppress(OSError):
                 folder.rmdir()
-
-
-def has_lock_below(folder, path):
-    """Whether a folder on the way from `folder` down to `path` is another command's own."""
-    between = path.parents[: len(path.relative_to(folder).parts) - 1]
-    return any((parent / LOCK).exists() for parent in between)
 
 
 def apply_umask(file):
