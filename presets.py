@@ -395,10 +395,9 @@ def check_anchors(settings, method):
     if settings["method"] == "all-but-one" and len(anchors) > 1:
         raise UserError("--method all-but-one takes one --anchor for all concepts.")
     if settings["train_params"] == "embedding":
+        words = set(words_of(" ".join(anchors)))
         for concept in settings["concept"]:
-            words = {word for anchor in anchors for word in anchor.lower().split()}
-            shared = words & set(concept.lower().split())
-            if shared:
+            if shared := words.intersection(words_of(concept)):
                 warning(
                     f"--train-params embedding changes every word of {concept!r}, also the "
                     f"anchor's own word {min(shared)!r}."
