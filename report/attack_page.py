@@ -3,7 +3,6 @@
 evaluation/attacks.py writes results.json, which this file reads.
 """
 
-import weights
 from report.blocks import SDD, made, read_image, read_json
 from report.charts import line_chart
 from support.statistics import cell, counted, in_words
@@ -26,7 +25,7 @@ def attack_page(folder):
     """The page of the attack in a folder; see blocks.py."""
     settings, results = read_json(folder / "attack.json"), read_json(folder / "results.json")
     patch, model = settings["patch"], settings["model"]
-    target, with_patch = weights.name_of_patch(patch), f"patch {patch}"
+    target, with_patch = settings["name"], f"patch {patch}"
     if patch == "none":
         target, with_patch = "the untouched model", "without a patch"
     if results.get("finished"):

@@ -115,7 +115,7 @@ def write_attack(folder, kind="word", detected=True, finished=True, hits=(0, 3, 
     """The files that attack.py leaves, with hits of 8 images per measurement."""
     folder.mkdir()
     settings = {"model": "toy", "concept": concept, "patch": "runs/0001-star/erased.safetensors"}
-    settings |= {"kind": kind, "prompt": concept, "at": [0, 40, 80]}
+    settings |= {"name": "0001-star", "kind": kind, "prompt": concept, "at": [0, 40, 80]}
     (folder / "attack.json").write_text(json.dumps(settings))
     found = attacks.Results(folder, settings, detected, lambda image: image)
     images = [np.full((64, 64, 3), 30 * i, "uint8") for i in range(8)]

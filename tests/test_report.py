@@ -95,7 +95,7 @@ def write_attack(folder, detected=True, **changed):
     """The files that attack.py leaves."""
     folder.mkdir()
     settings = {"model": "toy", "concept": "star", "patch": "runs/0001-star/erased.safetensors"}
-    settings |= {"kind": "word", "prompt": "star", "at": [0, 40, 80]} | changed
+    settings |= {"name": "0001-star", "kind": "word", "prompt": "star", "at": [0, 40, 80]} | changed
     (folder / "attack.json").write_text(json.dumps(settings))
     results = Results(folder, settings, detected, lambda image: image)
     results.chance = [dict(step=0, hits=1, n=8)]
