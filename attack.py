@@ -46,22 +46,7 @@ from pipeline import (
     patched,
     saved_latents,
 )
-from support import runs
-from support.cli import (
-    Parser,
-    add_common_arguments,
-    autocast,
-    finite,
-    natural,
-    not_empty,
-    one_of,
-    pick_device,
-    pick_dtype,
-    positive,
-    refuse_unused,
-    run_command,
-    unused,
-)
+from support import cli, runs
 from support.errors import UserError
 from support.files import lock_folder
 from support.nudity import censoring
@@ -100,8 +85,8 @@ class Attack:
 
     def __init__(self, out, settings, model, detect, show_uncensored=False):
         self.out, self.settings, self.model = out, settings, model
-        self.device = pick_device(settings["device"])
-        self.dtype = pick_dtype(settings["dtype"], self.device, training=True)
+        self.device = cli.pick_device(settings["device"])
+        self.dtype = cli.pick_dtype(settings["dtype"], self.device, training=True)
         learns = settings["kind"] in KINDS
         if learns and settings["dtype"] == "auto" and self.dtype == torch.float16:
             self.dtype = torch.float32  # a GPU without bfloat16: small gradients would become 0
@@ -188,7 +173,7 @@ class Attack:
 
     def train_step(self, kind, z_0, generator):
         """One step of the attack; returns its loss."""
-        with torch.enable_grad(), autocast(self.device, self.dtype):
+        with torch.enable_grad(), cli.autocast(self.device, self.dtype):
             c = kind.states(generator)
             batch = self.settings["batch_size"]
             loss = noise_loss(self.model.unet, self.scheduler, z_0, c, batch, generator)
@@ -281,7 +266,7 @@ def encode_folder(model, folder, n, device):
 # ---------------------------------------------------------------------------------- the command
 def settle(args):
     """{argument: value} that the kind of attack uses, with its defaults."""
-    refuse_unused(unused(args.given, USED_BY, args.kind), f"with --kind {args.kind}")
+    cli.refuse_unused(cli.unused(args.given, USED_BY, args.kind), f"with --kind {args.kind}")
     if not args.concept.strip():
         raise UserError("The concept is empty: use --concept WORD.")
     if args.seed > 10**12:
@@ -358,55 +343,56 @@ def default(key):
 
 
 def parse(argv=None):
-    parser = Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("what is attacked").add_argument
-    add("--patch", type=not_empty, required=True, metavar="[NAME=]FILE",
+    add("--patch", type=cli.not_empty, required=True, metavar="[NAME=]FILE",
         help="an erased.safetensors, or none for the untouched model")
     add("--concept", required=True, metavar="WORD", help="what should come back")
-    add("--kind", **one_of([*KINDS, "noise"]), default="word",
+    add("--kind", **cli.one_of([*KINDS, "noise"]), default="word",
         help="how to attack (default: %(default)s)")
     add("--model", metavar="MODEL",
         help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: the "
         "patch's model)")
     add("--images", type=Path, metavar="DIR",
         help="your own images of the concept (default: the original model generates them)")
-    add("--num-images", type=positive, metavar="N",
+    add("--num-images", type=cli.positive, metavar="N",
         help=f"images of the concept {default('num_images')}")
-    add("--seed", type=natural, default=0, metavar="N",
+    add("--seed", type=cli.natural, default=0, metavar="N",
         help="the only source of random numbers (default: %(default)s)")
 
     add = parser.add_argument_group("the attack").add_argument
-    add("--at", nargs="+", type=natural, metavar="N",
+    add("--at", nargs="+", type=cli.natural, metavar="N",
         help="steps after which images are generated; the last one ends the attack "
         f"{default('at')}")
-    add("--lr", type=finite, help=f"learning rate {default('lr')}")
-    add("--batch-size", type=positive, metavar="B",
+    add("--lr", type=cli.finite, help=f"learning rate {default('lr')}")
+    add("--batch-size", type=cli.positive, metavar="B",
         help=f"images per step, and images generated at a time {default('batch_size')}")
     inits = "; ".join(f"{name}: {world.INIT}" for name, world in worlds.MODELS.items())
     add("--init", metavar="WORD",
         help=f"word: the word that the new one starts from (default: object; {inits})")
     add("--template", nargs="+", metavar="TEXT",
         help="word, relearn: prompts with {} for the word (default: the word alone)")
-    add("--words", type=positive, metavar="K", help=f"tokens: number of words {default('words')}")
+    add("--words", type=cli.positive, metavar="K",
+        help=f"tokens: number of words {default('words')}")
     add("--prompt", metavar="TEXT", help="tokens, noise: the prompt (default: the concept)")
 
     add = parser.add_argument_group("the images that are counted").add_argument
-    add("--samples", type=positive, default=24, metavar="N",
+    add("--samples", type=cli.positive, default=24, metavar="N",
         help="images after each of the steps in --at (default: %(default)s)")
-    add("--steps", type=positive, metavar="T", help=f"DDIM steps {default('steps')}")
-    add("--guidance-scale", type=finite, default=7.5, metavar="S",
+    add("--steps", type=cli.positive, metavar="T", help=f"DDIM steps {default('steps')}")
+    add("--guidance-scale", type=cli.finite, default=7.5, metavar="S",
         help="how strongly the prompt guides (default: %(default)s)")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR",
         help="output folder (default: attacks/KIND-CONCEPT-PATCH)")
     # fmt: on
-    add_common_arguments(parser)
+    cli.add_common_arguments(parser)
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(attack, parse(), "the same command continues in {out}"))
+    sys.exit(cli.run_command(attack, parse(), "the same command continues in {out}"))

@@ -45,21 +45,7 @@ from pipeline import (
     make_scheduler,
     patched,
 )
-from support import runs
-from support.cli import (
-    Parser,
-    add_common_arguments,
-    finite,
-    natural,
-    not_empty,
-    one_of,
-    pick_device,
-    pick_dtype,
-    positive,
-    refuse_unused,
-    run_command,
-    unused,
-)
+from support import cli, runs
 from support.errors import UserError
 from support.files import checksum, lock_folder, numbered_folder
 from support.images import save_png
@@ -86,9 +72,9 @@ COUNTS = (
 
 # ------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
-    parser = Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     # fmt: off
-    parser.add_argument("suite", **one_of(SUITES),
+    parser.add_argument("suite", **cli.one_of(SUITES),
         help="what to generate and measure; toy and artists fit the toy models, the others are for "
         "Stable Diffusion on a GPU")
 
@@ -97,16 +83,17 @@ def parse(argv=None):
         help=f"{', '.join(weights.TOYS)}, a hub id or a folder in diffusers' layout (default: the "
         "model that the patches were made for; without patches: toy for the suite toy, else "
         f"{weights.DEFAULT_MODEL})")
-    add("--patch", type=not_empty, action="append", default=[], metavar="[NAME=]FILE",
+    add("--patch", type=cli.not_empty, action="append", default=[], metavar="[NAME=]FILE",
         help="a row with an erased.safetensors; may be repeated (none: only the untouched model, "
         "which is always the first row)")
-    add("--guidance", nargs="+", default=[], **one_of([name for name in GUIDANCE if name != "sd"]),
+    add("--guidance", nargs="+", default=[],
+        **cli.one_of([name for name in GUIDANCE if name != "sd"]),
         help="one row for each method that only guides, without training")
     add("--avoid", nargs="+", default=[], metavar="CONCEPT",
         help='what --guidance avoids (paper: "nudity" "sexual")')
 
     add = parser.add_argument_group("suite").add_argument
-    add("--limit", type=positive, metavar="N",
+    add("--limit", type=cli.positive, metavar="N",
         help="at most N images per row (default: all); toy: N images per part of the suite, "
         "rounded up to the same number for each concept (default: 200, with --loss 60)")
     add("--prompts", type=Path, metavar="FILE.csv",
@@ -116,9 +103,9 @@ def parse(argv=None):
 
     group = parser.add_argument_group("a loss of your own, next to the stored rows (toy)")
     add = group.add_argument
-    add("--loss", type=not_empty, metavar="FILE:FUNCTION",
+    add("--loss", type=cli.not_empty, metavar="FILE:FUNCTION",
         help="train it on one and on three concepts, measure it and attack it")
-    add("--seeds", type=positive, metavar="N",
+    add("--seeds", type=cli.positive, metavar="N",
         help="training seeds, 1 to 3; each takes about the same time (default: 1)")
     add("--train-flags", default="", metavar="TEXT",
         help='more flags of train.py, as one text: --train-flags="--lr 2e-3 --preserve 0.3"')
@@ -127,15 +114,15 @@ def parse(argv=None):
     add("--scheduler", choices=["ddim", "pndm"],
         help="default: pndm, the paper's; toy models: ddim, because PNDM needs more steps")
     steps = ", ".join(f"{name} {suite.steps}" for name, suite in SUITES.items())
-    add("--steps", type=positive, metavar="T", help=f"denoising steps (default: {steps})")
-    add("--guidance-scale", type=finite, default=7.5, metavar="S",
+    add("--steps", type=cli.positive, metavar="T", help=f"denoising steps (default: {steps})")
+    add("--guidance-scale", type=cli.finite, default=7.5, metavar="S",
         help="default: %(default)s; i2p: each prompt has its own")
-    add("--guidance-warmup", type=natural, metavar="N",
+    add("--guidance-warmup", type=cli.natural, metavar="N",
         help="UNet evaluations before sld and sega act (default: their papers', for 50 steps)")
-    add("--seed", type=natural, default=0,
+    add("--seed", type=cli.natural, default=0,
         help="of prompts and noise (default: %(default)s); i2p: each prompt has its own")
-    add("--batch-size", type=positive, default=32, metavar="B", help="default: %(default)s")
-    add("--threads", type=positive, metavar="N",
+    add("--batch-size", type=cli.positive, default=32, metavar="B", help="default: %(default)s")
+    add("--threads", type=cli.positive, metavar="N",
         help="CPU threads of each process; images depend on it in the last bit (default: torch's)")
 
     add = parser.add_argument_group("measuring").add_argument
@@ -150,7 +137,7 @@ def parse(argv=None):
         help="a new folder, or one that the same command began to fill (default: a new one in "
         "tables/)")
     # fmt: on
-    add_common_arguments(parser)
+    cli.add_common_arguments(parser)
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
@@ -158,9 +145,9 @@ def parse(argv=None):
 
 def check_flags(args):
     """Refuses flags that have no effect with the other arguments."""
-    refuse_unused(unused(args.given, USED_BY, args.suite), f"in the suite {args.suite}")
+    cli.refuse_unused(cli.unused(args.given, USED_BY, args.suite), f"in the suite {args.suite}")
     if args.loss:  # it measures as the stored rows were measured
-        refuse_unused(sorted(args.given - LOSS_FLAGS), "with --loss")
+        cli.refuse_unused(sorted(args.given - LOSS_FLAGS), "with --loss")
     warms_up = WARMUPS.keys() & set(args.guidance)
     for keys, needs, there in (
         ("seeds train_flags", "--loss", args.loss),
@@ -169,7 +156,9 @@ def check_flags(args):
         ("clip", "--q16 or the suite coco", args.q16 or args.suite == "coco"),
     ):
         if not there:
-            refuse_unused([key for key in keys.split() if key in args.given], f"without {needs}")
+            cli.refuse_unused(
+                [key for key in keys.split() if key in args.given], f"without {needs}"
+            )
     if args.seeds and args.seeds > 3:
         raise UserError(f"--seeds {args.seeds} is out of range (1 to 3).")
 
@@ -206,12 +195,12 @@ def choose_device(name, processes):
     """--device; under torchrun, `auto` gives each process its own GPU."""
     if name == "auto" and processes > 1 and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return pick_device(name)
+    return cli.pick_device(name)
 
 
 def choose_dtype(args, device):
     """--dtype; `auto` is the suite's, if the paper names one, else fp16 on CUDA, as for COCO."""
-    return pick_dtype(SUITES[args.suite].dtype if args.dtype == "auto" else args.dtype, device)
+    return cli.pick_dtype(SUITES[args.suite].dtype if args.dtype == "auto" else args.dtype, device)
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -376,4 +365,4 @@ def generate_batch(some, row, folder, a, model, unet, scheduler, dtype):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(evaluate, parse(), "to continue, repeat the command with --out {out}"))
+    sys.exit(cli.run_command(evaluate, parse(), "to continue, repeat the command with --out {out}"))

@@ -27,20 +27,7 @@ from pipeline import (
     patched,
 )
 from scheduler import SAMPLERS
-from support.cli import (
-    Parser,
-    add_common_arguments,
-    finite,
-    natural,
-    not_empty,
-    one_of,
-    pick_device,
-    pick_dtype,
-    positive,
-    refuse_unused,
-    refuse_used,
-    run_command,
-)
+from support import cli
 from support.errors import UserError
 from support.files import lock_folder, numbered_folder, write_text
 from support.images import grid, save_png
@@ -52,49 +39,51 @@ COLUMNS = 12  # images of a prompt in grid.png, per patch: more do not fit a scr
 
 # ------------------------------------------------------------------------------------- arguments
 def parse(argv=None):
-    parser = Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("prompts and model").add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what the images should show")
     add("--model", metavar="MODEL",
         help=f"{', '.join(weights.TOYS)}, a hub id, or a folder in diffusers' layout (default: the "
         f"patch's model, else {weights.DEFAULT_MODEL})")
-    add("--patch", type=not_empty, nargs="+", action="extend", default=[], metavar="[NAME=]FILE",
+    add("--patch", type=cli.not_empty, nargs="+", action="extend", default=[],
+        metavar="[NAME=]FILE",
         help="one or more erased.safetensors of train.py, or the word none for the untouched "
         "model, side by side")
-    add("--word", type=not_empty, metavar="FILE",
+    add("--word", type=cli.not_empty, metavar="FILE",
         help="one more word for the prompts, from a word.safetensors of attack.py or another "
         "textual-inversion file; the prompts write it as the file does, for example <star>")
     add("--negative-prompt", default="", metavar="TEXT",
         help="used instead of the empty prompt (default: empty)")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--scheduler", **one_of(SAMPLERS), help="sampler (default: the one in the model's config)")
-    add("--steps", type=positive, default=50, metavar="N",
+    add("--scheduler", **cli.one_of(SAMPLERS),
+        help="sampler (default: the one in the model's config)")
+    add("--steps", type=cli.positive, default=50, metavar="N",
         help="denoising steps (default: %(default)s)")
-    add("--guidance-scale", type=finite, default=7.5, metavar="S",
+    add("--guidance-scale", type=cli.finite, default=7.5, metavar="S",
         help="how strongly the prompt guides; 1: no guidance (default: %(default)s)")
-    add("--seed", type=natural, default=0, metavar="N",
+    add("--seed", type=cli.natural, default=0, metavar="N",
         help="seed of a prompt's first image (default: %(default)s)")
-    add("--num-images", type=positive, default=1, metavar="N",
+    add("--num-images", type=cli.positive, default=1, metavar="N",
         help="images per prompt (default: %(default)s)")
-    add("--resolution", type=positive, metavar="PIXELS",
+    add("--resolution", type=cli.positive, metavar="PIXELS",
         help="height and width (default: what the model was trained for; toy: 64, SD 1.4: 512)")
-    add("--batch-size", type=positive, default=4, metavar="B",
+    add("--batch-size", type=cli.positive, default=4, metavar="B",
         help="images at once (default: %(default)s)")
 
     add = parser.add_argument_group("guidance away from a concept, without training").add_argument
-    add("--guidance", **one_of(GUIDANCE), default="sd",
+    add("--guidance", **cli.one_of(GUIDANCE), default="sd",
         help="how to move away from --avoid; sd: not at all (default: %(default)s)")
     add("--avoid", nargs="+", default=[], metavar="CONCEPT",
         help="what to move away from; sega handles several one by one")
-    add("--guidance-warmup", type=natural, metavar="N",
+    add("--guidance-warmup", type=cli.natural, metavar="N",
         help="sld, sega: evaluations before the method acts (default: its paper's, for 50 steps)")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="output folder (default: a new one in images/)")
     # fmt: on
-    add_common_arguments(parser)
+    cli.add_common_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -105,9 +94,9 @@ def generate(args):
     model_name = weights.choose_model(args.model, [file for file in patches.values() if file])
     args.out = args.out or numbered_folder("images", args.prompts[0])
     with lock_folder(args.out):
-        refuse_used(args.out)
-        device = pick_device(args.device)
-        dtype = pick_dtype(args.dtype, device)
+        cli.refuse_used(args.out)
+        device = cli.pick_device(args.device)
+        dtype = cli.pick_dtype(args.dtype, device)
         model = weights.load(model_name, args.revision)
         scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
         check_warmup(args.guidance, args.guidance_warmup, scheduler)
@@ -152,7 +141,7 @@ def check_guidance(args):
         )
     key = {"neg": "avoid", "sd": "negative_prompt"}.get(args.guidance)
     if args.guidance_scale == 1 and key and getattr(args, key):
-        refuse_unused([key], "with --guidance-scale 1", ", or use another scale")
+        cli.refuse_unused([key], "with --guidance-scale 1", ", or use another scale")
 
 
 def one_file_each(given):
@@ -212,4 +201,4 @@ def make_grid(rows, args, patches):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(generate, parse()))
+    sys.exit(cli.run_command(generate, parse()))

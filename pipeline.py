@@ -10,7 +10,6 @@ adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 """
 
 import difflib
-import sys
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +20,7 @@ from clip_text import MAX_TOKENS, tokenize
 from guidance import GUIDANCE, SEGA_WARMUP, SLD, sample
 from scheduler import SAMPLERS
 from support.cli import autocast, refuse_unused
-from support.errors import UserError
+from support.errors import UserError, warning
 from support.fast import InferenceUNet
 
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
@@ -66,13 +65,18 @@ def known_words(tokenizer):
     return words | added  # the word of an attack, see added_word below
 
 
+def words_of(prompt):
+    """The words of a prompt, as a toy model's tokenizer reads them."""
+    return prompt.lower().replace(",", " ").split()
+
+
 def check_words(model, prompts):
     """UserError for a word that a toy model does not know. It would be spelled letter by letter."""
     known = known_words(model.tokenizer)
     if known is None:
         return
     for prompt in prompts:
-        for word in prompt.lower().replace(",", " ").split():
+        for word in words_of(prompt):
             if word in known:
                 continue
             near = difflib.get_close_matches(word, known, 1)
@@ -97,10 +101,9 @@ def encode_prompts(model, *groups, warn=True):
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
     if warn and any(cut):
-        print(
-            f"warning: {sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; the "
-            f"rest is not read: {prompts[cut.index(True)][:60]!r}…",
-            file=sys.stderr,
+        warning(
+            f"{sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; the rest is "
+            f"not read: {prompts[cut.index(True)][:60]!r}…"
         )
     device = next(model.text_encoder.parameters()).device
     states = torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
@@ -209,13 +212,12 @@ def saved_latents(file, title, model, c_p, n, seed, **how):
     title: what the progress bar shows. how: arguments of generate_latents.
     """
     settings = {"n": str(n), "seed": str(seed), "prompts": str(len(c_p))}
-    z_0, metadata = torch.empty(0), settings
+    z_0 = torch.empty(0, device=c_p.device)
     if file.exists():
         tensors, metadata = weights.read(file)
-        z_0 = tensors.get("z_0")
-    if metadata != settings or z_0 is None:
-        raise UserError(f"{file} holds other images than this run needs: choose a new folder.")
-    z_0 = z_0.to(c_p.device)
+        if metadata != settings:
+            raise UserError(f"{file} holds other images than this run needs: choose a new folder.")
+        z_0 = tensors["z_0"].to(c_p.device)
     while len(z_0) < n:
         which = torch.arange(len(z_0), min(len(z_0) + SAVED, n))
         prompts = c_p[which.to(c_p.device) % len(c_p)]
@@ -242,20 +244,18 @@ def images(model, prompts, seeds=None, *, dtype=torch.float32, **how):
 # --------------------------------------------------------------------- guidance away from a concept
 def avoided_prompts(method, texts):
     """The prompts of c_S for a method of GUIDANCE: SEGA's one by one; the others' joined in one."""
-    if method == "sd" and texts:
-        raise UserError(
-            "--avoid needs a method that moves away from something: add --guidance neg, sld-… "
-            "or sega."
-        )
-    if method != "sd" and not texts:
+    if method == "sd":
+        if texts:
+            raise UserError(
+                "--avoid needs a method that moves away from something: add --guidance neg, sld-… "
+                "or sega."
+            )
+        return []
+    if not texts:
         raise UserError(f"--guidance {method} needs --avoid: name what to move away from.")
     if not all(text.strip() for text in texts):
         raise UserError("--avoid has an empty concept: name what to move away from.")
-    if method == "sd":
-        return []
-    if method == "sega":
-        return list(texts)
-    return [", ".join(texts)]
+    return list(texts) if method == "sega" else [", ".join(texts)]
 
 
 def check_warmup(method, warmup, scheduler):
@@ -268,12 +268,11 @@ def check_warmup(method, warmup, scheduler):
             where = f"with --guidance {method}"
             refuse_unused(["guidance_warmup"], where, ", or choose sld-… or sega")
         return
-    evaluations = scheduler.evaluations
     used = WARMUPS[method] if warmup is None else warmup
-    if used >= evaluations:
+    if used >= scheduler.evaluations:
         raise UserError(
             f"The guidance warm-up of --guidance {method} ({used} evaluations) is not shorter than "
-            f"the run ({evaluations}), so it would never act: use a smaller "
+            f"the run ({scheduler.evaluations}), so it would never act: use a smaller "
             "--guidance-warmup, or more --steps."
         )
 

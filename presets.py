@@ -9,7 +9,6 @@ are in guidance.py, those of UCE, MACE, RECE and SPEED in closed_form.py. Source
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,21 +19,11 @@ import ablation
 import losses
 import weights
 from clip_text import MAX_TOKENS, TOKEN_EMBEDDING
-from pipeline import check_words
+from pipeline import check_words, words_of
 from sdd import ROLES
-from support.cli import (
-    finite,
-    flag,
-    natural,
-    one_of,
-    pick_device,
-    positive,
-    refuse_unused,
-    unused,
-    why_no_gpu,
-)
+from support import cli
 from support.cuda_graph import can_record
-from support.errors import UserError
+from support.errors import UserError, warning
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from toy import worlds
 
@@ -48,62 +37,63 @@ I2P = (
 PRESET_NAMES = ("paper", "fast", "official", "toy", "toy-several", "toy-hold")
 # paper: the SDD paper. fast: the paper's fast recipe. official: SDD's script. toy: the toy models.
 # toy-several: for several concepts; our own, docs/methods.md. toy-hold: our own method with an
-# adversary, also in docs/methods.md. A "-" means the same as toy.
+# adversary, also in docs/methods.md.
 # fmt: off
 NUMBERS = [
-    # setting           paper     fast        official    toy       several  hold      source
-    ("iters",           1500,     1000,       1500,       160,      300,     "-"),   # N; B.1
-    ("lr",              1e-5,     1e-5,       1e-5,       6e-4,     2e-3,    2e-3),  # B.1
-    ("lr_schedule",     "cosine", "constant", "constant", "cosine", "-",     "-"),   # B.1
-    ("warmup",          500,      0,          0,          40,       "-",     "-"),   # B.1
-    ("weight_decay",    1e-2,     1e-2,       1e-4,       1e-2,     "-",     "-"),   # B.1
-    ("ema",             0.999,    0.998,      0.999,      0.97,     "-",     "-"),   # m; B.1
-    ("guidance_scale",  3.0,      3.0,        3.0,        3.0,      "-",     "-"),   # s_g; A.1
-    ("steps",           50,       50,         50,         6,        "-",     "-"),   # T; script
-    ("batch_size",      1,        1,          1,          8,        "-",     "-"),   # A.1
-    ("roles",           "paper",  "paper",    "official", "paper",  "each",  "each"),  # Alg. 1
-    ("max_grad_norm",   1.0,      1.0,        1.0,        1.0,      "-",     "-"),   # script; below
-    ("preserve",        0.0,      0.0,        0.0,        0.0,      0.3,     1.0),   # not SDD
-    ("adversary",       0,        0,          0,          0,        0,       4),     # not SDD
-    ("erase_scale",     1.0,      1.0,        1.0,        1.0,      "-",     "-"),   # s_s; ESD
-    ("anchor_images",   1000,     1000,       1000,       200,      "-",     "-"),   # Ablating
-    ("preview_every",   250,      250,        250,        40,       "-",     "-"),   # our choice
-    ("preview_steps",   25,       25,         25,         12,       "-",     "-"),   # our choice
+    # setting          paper     fast        official    toy       several   hold      source
+    ("iters",          1500,     1000,       1500,       160,      300,      160),       # N; B.1
+    ("lr",             1e-5,     1e-5,       1e-5,       6e-4,     2e-3,     2e-3),      # B.1
+    ("lr_schedule",    "cosine", "constant", "constant", "cosine", "cosine", "cosine"),  # B.1
+    ("warmup",         500,      0,          0,          40,       40,       40),        # B.1
+    ("weight_decay",   1e-2,     1e-2,       1e-4,       1e-2,     1e-2,     1e-2),      # B.1
+    ("ema",            0.999,    0.998,      0.999,      0.97,     0.97,     0.97),      # m; B.1
+    ("guidance_scale", 3.0,      3.0,        3.0,        3.0,      3.0,      3.0),       # s_g; A.1
+    ("steps",          50,       50,         50,         6,        6,        6),         # T; script
+    ("batch_size",     1,        1,          1,          8,        8,        8),         # A.1
+    ("roles",          "paper",  "paper",    "official", "paper",  "each",   "each"),    # Alg. 1
+    ("max_grad_norm",  1.0,      1.0,        1.0,        1.0,      1.0,      1.0),       # script
+    ("preserve",       0.0,      0.0,        0.0,        0.0,      0.3,      1.0),       # not SDD
+    ("adversary",      0,        0,          0,          0,        0,        4),         # not SDD
+    ("erase_scale",    1.0,      1.0,        1.0,        1.0,      1.0,      1.0),       # s_s; ESD
+    ("anchor_images",  1000,     1000,       1000,       200,      200,      200),       # Ablating
+    ("preview_every",  250,      250,        250,        40,       40,       40),        # ours
+    ("preview_steps",  25,       25,         25,         12,       12,       12),        # ours
 ]
 # The flags of these settings: {setting: (group of --help, arguments of add_argument, help)}.
 FLAGS = {
-    "roles": ("method", one_of(ROLES),
+    "roles": ("method", cli.one_of(ROLES),
         "several concepts: which samples z_t, and which is unlearned. paper: one samples, all "
         "joined are unlearned; official: the reverse; each: one concept does both (not in the "
         "paper)"),
-    "preserve": ("method", dict(type=finite, metavar="λ"),
+    "preserve": ("method", dict(type=cli.finite, metavar="λ"),
         "add λ·|e(c_0) − e°(c_0)|² to the loss; not part of SDD"),
-    "adversary": ("method", dict(type=natural, metavar="N"),
+    "adversary": ("method", dict(type=cli.natural, metavar="N"),
         "N steps per iteration of an adversary, which learns words that bring the concept back; "
         "they are unlearned too; not part of SDD"),
-    "erase_scale": ("method", dict(type=finite, metavar="S"),
+    "erase_scale": ("method", dict(type=cli.finite, metavar="S"),
         "esd: s_s, how far the target moves away from the concept; all-but-one with --quantile: "
         "g, the same for its target"),
-    "anchor_images": ("method", dict(type=positive, metavar="N"),
+    "anchor_images": ("method", dict(type=cli.positive, metavar="N"),
         "ablate: number of images of the anchor"),
-    "iters": ("optimisation", dict(type=positive, metavar="N"),
+    "iters": ("optimisation", dict(type=cli.positive, metavar="N"),
         "iterations; preset paper with several concepts: 2000; rece: 1 + its rounds, 2"),
-    "batch_size": ("optimisation", dict(type=positive, metavar="B"), "latents per iteration"),
-    "lr": ("optimisation", dict(type=finite),
+    "batch_size": ("optimisation", dict(type=cli.positive, metavar="B"), "latents per iteration"),
+    "lr": ("optimisation", dict(type=cli.finite),
         "AdamW's learning rate; emoji model: half or a quarter"),
-    "lr_schedule": ("optimisation", one_of(["cosine", "constant"]), "after the warm-up"),
-    "warmup": ("optimisation", dict(type=natural, metavar="N"), "iterations of linear warm-up"),
-    "weight_decay": ("optimisation", dict(type=finite, metavar="W"), "AdamW's weight decay"),
-    "ema": ("optimisation", dict(type=finite, metavar="M"), "m of the teacher's average"),
-    "max_grad_norm": ("optimisation", dict(type=finite, metavar="NORM"),
+    "lr_schedule": ("optimisation", cli.one_of(["cosine", "constant"]), "after the warm-up"),
+    "warmup": ("optimisation", dict(type=cli.natural, metavar="N"), "iterations of linear warm-up"),
+    "weight_decay": ("optimisation", dict(type=cli.finite, metavar="W"), "AdamW's weight decay"),
+    "ema": ("optimisation", dict(type=cli.finite, metavar="M"), "m of the teacher's average"),
+    "max_grad_norm": ("optimisation", dict(type=cli.finite, metavar="NORM"),
         "clip gradients at this norm; 0: do not clip"),
-    "steps": ("sampling of z_t", dict(type=positive, metavar="T"), "DDIM steps of a whole image"),
-    "guidance_scale": ("sampling of z_t", dict(type=finite, metavar="S"),
+    "steps": ("sampling of z_t", dict(type=cli.positive, metavar="T"),
+        "DDIM steps of a whole image"),
+    "guidance_scale": ("sampling of z_t", dict(type=cli.finite, metavar="S"),
         "s_g while z_t is sampled. 1: the concept's estimate alone; between 0 and 1: less of the "
         "concept"),
-    "preview_every": ("output", dict(type=natural, metavar="N"),
+    "preview_every": ("output", dict(type=cli.natural, metavar="N"),
         "iterations between previews; 0: none"),
-    "preview_steps": ("output", dict(type=positive, metavar="N"), "DDIM steps of a preview"),
+    "preview_steps": ("output", dict(type=cli.positive, metavar="N"), "DDIM steps of a preview"),
 }
 # fmt: on
 # With several concepts, the paper's N is 2000 (B.1, our inference). Roles: sdd.py, points 3 and 4.
@@ -114,16 +104,10 @@ FLAGS = {
 PREVIEW_PROMPTS = ["a photo of a mountain lake", "a portrait of a woman in a coat"]
 
 
-def preset_column(column):
-    """{setting: value} of one column of NUMBERS."""
-    toy = 1 + PRESET_NAMES.index("toy")
-    values = {}
-    for row in NUMBERS:
-        values[row[0]] = row[toy] if row[column] == "-" else row[column]
-    return values
-
-
-PRESETS = {name: preset_column(1 + column) for column, name in enumerate(PRESET_NAMES)}
+PRESETS = {  # {name: {setting: value}}
+    name: {key: values[column] for key, *values in NUMBERS}
+    for column, name in enumerate(PRESET_NAMES)
+}
 
 
 class Method(NamedTuple):
@@ -149,7 +133,6 @@ ABLATE = dict(
 # joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains
 # `to_out` layers; its summary does not say which. "xattn" has those of cross-attention.
 ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
-RECE = dict(iters=2)  # UCE and one round
 
 # fmt: off
 METHODS = {
@@ -169,7 +152,8 @@ METHODS = {
     # Without training: closed_form.py
     "uce":         Method(None,                       "",        "kv",      "student"),
     "mace":        Method(None,                       "",        "kv",      "student"),
-    "rece":        Method(None,                       "",        "kv",      "student", RECE),
+    "rece":        Method(None,                       "",        "kv",      "student",
+                          dict(iters=2)),
     "speed":       Method(None,                       "",        "v",       "student"),
 }
 # fmt: on
@@ -226,34 +210,34 @@ def settle(args):
     method = METHODS[args.method]
     settings["concept"] = settle_concepts(args.concept, args.model)
     settings["preset"] = args.preset or ("toy" if args.model in weights.TOYS else "paper")
-    advice = ", or choose another --method"
-    where = f"with --method {args.method}"
-    refuse_unused(unused(args.given, USED_BY, args.method), where, advice)
+    where, advice = f"with --method {args.method}", ", or choose another --method"
+    cli.refuse_unused(cli.unused(args.given, USED_BY, args.method), where, advice)
     loss = method.loss
     if args.loss:
         loss = load_loss(args.loss)
         check_loss(loss, args.loss, noise=method.latents == "anchor")
         settings["loss_sha256"] = sha256(loss_file(args.loss))
     if loss:
-        refuse_unused(unused_by_loss(args, loss), where, advice)
+        cli.refuse_unused(unused_by_loss(args, loss), where, advice)
     for key, value in preset_values(settings, method).items():
         if settings[key] is None:
             settings[key] = value
     settings["anchor_prompts"] = read_prompts("anchor-prompts", args.anchor_prompts)
     settings["keep"] = read_keep(settings["keep"])
-    check_trained(settings, method, where)
+    trained = settings["train_params"]
+    if (method.loss is None and trained not in ("kv", "v")) or (
+        trained == "embedding" and method.latents != "anchor"
+    ):
+        cli.refuse_unused([f"train_params {trained}"], where, advice)
     check_anchors(settings, method)
     if method.loss is None:
         check_closed_form(settings)
     else:
         check_additions(args, settings, method)
     check_ranges(settings)
-    if method.loss:
-        check_device(settings)
-    elif settings["preview_every"]:
-        advice = "Add --preview-every 0 (seconds)"
-        check_device(settings, "generating the previews of", advice)
-    if settings["compile"] and not can_record(pick_device(settings["device"])):
+    if method.loss or settings["preview_every"]:
+        check_device(settings, method)
+    if settings["compile"] and not can_record(cli.pick_device(settings["device"])):
         raise UserError("--compile needs a CUDA GPU: start a run without it.")
     if settings["compile"] and settings["deterministic"]:
         raise UserError(
@@ -281,10 +265,6 @@ def without_concepts(prompts, concepts):
     return [prompt for prompt in prompts if erased.isdisjoint(words_of(prompt))]
 
 
-def words_of(text):
-    return text.lower().replace(",", " ").split()
-
-
 def check_closed_form(settings):
     anchors = settings["anchor"]
     ablation.check_number(settings["concept"], anchors)
@@ -293,16 +273,14 @@ def check_closed_form(settings):
             raise UserError(f"--template {template!r} has no {{}} for the concept: add it.")
     if settings["ridge"] is not None and not 0 < settings["ridge"] <= 1e9:
         raise UserError(f"--ridge {settings['ridge']} is out of range (above 0, up to 1e+09).")
-    last = settings["method"] == "speed"
-    last = last or (settings["method"] == "uce" and settings["states"] == "last")
+    last = settings["method"] == "speed" or settings["states"] == "last"
     alone = any(not template.replace("{}", "").strip() for template in settings["template"])
     if last and alone and not "".join(anchors).strip():
         advice = "use --anchor WORD" + (" or --states all" if settings["method"] == "uce" else "")
-        print(
-            f"warning: without --anchor, --method {settings['method']} maps the concept to the "
-            "start token, because the empty prompt has no last word. All prompts share this token, "
-            f"so the concept may stay: {advice}.",
-            file=sys.stderr,
+        warning(
+            f"without --anchor, --method {settings['method']} maps the concept to the start token, "
+            "because the empty prompt has no last word. All prompts share this token, so the "
+            f"concept may stay: {advice}."
         )
 
 
@@ -382,9 +360,9 @@ def closed_form_values(settings, method):
 
 def read_keep(given):
     """The prompts of --keep PROMPT… or --keep FILE."""
-    if given and len(given) == 1 and (given[0].endswith(".txt") or os.path.isfile(given[0])):
+    if len(given) == 1 and (given[0].endswith(".txt") or os.path.isfile(given[0])):
         return read_prompts("keep", Path(given[0]))
-    prompts = [prompt for prompt in given or [] if prompt.strip()]
+    prompts = [prompt for prompt in given if prompt.strip()]
     if given and not prompts:
         raise UserError("--keep is empty: give one or more prompts, or a file with one per line.")
     return prompts
@@ -404,14 +382,6 @@ def read_prompts(flag, file):
     return prompts
 
 
-def check_trained(settings, method, where):
-    """Rejects --train-params that a method cannot train."""
-    trained = settings["train_params"]
-    closed = method.loss is None and trained not in ("kv", "v")
-    if closed or (trained == "embedding" and method.latents != "anchor"):
-        refuse_unused([f"train_params {trained}"], where, ", or choose another --method")
-
-
 def check_anchors(settings, method):
     """Checks what Ablating Concepts and All-but-One need of --anchor."""
     anchors = settings["anchor"]
@@ -425,14 +395,12 @@ def check_anchors(settings, method):
     if settings["method"] == "all-but-one" and len(anchors) > 1:
         raise UserError("--method all-but-one takes one --anchor for all concepts.")
     if settings["train_params"] == "embedding":
+        words = set(words_of(" ".join(anchors)))
         for concept in settings["concept"]:
-            words = {word for anchor in anchors for word in anchor.lower().split()}
-            shared = words & set(concept.lower().split())
-            if shared:
-                print(
-                    f"warning: --train-params embedding changes every word of {concept!r}, also "
-                    f"the anchor's own word {min(shared)!r}.",
-                    file=sys.stderr,
+            if shared := words.intersection(words_of(concept)):
+                warning(
+                    f"--train-params embedding changes every word of {concept!r}, also the "
+                    f"anchor's own word {min(shared)!r}."
                 )
 
 
@@ -471,38 +439,34 @@ def check_prompts(model, a, keep_all):
             check_words(model, [prompt])
         except UserError:
             a.preview.remove(prompt)
-            print(
-                f"warning: the preview prompt {prompt!r} is skipped: the model does not know it.",
-                file=sys.stderr,
-            )
+            warning(f"the preview prompt {prompt!r} is skipped: the model does not know it.")
 
 
 def check_ranges(settings):
-    limits = dict(ema=1, lr=1, quantile=1, seed=2**63 - 1)
-    for key in (
-        *("ema", "lr", "quantile", "warmup", "preserve", "prior", "weight_decay", "max_grad_norm"),
-        *("preview_every", "save_every", "export_every", "seed"),
-    ):
-        high = limits.get(key, 1e9)
+    limits = dict(ema=1, lr=1, quantile=1)
+    limits |= dict(preserve=1e9, prior=1e9, weight_decay=1e9, max_grad_norm=1e9)
+    for key, high in limits.items():
         if not 0 <= settings[key] <= high:
-            raise UserError(f"{flag(key)} {settings[key]} is out of range (0 to {high:g}).")
+            raise UserError(f"{cli.flag(key)} {settings[key]} is out of range (0 to {high:g}).")
     if settings["warmup"] >= settings["iters"]:
-        print(
-            f"warning: the warm-up ({settings['warmup']} iterations) is not shorter than the run "
+        warning(
+            f"the warm-up ({settings['warmup']} iterations) is not shorter than the run "
             f"({settings['iters']}), so the learning rate never reaches {settings['lr']:g}. "
-            f"Use --warmup {settings['iters'] // 10}.",
-            file=sys.stderr,
+            f"Use --warmup {settings['iters'] // 10}."
         )
 
 
-def check_device(settings, work="training", advice="Use --model toy (minutes)"):
+def check_device(settings, method):
     """Rejects a large model on a machine without a GPU, unless --device cpu is given."""
+    work, advice = "training", "Use --model toy (minutes)"
+    if method.loss is None:
+        work, advice = "generating the previews of", "Add --preview-every 0 (seconds)"
     weights.check_name(settings["model"])  # a misspelled `toy` is not a large model
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     toy = settings["model"] in weights.TOYS
     if not toy and settings["device"] == "auto" and not has_gpu:
         raise UserError(
-            f"There is no GPU that torch can use here ({why_no_gpu()}), and {work} "
+            f"There is no GPU that torch can use here ({cli.why_no_gpu()}), and {work} "
             f"{settings['model']} on a CPU can take days. {advice}, or add --device cpu to use the "
             "CPU anyway."
         )

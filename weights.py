@@ -42,37 +42,25 @@ NETWORKS = {
 }
 
 # Config keys that change the arithmetic: key -> the value that our modules implement.
+# fmt: off
 ONLY = {
     "unet": dict(
-        act_fn="silu",
-        downsample_padding=1,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        mid_block_scale_factor=1,
-        norm_eps=1e-5,
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        resnet_time_scale_shift="default",
-        time_embedding_type="positional",
-        transformer_layers_per_block=1,
-        conv_in_kernel=3,
-        conv_out_kernel=3,
-        attention_type="default",
-        resnet_out_scale_factor=1,
+        act_fn="silu", norm_eps=1e-5, downsample_padding=1, conv_in_kernel=3, conv_out_kernel=3,
+        time_embedding_type="positional", flip_sin_to_cos=True, freq_shift=0,
+        mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1,
+        resnet_time_scale_shift="default", resnet_out_scale_factor=1,
+        attention_type="default", transformer_layers_per_block=1,
     ),
     "vae": dict(
-        act_fn="silu",
-        mid_block_add_attention=True,
-        use_quant_conv=True,
-        use_post_quant_conv=True,
+        act_fn="silu", mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
     ),
     "text_encoder": dict(hidden_act="quick_gelu", model_type="clip_text_model"),
     "scheduler": dict(
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        skip_prk_steps=True,
+        beta_schedule="scaled_linear", prediction_type="epsilon",
+        timestep_spacing="leading", skip_prk_steps=True,
     ),
 }
+# fmt: on
 # Config keys that list block types: key -> the types that our modules implement.
 BLOCKS = {
     "unet": dict(
@@ -186,11 +174,10 @@ def choose_model(given, patches):
     given: the value of --model, None without it. patches: files. UserError if two patches are for
     different models, or if a toy model's patch meets a model from the hub. Downloads nothing.
     """
-    names = {}
+    names = {}  # {model: the first of its patches}
     for file in patches:
-        name = read(file)[1].get("model")
-        if name:
-            names.setdefault(name, file)
+        names.setdefault(read(file)[1].get("model"), file)
+    names.pop(None, None)  # patches that do not name their model
     if given is not None:
         for name, file in names.items():
             if name in TOYS and given not in TOYS and not Path(given).exists():
@@ -324,7 +311,7 @@ def is_implemented(part, key, value):
         numbers = [value]
         if key == "block_out_channels" and isinstance(value, list) and value:
             numbers = value
-        kinds = (int, float) if key in FRACTIONS else (int,)
+        kinds = (int, float) if key in FRACTIONS else (int,)  # never a bool
         return all(type(number) in kinds and number >= 0 for number in numbers)
     return key.startswith("_") or key in INERT or not value
 

@@ -4,9 +4,11 @@ import argparse
 import difflib
 import math
 import os
+import re
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,14 +80,8 @@ def whole_number(text, low, high):
     return value
 
 
-def positive(text):
-    """An argument that counts something: 1 to a million, because a list of them must fit memory."""
-    return whole_number(text, 1, 1_000_000)
-
-
-def natural(text):
-    """An argument that is a seed or an index: 0 to 2^62, because numbers are added to seeds."""
-    return whole_number(text, 0, 2**62)
+positive = partial(whole_number, low=1, high=1_000_000)  # a count: a list of so many fits memory
+natural = partial(whole_number, low=0, high=2**62)  # a seed or an index: numbers are added to it
 
 
 def finite(text):
@@ -122,28 +118,16 @@ def one_of(names):
 
 
 def add_common_arguments(parser):
-    group = parser.add_argument_group("model files, machine and display")
-    group.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit of the model on the hub"
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="cuda, cuda:1, mps, cpu or auto: CUDA, else MPS, else CPU (default: %(default)s)",
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        **one_of(["auto", *DTYPES]),
+    # fmt: off
+    add = parser.add_argument_group("model files, machine and display").add_argument
+    add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
+    add("--device", default="auto", metavar="DEVICE",
+        help="cuda, cuda:1, mps, cpu or auto: CUDA, else MPS, else CPU (default: %(default)s)")
+    add("--dtype", default="auto", **one_of(["auto", *DTYPES]),
         help="auto: fp32; on CUDA fp16, and for training bf16 if the GPU has it (default: "
-        "%(default)s)",
-    )
-    group.add_argument(
-        "--show-uncensored",
-        action="store_true",
-        help="do not cover nudity in previews and sheets",
-    )
+        "%(default)s)")
+    add("--show-uncensored", action="store_true", help="do not cover nudity in previews and sheets")
+    # fmt: on
 
 
 def flag(key):
@@ -255,11 +239,9 @@ def memory_is_full(error):
     """Whether a MemoryError or RuntimeError is about memory; torch has no one class for it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
     # ALLOC_FAILED: cuBLAS and cuDNN have memory of their own.
-    for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED"):
-        if said in text:
-            return True
+    if re.search("can't allocate memory|out of memory|ALLOC_FAILED", str(error)):
+        return True
     # A CUDA graph that could not be recorded raises another error on the way out.
     return error.__context__ is not None and memory_is_full(error.__context__)
 
@@ -274,7 +256,7 @@ def how_to_need_less(args):
             "--batch-size or --dtype bf16"
         )
     sizes = ("batch_size", "resolution")
-    advice = [f"a smaller --{name.replace('_', '-')}" for name in sizes if hasattr(args, name)]
+    advice = [f"a smaller {flag(size)}" for size in sizes if hasattr(args, size)]
     if getattr(args, "dtype", None) == "fp32":
         advice.append("--dtype bf16")
     advice.append("a device with more free memory")
@@ -297,23 +279,18 @@ def run_command(
         with warnings.catch_warnings():
             silence_libraries()
             main(args)
+        return 0
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        if e.details:
-            print(e.details, file=sys.stderr)
-        return 2
+        error = f"{e}\n{e.details}" if e.details else f"{e}"
     except (RuntimeError, MemoryError) as e:
         if not memory_is_full(e):
             raise  # a mistake in the program: the traceback is needed
-        print(f"error: the memory is full: {how_to_need_less(args)}.", file=sys.stderr)
-        return 2
+        error = f"the memory is full: {how_to_need_less(args)}."
     except OSError as e:
-        print(
-            f"error: {e}: check the disk's space and the folder's permissions, then run the same "
-            "command again.",
-            file=sys.stderr,
+        error = (
+            f"{e}: check the disk's space and the folder's permissions, then run the same command "
+            "again."
         )
-        return 2
     except KeyboardInterrupt as e:
         text = str(e) or "nothing has been written."
         if not str(e) and getattr(args, "out", None) and used_files(args.out):
@@ -322,4 +299,5 @@ def run_command(
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
+    print(f"error: {error}", file=sys.stderr)
+    return 2

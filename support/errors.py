@@ -1,9 +1,15 @@
 """Errors as sentences."""
 
+import sys
+
 
 def first_line(error):
     """The first line of an exception's text; its class, if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def warning(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 class UserError(Exception):

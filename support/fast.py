@@ -1,7 +1,6 @@
 """How training and sampling become fast, or need less memory, outside the lesson."""
 
 import copy
-import sys
 from functools import partial
 
 import torch
@@ -9,28 +8,27 @@ from torch.utils.checkpoint import checkpoint
 
 from support.cli import memory_is_full
 from support.cuda_graph import CudaGraph, GraphedLoss, can_record
-from support.errors import first_line
+from support.errors import first_line, warning
 from unet import ResnetBlock, Transformer
 
 
 def compiled(unet):
     """The UNet as torch.compile makes it; if that fails, a warning, and the UNet as it is."""
-    fast, failed = None, False
+    fast = None
 
     def evaluate(*inputs):
-        nonlocal fast, failed
-        if not failed:
-            try:
-                if fast is None:
-                    fast = torch.compile(unet, dynamic=False, fullgraph=True)
-                return fast(*inputs)
-            except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
-                recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-                if memory_is_full(e) or recording:
-                    raise
-                fast, failed = None, True
-                why = first_line(getattr(e, "inner_exception", e))
-                print(f"warning: torch.compile failed, so it is not used: {why}", file=sys.stderr)
+        nonlocal fast
+        try:
+            if fast is None:
+                fast = torch.compile(unet, dynamic=False, fullgraph=True)
+            return fast(*inputs)
+        except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
+            recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if fast is unet or memory_is_full(e) or recording:
+                raise
+            why = first_line(getattr(e, "inner_exception", e))
+            warning(f"torch.compile failed, so it is not used: {why}")
+            fast = unet
         return unet(*inputs)
 
     return evaluate
@@ -71,7 +69,7 @@ class InferenceUNet:
                 unet = compiled(unet)
             self.graph = CudaGraph(lambda *inputs: (unet(*inputs),))
         elif compile:
-            print("warning: --compile needs a CUDA GPU, so it is not used.", file=sys.stderr)
+            warning("--compile needs a CUDA GPU, so it is not used.")
 
     def __call__(self, z, t, context):
         z, context = z.to(self.dtype), context.to(self.dtype)

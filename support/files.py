@@ -57,10 +57,9 @@ def numbered_folder(parent, name):
     The folder is not created.
     """
     numbers = [0]
-    for folder in Path(parent).glob("[0-9][0-9][0-9][0-9]*-*"):
-        number = folder.name.partition("-")[0]
-        if number.isdecimal() and len(number) < 6:  # a longer one is a date
-            numbers.append(int(number))
+    for folder in Path(parent).glob("*-*"):
+        if number := re.match(r"(\d{4,5})-", folder.name):  # a longer one is a date
+            numbers.append(int(number[1]))
     short = re.sub(r"\W+", "-", name)[:40]
     return Path(parent) / f"{max(numbers) + 1:04d}-{short}"
 
@@ -77,6 +76,7 @@ def lock_folder(folder):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder with --out.")
     created = not folder.exists()
+    killed = (folder / LOCK).exists()  # the lock of a command that could not remove it
     lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +92,8 @@ def lock_folder(folder):
                 f"Cannot write into {folder} ({e}): choose another folder with --out."
             ) from e
     try:
-        for left in list(folder.rglob(f"{WRITING}[0-9]*")):
-            if not has_lock_below(folder, left):
+        if killed:
+            for left in list(folder.rglob(f"{WRITING}[0-9]*")):
                 shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
@@ -103,12 +103,6 @@ def lock_folder(folder):
         if created:
             with suppress(OSError):
                 folder.rmdir()
-
-
-def has_lock_below(folder, path):
-    """Whether a folder on the way from `folder` down to `path` is another command's own."""
-    between = path.parents[: len(path.relative_to(folder).parts) - 1]
-    return any((parent / LOCK).exists() for parent in between)
 
 
 def apply_umask(file):

@@ -5,11 +5,12 @@ images as they are.
 """
 
 import re
-import sys
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+from support.errors import warning
 
 NUDE = (
     "BUTTOCKS_EXPOSED",
@@ -42,10 +43,7 @@ def installed(without):
     try:
         detector()
     except ImportError:
-        print(
-            f"warning: NudeNet is not installed (requirements-extra.txt), so {without}",
-            file=sys.stderr,
-        )
+        warning(f"NudeNet is not installed (requirements-extra.txt), so {without}")
         return False
     return True
 

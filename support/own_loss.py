@@ -85,13 +85,10 @@ def check_loss(function, text, noise):
     values |= dict(c_s=c_s, c_0=c_0, c_a=c_a, erase_scale=1.0, quantile=0.0)
     with torch.enable_grad():
         loss = call_loss(function, text, **{key: values[key] for key in given})
-    if not isinstance(loss, torch.Tensor):
+    if not isinstance(loss, torch.Tensor) or loss.dim() > 0:
         result = f"a {type(loss).__name__}"
-    elif loss.dim() > 0:
-        result = f"a tensor of shape {tuple(loss.shape)}"
-    else:
-        result = None
-    if result:
+        if isinstance(loss, torch.Tensor):
+            result = f"a tensor of shape {tuple(loss.shape)}"
         raise UserError(
             f"--loss {text}: {name} returns {result}; it must return a scalar tensor, for example "
             "with .mean()."
@@ -107,10 +104,8 @@ def call_loss(function, text, **values):
     """function(**values). An exception of the user's own code becomes a sentence."""
     try:
         return function(**values)
-    except UserError:
-        raise
     except Exception as e:
-        if isinstance(e, RuntimeError | MemoryError) and memory_is_full(e):
+        if isinstance(e, UserError) or memory_is_full(e):
             raise
         raise UserError(
             f"--loss {text} failed with {type(e).__name__}: {e}. Correct it and run the command "

@@ -69,12 +69,11 @@ def resumed(args, free, settle):
             "--resume needs --out FOLDER with a run in it (a run.json). Runs without --out are in "
             "runs/."
         )
-    command = vars(args).keys() - {"resume", "out", "given"}
     try:
         settings = json.loads((out / "run.json").read_text(encoding="utf-8"))["args"]
-        if missing := command - settings.keys():
+        if missing := vars(args).keys() - {"resume", "out", "given"} - settings.keys():
             raise KeyError(min(missing))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(
             f"{out / 'run.json'} is damaged or from another version ({e!r}), so the run cannot "
             "continue."

@@ -119,9 +119,10 @@ def compare(a, b):
 
 def judge(a, b, better):
     """Is the Figure a "better" or "worse" than b, or "open"? better: "low" or "high"."""
-    names = {"low": ("better", "worse"), "high": ("worse", "better")}
-    smaller, larger = names[better]
-    return {"smaller": smaller, "larger": larger, "open": "open"}[compare(a, b)]
+    found = compare(a, b)
+    if found == "open":
+        return "open"
+    return "better" if (found == "smaller") == (better == "low") else "worse"
 
 
 def is_original(row):

@@ -106,7 +106,7 @@ def test_the_anchors_images_are_generated_once(tmp_path, monkeypatch):
 
 
 def test_a_run_continues_only_with_the_weights_that_it_began_with(whole, capsys, monkeypatch):
-    load = weights.load
+    out, load = whole("sdd"), weights.load  # made before the weights change
 
     def other_weights(*given):
         model = load(*given)
@@ -116,7 +116,7 @@ def test_a_run_continues_only_with_the_weights_that_it_began_with(whole, capsys,
         return model
 
     monkeypatch.setattr(weights, "load", other_weights)
-    assert run("train.py --resume", whole("sdd")) == 2
+    assert run("train.py --resume", out) == 2
     assert "The weights of toy have changed" in capsys.readouterr().err
 
 

@@ -94,26 +94,19 @@ def test_numbered_folders(tmp_path):
     assert files.numbered_folder(tmp_path / "runs", "a").name == "10001-a"
 
 
-def test_our_temporary_files_are_removed_and_the_users_files_stay(tmp_path):
+def test_temporary_files_of_a_killed_command_are_removed(tmp_path):
+    """`train.py --out runs` must not disturb a training in runs/0001-star."""
     for name in (".writing-novel", f"{files.WRITING}123"):
-        (tmp_path / "deep" / name).mkdir(parents=True)
-        (tmp_path / "deep" / name / "chapter").touch()
-    (tmp_path / "mine.tmp.png").touch()
-    with files.lock_folder(tmp_path):
+        (tmp_path / "runs" / "0001-star" / "previews" / name).mkdir(parents=True)
+        (tmp_path / "runs" / "0001-star" / "previews" / name / "chapter").touch()
+    (tmp_path / "runs" / "0001-star" / files.LOCK).touch()  # as a command has it, or a killed one
+    with files.lock_folder(tmp_path / "runs"):
+        pass
+    assert len(list(tmp_path.rglob("chapter"))) == 2
+    with files.lock_folder(tmp_path / "runs" / "0001-star"):
         pass
     names = sorted(file.name for file in tmp_path.rglob("*"))
-    assert names == [".writing-novel", "chapter", "deep", "mine.tmp.png"]
-
-
-def test_temporary_files_of_a_command_in_a_folder_below_stay(tmp_path):
-    """`train.py --out runs` must not disturb a training in runs/0001-star."""
-    below = tmp_path / "0001-star"
-    with files.lock_folder(below):
-        (below / "previews" / f"{files.WRITING}1").mkdir(parents=True)
-        with files.lock_folder(tmp_path):
-            assert (below / "previews" / f"{files.WRITING}1").exists()
-    with files.lock_folder(below):  # its own next command removes them
-        assert not (below / "previews" / f"{files.WRITING}1").exists()
+    assert names == [".writing-novel", "0001-star", "chapter", "previews", "runs"]
 
 
 # ------------------------------------------------------------------------------------------ signals
