@@ -39,11 +39,13 @@ def noise_schedule(config):
 def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
     name = config.get("_class_name")
-    kind = kind or SAMPLER_NAMES.get(name)
-    if kind is None:
+    if kind is None and name not in SAMPLER_NAMES:
         raise UserError(
             f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
         )
+    kind = kind or SAMPLER_NAMES[name]
+    if kind not in SAMPLERS:
+        raise UserError(f"There is no sampler {kind!r}: use ddim or pndm.")
     try:
         return SAMPLERS[kind](steps, **noise_schedule(config))
     except ValueError as e:
@@ -187,6 +189,10 @@ def generate_latents(
     seeds = range(n) if seeds is None else seeds
     if len(seeds) != n:
         raise UserError(f"There are {n} prompts and {len(seeds)} seeds: use one seed per prompt.")
+    if guidance not in GUIDANCE:
+        raise UserError(f"There is no guidance {guidance!r}. There are: {', '.join(GUIDANCE)}.")
+    if isinstance(avoid, str):
+        avoid = [avoid]
     if not isinstance(avoid, torch.Tensor):
         avoid = avoided_prompts(guidance, avoid)
     c_0, c_S, c_p = embed(model, negative, avoid, prompts)
@@ -231,7 +237,10 @@ def saved_latents(file, title, model, c_p, n, seed, **how):
 
 @torch.no_grad()
 def images(model, prompts, seeds=None, *, dtype=torch.float32, **how):
-    """Generates one image per prompt: yields uint8 (H, W, 3). Arguments: see generate_latents."""
+    """Generates one image per prompt: yields uint8 (H, W, 3). Arguments: see generate_latents.
+
+    An image is made when you ask for it. So inside `patched`, also iterate inside it.
+    """
     for z in generate_latents(model, prompts, seeds, dtype=dtype, **how):
         pixels = model.vae.factor**2 * z.shape[2] * z.shape[3]
         few = max(1, DECODED // pixels)

@@ -211,14 +211,15 @@ def settle(args):
     settings["concept"] = settle_concepts(args.concept, args.model)
     settings["preset"] = args.preset or ("toy" if args.model in weights.TOYS else "paper")
     where, advice = f"with --method {args.method}", ", or choose another --method"
-    cli.refuse_unused(cli.unused(args.given, USED_BY, args.method), where, advice)
+    no_use = cli.unused(args.given, USED_BY, args.method)
     loss = method.loss
-    if args.loss:
+    if args.loss and loss:
         loss = load_loss(args.loss)
         check_loss(loss, args.loss, noise=method.latents == "anchor")
         settings["loss_sha256"] = sha256(loss_file(args.loss))
     if loss:
-        cli.refuse_unused(unused_by_loss(args, loss), where, advice)
+        no_use += unused_by_loss(args, loss)
+    cli.refuse_unused(no_use, where, advice)
     for key, value in preset_values(settings, method).items():
         if settings[key] is None:
             settings[key] = value
@@ -237,13 +238,13 @@ def settle(args):
     check_ranges(settings)
     if method.loss or settings["preview_every"]:
         check_device(settings, method)
-    if settings["compile"] and not can_record(cli.pick_device(settings["device"])):
-        raise UserError("--compile needs a CUDA GPU: start a run without it.")
     if settings["compile"] and settings["deterministic"]:
         raise UserError(
             "Nobody has tested whether --compile gives the same bits in every run: remove it, or "
             "remove --deterministic."
         )
+    if settings["compile"] and not can_record(cli.pick_device(settings["device"])):
+        raise UserError("--compile needs a CUDA GPU: start a run without it.")
     return settings
 
 
@@ -414,11 +415,14 @@ def check_additions(args, settings, method):
             f"--adversary with --method {args.method} takes one concept, because each latent of a "
             "batch has a concept of its own: name one concept, or choose another --method."
         )
-    if settings["train_params"] == "embedding" and (args.adversary or args.keep):
-        raise UserError(
-            "--train-params embedding trains only the concept's words. They are not in the prompts "
-            "of --adversary and --keep: remove these flags, or choose other --train-params."
-        )
+    if settings["train_params"] == "embedding":
+        keys = [
+            key
+            for key in ("preserve", "keep", "prior", "detach_start", "adversary")
+            if getattr(args, key)
+        ]
+        where = "with --train-params embedding, which trains only the concept's words"
+        cli.refuse_unused(keys, where, ", or choose other --train-params")
 
 
 def check_prompts(model, a, keep_all):

@@ -81,7 +81,11 @@ def check_loss(function, text, noise):
     generator = torch.Generator().manual_seed(0)
     z_t, n = torch.randn(2, 2, 4, 8, 8, generator=generator)
     c_s, c_0, c_a = torch.randn(3, 1, 77, 8, generator=generator)
-    values = dict(e=e, e_original=lambda z, t, c: e(z, t, c).detach(), z_t=z_t, t=501, n=n)
+    t = 501
+    if noise:  # each latent has its own timestep and prompt
+        t = torch.tensor([501, 7])
+        c_s, c_a = c_s.repeat(2, 1, 1), c_a.repeat(2, 1, 1)
+    values = dict(e=e, e_original=lambda z, t, c: e(z, t, c).detach(), z_t=z_t, t=t, n=n)
     values |= dict(c_s=c_s, c_0=c_0, c_a=c_a, erase_scale=1.0, quantile=0.0)
     with torch.enable_grad():
         loss = call_loss(function, text, **{key: values[key] for key in given})
@@ -108,7 +112,7 @@ def call_loss(function, text, **values):
         if isinstance(e, UserError) or memory_is_full(e):
             raise
         raise UserError(
-            f"--loss {text} failed with {type(e).__name__}: {e}. Correct it and run the command "
-            "again.",
+            f"--loss {text} failed with {type(e).__name__}: {e}. Correct it and start a new "
+            "run in another folder.",
             details=traceback.format_exc(),
         ) from e
