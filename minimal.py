@@ -1,6 +1,6 @@
 """SDD in one page: the shapes model forgets the star.
 
-    python minimal.py       about a minute on a laptop's CPU; writes before.png and after.png
+    python minimal.py       a minute or two on a laptop's CPU; writes before.png and after.png
 
 Algorithm 1 itself is the function `sdd` in sdd.py. train.py does the same with every option.
 """

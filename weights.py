@@ -467,6 +467,16 @@ def fingerprint(tensors):
     return found.hexdigest()[:16]
 
 
+def patch_settings(file, metadata):
+    """The settings of the training, {name: value}, in the metadata of the patch `file`."""
+    try:
+        return dict(json.loads(metadata.get("args", "{}")))
+    except (ValueError, TypeError) as e:
+        raise UserError(
+            f"{file}: its metadata is damaged ({e}): make it again with train.py."
+        ) from e
+
+
 def load_patch(file, *modules):
     """Copies a patch's tensors into the modules that have them; returns the patch's metadata.
 

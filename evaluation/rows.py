@@ -1,6 +1,5 @@
 """The rows of a table: which models are compared, and what each of them erases."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +62,8 @@ def guided_rows(methods, avoid):
 
 def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
-    about = [weights.read(file)[1] for file in files]
-    about = [(metadata, json.loads(metadata.get("args", "{}"))) for metadata in about]
+    about = [(weights.read(file)[1], file) for file in files]
+    about = [(metadata, weights.patch_settings(file, metadata)) for metadata, file in about]
     concepts = {erased_concepts(*read) for read in about}
     methods = {paper_name(*read) for read in about}
     keys = different_settings([settings for _, settings in about if settings])

@@ -136,7 +136,7 @@ CASES = [
     (f"{STAR} --keep circle", "--keep has no effect without --preserve"),
     (f"{STAR} --keep no.txt --preserve 0.3", "--keep no.txt cannot be read"),
     (f"{ABLATE} --adversary 1 --anchor circle --concept star red", "takes one concept"),
-    (f"{ABLATE} --adversary 1 --anchor circle --train-params embedding", "embedding trains only"),
+    (f"{ABLATE} --adversary 1 --anchor circle --train-params embedding", "trains only the concept"),
     ("train.py --concept star --model x/y --preset toy-hold", "keeps prompts of the toy models"),
     (f"{ATTACK} --kind word --words 2", "--words has no effect with --kind word"),
     (f"{ATTACK} --kind noise --lr 1", "--lr has no effect with --kind noise"),

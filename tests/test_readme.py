@@ -137,11 +137,15 @@ def run_all(lines, folder, model):
     before = os.getcwd()
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        short = ["--at", "0", "1", "--samples", "2", "--num-images", "4", "--steps", "2"]
-        patch.setattr(own_row, "ATTACKS", {"word": short})
         # eval.py --loss starts commands of its own, two at a time. Here they run in this process,
-        # one after the other.
-        patch.setattr(own_row, "command", lambda *words: call(words[0], [*map(str, words[1:])]))
+        # one after the other, and attacks are short.
+        short = "--samples 2 --num-images 4 --steps 2".split()
+        patch.setattr(own_row, "AT", {"word": (0, 1)})
+
+        def command(script, *words):
+            call(script, [*map(str, words), *(short if script == "attack.py" else [])])
+
+        patch.setattr(own_row, "command", command)
         patch.setattr(own_row, "ThreadPoolExecutor", lambda workers: nullcontext(InThisThread))
         os.chdir(folder)
         try:

@@ -7,7 +7,6 @@ from pathlib import Path
 import jinja2
 
 import weights
-from support.errors import UserError
 from toy import worlds
 
 LICENCES = {  # (name on the hub, name for people)
@@ -113,16 +112,11 @@ def figures(patch_file):
 
 
 def settings_of(patch_file, metadata):
-    """The settings of train.py that a patch notes, as JSON. UserError if they are damaged."""
-    try:
-        settings = json.loads(metadata.get("args", "{}"))
-        if settings.get("loss"):
-            settings["loss"] = Path(settings["loss"]).name  # no path of this machine
-        shown = {key: value for key, value in settings.items() if key not in DETAILS}
-    except (ValueError, AttributeError, TypeError) as e:
-        raise UserError(
-            f"{patch_file}: its metadata is damaged ({e}): make it again with train.py."
-        ) from e
+    """The settings of train.py that a patch notes, as JSON."""
+    settings = weights.patch_settings(patch_file, metadata)
+    if settings.get("loss"):
+        settings["loss"] = Path(settings["loss"]).name  # no path of this machine
+    shown = {key: value for key, value in settings.items() if key not in DETAILS}
     return json.dumps(shown, indent=1, ensure_ascii=False)
 
 
