@@ -4,8 +4,8 @@
     for image in images(model, ["a fox by noto", "a beer"]):
         ...  # uint8 (64, 64, 3)
 
-Image n of a prompt starts from noise of its own, seeded with seed + n on the CPU. So a seed means
-the same noise at any batch size and on any device, and the same image but for rounding. (Not with
+Each image starts from noise of its own, drawn on the CPU from the image's seed. So a seed means the
+same noise at any batch size and on any device, and the same image but for rounding. (Not with
 adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 """
 

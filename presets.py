@@ -1,7 +1,8 @@
 """The numbers of the training methods in one table, and the checks of arguments.
 
-"Which learning rate does ESD use?" is answered here and nowhere else. The numbers of SLD and SEGA
-are in guidance.py, those of UCE, MACE, RECE and SPEED in closed_form.py. Sources:
+"Which learning rate does ESD use?" is answered here. (A toy model takes a share of it: RATES in
+toy/emoji.py.) The numbers of SLD and SEGA are in guidance.py, those of UCE, MACE, RECE and SPEED in
+closed_form.py. Sources:
     B.1, A.1   appendices of the SDD paper (arXiv 2307.05977): settings and pseudo-code
     script     the training script that SDD's authors published
     toy        tuned on the toy model, see docs/results.md

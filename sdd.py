@@ -21,15 +21,15 @@ Why each line is there:
 
 - The aim: after training, the model answers the concept's prompt as it answers the empty prompt.
 - So the target is the student's own estimate for the empty prompt. Nobody has to collect images.
-- sg: the loss may move only the estimate for c_s. Without it, the estimate for the empty prompt
-  could move towards the concept just as well, and the loss would be small, too.
-- k is random, because it is decided early in sampling what an image shows. The student has to
-  forget at every stage. One denoising step (DDIM) removes a part of the estimated noise.
+- sg: no gradient goes through the target. Otherwise the step would also pull the estimate for the
+  empty prompt towards the concept, and the loss would become small, too.
+- k is random, so the student forgets at every stage of sampling, also at the early ones, which
+  decide what an image shows. One denoising step (DDIM) removes a part of the estimated noise.
 - The teacher samples z_t. The student forgets first, and would then train on latents that do not
   show the concept. The average follows slowly, so it makes the concept for longer.
 - The average is also the result: it varies less than a single student, and the target moves less.
 - Guidance (s_g = 3): without it, z_t would show the concept less clearly.
-- c_p is one concept, because an image shows one of them. c_s joins all, so each step unlearns all.
+- c_p is one concept: z_t shows one of them. c_s joins all: the loss unlearns this one prompt.
 - Only cross-attention is trained. It is where the prompt enters, and all other tensors stay equal.
 
 Where this file differs from the paper, or where the paper's sources differ from each other

@@ -312,6 +312,7 @@ def three_models(model, a, device, dtype):
     """([student, teacher, original], θ, θ*) on `device`, with frozen tensors in `dtype`.
 
     θ and θ* are {name: parameter} in float32. The models share every tensor that is not trained.
+    The student is `model` itself, so its tensors move. On CUDA, norms stay in float32.
     """
     parts = (model.unet, model.text_encoder)
     trained = TRAIN_PARAMS[a.train_params]
