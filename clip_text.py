@@ -62,24 +62,25 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c, c_hidden):
+    def __init__(self, c, c_hidden, act):
         super().__init__()
         self.fc1 = nn.Linear(c, c_hidden)
+        self.act = act
         self.fc2 = nn.Linear(c_hidden, c)
 
     def forward(self, x):
-        x = quick_gelu(self.fc1(x))  # (B, L, c_hidden)
+        x = self.act(self.fc1(x))  # (B, L, c_hidden)
         return self.fc2(x)  # (B, L, C)
 
 
 class Layer(nn.Module):
     """A transformer layer: attention, then an MLP, each with a LayerNorm before it."""
 
-    def __init__(self, c, c_hidden, heads, eps):
+    def __init__(self, c, c_hidden, heads, eps, act):
         super().__init__()
         self.self_attn = SelfAttention(c, heads)
         self.layer_norm1 = nn.LayerNorm(c, eps)
-        self.mlp = MLP(c, c_hidden)
+        self.mlp = MLP(c, c_hidden, act)
         self.layer_norm2 = nn.LayerNorm(c, eps)
 
     def forward(self, x):
@@ -90,10 +91,10 @@ class Layer(nn.Module):
 class TextModel(nn.Module):
     """Embeddings, `n` layers, and a last LayerNorm."""
 
-    def __init__(self, vocab_size, length, c, c_hidden, n, heads, eps):
+    def __init__(self, vocab_size, length, c, c_hidden, n, heads, eps, act):
         super().__init__()
         self.embeddings = Embeddings(vocab_size, length, c)
-        layers = nn.ModuleList(Layer(c, c_hidden, heads, eps) for _ in range(n))
+        layers = nn.ModuleList(Layer(c, c_hidden, heads, eps, act) for _ in range(n))
         self.encoder = nn.ModuleDict({"layers": layers})  # a dict only for the name
         self.final_layer_norm = nn.LayerNorm(c, eps)
 
@@ -119,6 +120,7 @@ class CLIPText(nn.Module):
         num_attention_heads=12,
         max_position_embeddings=MAX_TOKENS,
         layer_norm_eps=1e-5,
+        hidden_act="quick_gelu",
     ):
         super().__init__()
         self.text_model = TextModel(
@@ -129,6 +131,7 @@ class CLIPText(nn.Module):
             num_hidden_layers,
             num_attention_heads,
             layer_norm_eps,
+            {"quick_gelu": quick_gelu, "gelu": F.gelu}[hidden_act],
         )
 
     def forward(self, tokens):

@@ -18,6 +18,7 @@ In einops patterns of feature maps, h and w are H and W.
 
 import math
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -143,10 +144,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
 
 
-def cross_attentions(kind, n, c, c_context, heads, groups):
+def cross_attentions(kind, n, c, transformer):
     """n transformers for a block with cross-attention, none for a plain one."""
     if kind in ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"):
-        return nn.ModuleList(Transformer(c, c_context, heads, groups) for _ in range(n))
+        return nn.ModuleList(transformer(c) for _ in range(n))
     if kind in ("DownBlock2D", "UpBlock2D"):
         return nn.ModuleList()
     raise ValueError(f"there is no block {kind!r}")
@@ -156,12 +157,13 @@ class DownBlock(nn.Module):
     """A row of the way down. It puts each of its outputs on the stack `skips`.
 
     inputs: the input channels of its ResNets, one number per ResNet; c: their output channels.
+    transformer: makes a Transformer for c channels.
     """
 
-    def __init__(self, kind, inputs, c, downsample, *, c_emb, c_context, heads, groups):
+    def __init__(self, kind, inputs, c, downsample, *, c_emb, groups, transformer):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
-        self.attentions = cross_attentions(kind, len(inputs), c, c_context, heads, groups)
+        self.attentions = cross_attentions(kind, len(inputs), c, transformer)
         self.downsamplers = nn.ModuleList()  # 0 or 1 modules; a list for the checkpoint's name
         if downsample:
             self.downsamplers.append(named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
@@ -181,10 +183,10 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The bottom of the U."""
 
-    def __init__(self, c, *, c_emb, c_context, heads, groups):
+    def __init__(self, c, *, c_emb, groups, transformer):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c, c, c_emb, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(c, c_context, heads, groups)])
+        self.attentions = nn.ModuleList([transformer(c)])
 
     def forward(self, x, emb, context):
         x = self.resnets[0](x, emb)
@@ -198,10 +200,10 @@ class UpBlock(nn.Module):
     inputs: the input channels of its ResNets, x plus skip; c: their output channels.
     """
 
-    def __init__(self, kind, inputs, c, upsample, *, c_emb, c_context, heads, groups):
+    def __init__(self, kind, inputs, c, upsample, *, c_emb, groups, transformer):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, c_emb, groups) for c_in in inputs)
-        self.attentions = cross_attentions(kind, len(inputs), c, c_context, heads, groups)
+        self.attentions = cross_attentions(kind, len(inputs), c, transformer)
         self.upsamplers = nn.ModuleList()  # 0 or 1 modules; a list for the checkpoint's name
         if upsample:
             self.upsamplers.append(Upsample(c))
@@ -254,12 +256,13 @@ class UNet(nn.Module):
             raise ValueError("the UNet has 4 blocks each way, with layers_per_block 2")
         c1, c2, c3, c4 = block_out_channels
         c_emb = 4 * c1
-        sizes = dict(  # for every block
-            c_emb=c_emb,
+        transformer = partial(
+            Transformer,
             c_context=cross_attention_dim,
             heads=attention_head_dim,
             groups=norm_num_groups,
         )
+        sizes = dict(c_emb=c_emb, groups=norm_num_groups, transformer=transformer)  # of every block
 
         self.conv_in = nn.Conv2d(in_channels, c1, 3, padding=1)
         self.time_embedding = named(

@@ -11,7 +11,7 @@ LESSON = "sdd losses ema guidance scheduler unet clip_text vae".split()
 WORLDS = "toy.worlds toy.shapes toy.emoji".split()
 # From the bottom to the top. A file may import files of its own layer and of the layers below.
 LAYERS = [
-    ["support", *WORLDS, *LESSON],
+    ["support", *WORLDS, *LESSON, "sdxl"],
     ["weights"],
     ["pipeline"],
     ["ablation", "closed_form", "adversaries", "presets"],
@@ -22,6 +22,7 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 ALONE = {name: group for group in (LESSON, WORLDS) for name in group}  # these import only the group
+ALONE["sdxl"] = LESSON
 DIFFUSERS_ALLOWED = ("tools/bench.py", "tools/baseline.py")  # they measure it, inside functions
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
