@@ -389,9 +389,7 @@ def parse(argv=None):
         help="output folder (default: attacks/KIND-CONCEPT-PATCH)")
     # fmt: on
     cli.add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    args.given = parser.given(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

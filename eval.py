@@ -138,9 +138,7 @@ def parse(argv=None):
         "tables/)")
     # fmt: on
     cli.add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    args.given = parser.given(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 def check_flags(args):

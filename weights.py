@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from clip_text import CLIPText
 from scheduler import DDIM
 from support.errors import UserError, first_line
-from support.files import apply_umask, atomic_write, checksum, damage
+from support.files import atomic_write, checksum, damage
 from support.statistics import ORIGINAL
 from toy import worlds
 from unet import UNet
@@ -456,7 +456,6 @@ def save(file, tensors, metadata=None):
     on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic_write(file) as temporary:
         save_file(on_cpu, temporary, metadata=metadata)
-        apply_umask(temporary)
 
 
 def fingerprint(tensors):

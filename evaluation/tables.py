@@ -36,7 +36,6 @@ from support.errors import UserError, first_line
 from support.files import write_text
 from support.images import grid, save_png
 from support.nudity import censoring
-from support.packages import torchvision_problem
 from support.statistics import cell, counted, figure, n_text, original_of, pooled
 from toy import suite, worlds
 
@@ -122,10 +121,13 @@ def measure_row(row, jobs, files, before, args, device, problems):
             figures |= distances(name, jobs, files, before, args, device)
         except (ModuleNotFoundError, OSError) as e:
             problems[name] = reason(e)
-        except RuntimeError:  # torchvision of another build of torch
-            if not torchvision_problem():
+        except RuntimeError as e:
+            if "torchvision::" not in str(e):
                 raise
-            problems[name] = torchvision_problem()
+            problems[name] = (
+                "torchvision is of another build than torch: install it again as the last lines of "
+                "requirements-extra.txt say"
+            )
     return figures
 
 

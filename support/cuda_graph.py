@@ -43,12 +43,8 @@ class CudaGraph:
         own = [x.clone() for x in inputs]
         self.function(*own)  # cuBLAS and cuDNN prepare themselves; not allowed while recording
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph):
-                self.outputs = self.function(*own)
-        finally:  # after an error torch can stay on the stream of the recording
-            torch.cuda.set_stream(stream)
+        with torch.cuda.graph(graph):
+            self.outputs = self.function(*own)
         self.inputs, self.graph = own, graph
 
 

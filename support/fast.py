@@ -23,8 +23,7 @@ def compiled(unet):
                 fast = torch.compile(unet, dynamic=False, fullgraph=True)
             return fast(*inputs)
         except Exception as e:  # of many classes, from dynamo, Inductor, Triton or a C compiler
-            recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-            if fast is unet or memory_is_full(e) or recording:
+            if fast is unet or memory_is_full(e):
                 raise
             why = first_line(getattr(e, "inner_exception", e))
             warning(f"torch.compile failed, so it is not used: {why}")

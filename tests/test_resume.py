@@ -29,7 +29,7 @@ COMMANDS = {
     "--iters 3 --save-every 1",
 }
 SAVED = "of 6 iterations are saved. To continue: python train.py --resume --out"
-KEPT = "the memory is full: the last checkpoint is kept. To continue with less: python train.py"
+KEPT = "--gradient-checkpointing --preview-every 0 (the checkpoint is kept), or a smaller --batch"
 STEP = "torch.Tensor.addcdiv_"  # once for each of the 55 tensors, after its moments have changed
 # fmt: off
 ROWS = [
