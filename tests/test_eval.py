@@ -15,7 +15,7 @@ import eval as evaluation
 import presets
 import weights
 from evaluation import columns, findings, metrics, plots, rows, suites, tables
-from support import nudity, statistics
+from support import cli, nudity, statistics
 from support.errors import UserError
 from support.files import checksum
 from support.statistics import Figure, counted
@@ -304,7 +304,7 @@ def test_the_suites_have_their_papers_settings():
     ):
         args = evaluation.settle(parsed(line))
         assert args.steps == steps and args.scheduler == sampler
-        assert evaluation.choose_dtype(args, torch.device("cuda")) == dtype
+        assert cli.pick_dtype(args.dtype, torch.device("cuda")) == dtype
 
 
 def test_the_examples_in_help_are_commands():
