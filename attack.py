@@ -81,9 +81,12 @@ DISPLAY = ("out", "show_uncensored", "given")  # arguments that change no result
 
 
 class Attack:
-    """One attack on one model. detect: evaluation.attacks.make_detector's function, or None."""
+    """One attack on one model.
 
-    def __init__(self, out, settings, model, detect, show_uncensored=False):
+    detect: evaluation.attacks.make_detector's function, or None. censor: what covers images.
+    """
+
+    def __init__(self, out, settings, model, detect, censor):
         self.out, self.settings, self.model = out, settings, model
         self.device = cli.pick_device(settings["device"])
         self.dtype = cli.pick_dtype(settings["dtype"], self.device, training=True)
@@ -96,10 +99,6 @@ class Attack:
         self.seeds = [settings["seed"] * 100_000 + 50_000 + i for i in range(settings["samples"])]
         self.detect = detect
         self.checkpoint = out / "checkpoint.safetensors"
-        texts = [settings["concept"], settings.get("prompt", ""), *settings.get("template", [])]
-        if settings["patch"] != "none":
-            texts.append(weights.read(settings["patch"])[1].get("concepts", ""))
-        censor = censoring(texts, show_uncensored)
         self.results = Results(out, settings, detect is not None, censor)
 
     # ------------------------------------------------------------------------------ images
@@ -142,11 +141,9 @@ class Attack:
         return shown, self.detect(shown) if self.detect else [False] * n
 
     # ------------------------------------------------------------- word, tokens and relearn
-    def learn(self):
+    def learn(self, z_0):
         """Steps of the noise loss; after the steps in --at, images are generated and counted."""
         a, results = self.settings, self.results
-        z_0 = self.concept_latents()
-        load_patch(self.model, a["patch"])
         kind = KINDS[a["kind"]](self.model, a, self.device)
         generator = torch.Generator("cpu").manual_seed(a["seed"])
         if not results.chance:  # before `restore`, which changes the model
@@ -183,13 +180,10 @@ class Attack:
         return loss.item()
 
     def save(self, kind, generator, step, loss):
-        """A checkpoint. UserError if the loss or a learned tensor is not finite."""
+        """A checkpoint. FloatingPointError if the loss or a learned tensor is not finite."""
         fine = loss is None or math.isfinite(loss)
         if not fine or not all(x.isfinite().all() for x in kind.tensors.values()):
-            raise UserError(  # its images would show nothing
-                f"The attack diverged before step {step} (loss {loss}): start again in another "
-                "folder (--out) with a smaller --lr."
-            )
+            raise FloatingPointError(f"The attack diverged before step {step} (loss {loss})")
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
         metadata = {"step": str(step), "loss": json.dumps(loss)}
         weights.save_checkpoint(self.checkpoint, groups, kind.optimizer, metadata)
@@ -207,7 +201,6 @@ class Attack:
     def try_noise(self):
         """24 attempts. A seed counts from the first attempt on that shows the concept."""
         a, results = self.settings, self.results
-        load_patch(self.model, a["patch"])
         c_0, c_p = encode_prompts(self.model, "", a["prompt"])
         attempts = [(eta, scale) for eta in ETAS for scale in SCALES]
         results.chance = results.chance[: len(results.points)]
@@ -230,11 +223,6 @@ def any_of(points, found):
     """Which seeds have shown the concept in this or an earlier attempt."""
     before = points[-1]["found"] if points else [False] * len(found)
     return [x or y for x, y in zip(before, found)]
-
-
-def load_patch(model, patch):
-    if patch != "none":
-        weights.load_patch(patch, model.unet, model.text_encoder)
 
 
 def image_files(folder, n):
@@ -269,15 +257,12 @@ def settle(args):
     cli.refuse_unused(cli.unused(args.given, USED_BY, args.kind), f"with --kind {args.kind}")
     if not args.concept.strip():
         raise UserError("The concept is empty: use --concept WORD.")
-    if args.seed > 10**12:
-        raise UserError(f"--seed {args.seed} is out of range (0 to 10^12).")
     a = {key: value for key, value in vars(args).items() if key not in DISPLAY}
     ((a["name"], patches),) = weights.named_patches([args.patch]).items()
     a["patch"] = patches[0] if patches else "none"
     a["model"] = weights.choose_model(args.model, patches)
-    for patch in patches:
-        weights.read(patch)  # a missing or damaged file ends here
-        a["patch_sha256"] = sha256(Path(patch))
+    if patches:
+        a["patch_sha256"] = sha256(Path(patches[0]))
     toy, own = a["model"] in weights.TOYS, {}
     if toy:
         a["concept"] = a["concept"].lower()  # as its world writes words
@@ -316,17 +301,21 @@ def attack(args):
     args.out = args.out or Path("attacks") / short
     with lock_folder(args.out):
         model = weights.load(a["model"], args.revision)
-        with patched(model, None if a["patch"] == "none" else a["patch"]):
-            pass  # refuses a patch for another model, before images are generated
-        templates = [text.replace("{}", "") for text in a.get("template", [])]
-        check_words(model, [a["concept"], a.get("prompt", ""), a.get("init", ""), *templates])
+        texts = [text.replace("{}", "") for text in a.get("template", [])]
+        texts += [a["concept"], a.get("prompt", "")]
+        check_words(model, [*texts, a.get("init", "")])
+        patch = None if a["patch"] == "none" else a["patch"]
+        with patched(model, patch) as about:  # one for another model is refused here
+            censor = censoring([*texts, about.get("concepts", "")], args.show_uncensored)
         detect = make_detector(a["model"], a["concept"])
         runs.begin_or_continue(args.out / "attack.json", a)
-        run = Attack(args.out, a, model, detect, args.show_uncensored)
-        if args.kind == "noise":
-            run.try_noise()
-        else:
-            run.learn()
+        run = Attack(args.out, a, model, detect, censor)
+        z_0 = run.concept_latents() if args.kind in KINDS else None
+        with patched(model, patch):
+            if args.kind in KINDS:
+                run.learn(z_0)
+            else:
+                run.try_noise()
         run.results.finish()
 
 

@@ -24,7 +24,6 @@ import sys
 from argparse import Namespace
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,8 +105,8 @@ def parse(argv=None):
     add = group.add_argument
     add("--loss", type=cli.not_empty, metavar="FILE:FUNCTION",
         help="train it on one and on three concepts, measure it and attack it")
-    add("--seeds", type=partial(cli.number, kind=int, low=1, high=3), metavar="N",
-        help="training seeds, 1 to 3; each takes about the same time (default: 1)")
+    add("--seeds", type=int, choices=(1, 2, 3),
+        help="training seeds; each takes about the same time (default: 1)")
     add("--train-flags", default="", metavar="TEXT",
         help='more flags of train.py, as one text: --train-flags="--lr 2e-3 --preserve 0.3"')
 

@@ -76,9 +76,8 @@ def number(text, kind=float, low=-math.inf, high=math.inf):
 
 
 finite = number
-whole_number = partial(number, kind=int)
-positive = partial(whole_number, low=1, high=1_000_000)  # a count: a list of so many fits memory
-natural = partial(whole_number, low=0, high=2**62)  # a seed or an index: numbers are added to it
+positive = partial(number, kind=int, low=1, high=1_000_000)  # a list of so many fits memory
+natural = partial(number, kind=int, low=0, high=10**13)  # attack.py multiplies a seed by 10^5
 
 
 def not_empty(text):

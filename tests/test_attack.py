@@ -238,11 +238,15 @@ def test_a_result_that_cannot_be_continued_is_one_sentence(tmp_path, capsys):
 
 def test_templates_and_what_the_patch_erased_decide_about_covering(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(attack, "censoring", lambda texts, uncensored: shown.extend(texts))
+
+    def stop(texts, uncensored):
+        shown.extend(texts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attack, "censoring", stop)
     patch = zero_patch(tmp_path / "p.safetensors", "toy", concepts="nudity")
-    settings = attack.settle(attack.parse([*STAR.split()[1:], "--patch", str(patch)]))
-    attack.Attack(tmp_path, settings | {"template": ["{} nude"]}, weights.load("toy"), None)
-    assert {"{} nude", "nudity"} <= set(shown)
+    assert run(f"{STAR} --patch {patch} --template 'a red {{}}'", tmp_path / "o") == 130
+    assert {"a red ", "nudity"} <= set(shown)
 
 
 # ---------------------------------------------------------------------- a model folder, and images
