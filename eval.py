@@ -270,28 +270,19 @@ def missing_batches(row, jobs, folder, size, rank, processes):
     turn = turns(jobs, len(patches))
     todo = []
     for n, patch in enumerate(patches):
-        mine = [i for i in range(len(jobs)) if turn[i] == n]
+        mine = enumerate(i for i in range(len(jobs)) if turn[i] == n)
+        # A batch ends at a multiple of `size`, and where the guidance scale or image size changes.
+        groups = itertools.groupby(
+            mine, lambda x: (x[0] // size, jobs[x[1]].scale, jobs[x[1]].size)
+        )
+        batches = [[i for _, i in group] for _, group in groups]
         missing = []
-        for batch in list(batches(jobs, mine, size))[rank::processes]:
+        for batch in batches[rank::processes]:
             if not all((folder / f"{i:05d}.png").exists() for i in batch):
                 missing.append(batch)
         if missing:
             todo.append((patch, missing))
     return todo
-
-
-def batches(jobs, mine, size):
-    """The indices `mine` of jobs, as lists of those that are generated together.
-
-    They are cut at multiples of `size`, and where the guidance scale or the image size changes.
-    """
-
-    def key(place):
-        job = jobs[mine[place]]
-        return place // size, job.scale, job.size
-
-    for _, group in itertools.groupby(range(len(mine)), key=key):
-        yield [mine[place] for place in group]
 
 
 def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dtype):

@@ -163,11 +163,9 @@ def pick_device(name):
 
 def why_no_gpu():
     """One line: why torch finds no NVIDIA GPU."""
-    if not (torch.version.cuda or torch.version.hip):
-        return "this torch is a build for the CPU only"
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as e:  # for example: the driver is too old
+    except (RuntimeError, AssertionError) as e:  # torch is for the CPU, or the driver is too old
         return first_line(e)
     return "its driver finds none"
 
@@ -207,17 +205,6 @@ def refuse_used(folder, advice=""):
     """UserError if the output folder is a file or already contains something."""
     if folder.exists() and (not folder.is_dir() or used_files(folder)):
         raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
-
-
-def silence_libraries():
-    """Hides warnings that only a programmer can act on. `python -W default` shows them."""
-    if sys.warnoptions:
-        return
-    warnings.simplefilter("ignore")
-    for name in ("transformers", "diffusers"):
-        if name in sys.modules:
-            sys.modules[name].utils.logging.set_verbosity_error()
-        os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")  # if it is imported later
 
 
 def memory_is_full(error):
@@ -261,7 +248,8 @@ def run_command(
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
-            silence_libraries()
+            if not sys.warnoptions:  # `python -W default` shows them
+                warnings.simplefilter("ignore")
             main(args)
         return 0
     except UserError as e:

@@ -26,5 +26,7 @@ if missing:
         file=sys.stderr,
     )
     sys.exit(2)
+for library in ("TRANSFORMERS", "DIFFUSERS"):  # their warnings are for programmers
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -83,12 +83,10 @@ def check_loss(function, text, noise):
     with torch.enable_grad():
         loss = call_loss(function, text, **values)
     if not isinstance(loss, torch.Tensor) or loss.dim() > 0:
-        result = f"a {type(loss).__name__}"
-        if isinstance(loss, torch.Tensor):
-            result = f"a tensor of shape {tuple(loss.shape)}"
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
         raise UserError(
-            f"--loss {text}: {name} returns {result}; it must return a scalar tensor, for example "
-            "with .mean()."
+            f"--loss {text}: {name} returns a {type(loss).__name__}{shape}; it must return a "
+            "scalar tensor, for example with .mean()."
         )
     if not loss.requires_grad:
         raise UserError(

@@ -18,7 +18,7 @@ def loss(e, z_t, t, c_s, c_0, **_):
 """
 RESULT = "F.l1_loss(e(z_t, t, c_s), target)"
 MISTAKES = {  # name: (text in GOOD, what replaces it, what the sentence says)
-    "a vector": (RESULT, f"{RESULT[:-1]}, reduction='none')", "a tensor of shape (2, 4, 8, 8)"),
+    "a vector": (RESULT, f"{RESULT[:-1]}, reduction='none')", "a Tensor of shape (2, 4, 8, 8)"),
     "a float": (RESULT, f"{RESULT}.item()", "returns a float"),
     "nothing": (f"return {RESULT}", RESULT, "returns a NoneType"),
     "a detached result": (RESULT, f"{RESULT}.detach()", "has no gradient"),
