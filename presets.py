@@ -23,8 +23,8 @@ from clip_text import MAX_TOKENS, TOKEN_EMBEDDING
 from pipeline import check_words, words_of
 from sdd import ROLES
 from support import cli
-from support.cuda_graph import can_record
 from support.errors import UserError, warning
+from support.fast import can_record
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from toy import worlds
 

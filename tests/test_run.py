@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import presets
 import train
 import weights
-from support import cuda_graph, fast
+from support import fast
 from support.cli import memory_is_full
 
 STAR = f"{SHORT} --concept star --preview-every 0"
@@ -166,9 +166,7 @@ def test_only_the_unet_that_samples_is_compiled(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", stand_in)
-    monkeypatch.setattr(
-        cuda_graph.CudaGraph, "__call__", lambda graph, *inputs: graph.function(*inputs)
-    )
+    monkeypatch.setattr(fast.CudaGraph, "__call__", lambda graph, *inputs: graph.function(*inputs))
     for module in (fast, presets):
         monkeypatch.setattr(module, "can_record", lambda device: True)
     logs = []
