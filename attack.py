@@ -27,6 +27,7 @@ import math
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -242,8 +243,6 @@ def encode_folder(model, folder, n, device):
     for file in image_files(folder, n):
         try:
             image = np.asarray(Image.open(file).convert("RGB").resize(size))
-        except MemoryError:
-            raise
         except Exception as e:  # of Pillow's decoders: OSError, SyntaxError, ValueError, others
             raise UserError(f"--images: {file} cannot be read ({e}): remove it.") from None
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
@@ -255,8 +254,6 @@ def encode_folder(model, folder, n, device):
 def settle(args):
     """{argument: value} that the kind of attack uses, with its defaults."""
     cli.refuse_unused(cli.unused(args.given, USED_BY, args.kind), f"with --kind {args.kind}")
-    if not args.concept.strip():
-        raise UserError("The concept is empty: use --concept WORD.")
     a = {key: value for key, value in vars(args).items() if key not in DISPLAY}
     ((a["name"], patches),) = weights.named_patches([args.patch]).items()
     a["patch"] = patches[0] if patches else "none"
@@ -272,26 +269,17 @@ def settle(args):
         if args.kind in kinds.split() and a[key] is None:
             a[key] = own.get(key, small if toy else large)
     a = {key: value for key, value in a.items() if args.kind in USED_BY.get(key, args.kind)}
-    if args.kind in KINDS:
-        check_learning(a)
-    return a
-
-
-def check_learning(a):
-    """Checks the settings of an attack that learns, and notes what its own images are."""
-    a["at"] = sorted(set(a["at"]))
-    if not 0 < a["lr"] <= 1e3:
-        raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
+    if "at" in a:
+        a["at"] = sorted(set(a["at"]))
     for text in a.get("template", []):
         if "{}" not in text:
             raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
-    if not a.get("init", "object").strip():
-        raise UserError("--init is empty: name the word that the new one starts from.")
-    if a["images"]:
+    if a.get("images"):
         digest = hashlib.sha256()
         for file in image_files(a["images"], a["num_images"]):
             digest.update(file.read_bytes())
         a["images"], a["images_sha256"] = str(a["images"]), digest.hexdigest()
+    return a
 
 
 def attack(args):
@@ -337,7 +325,8 @@ def parse(argv=None):
     add = parser.add_argument_group("what is attacked").add_argument
     add("--patch", type=cli.not_empty, required=True, metavar="[NAME=]FILE",
         help="an erased.safetensors, or none for the untouched model")
-    add("--concept", required=True, metavar="WORD", help="what should come back")
+    add("--concept", type=cli.not_empty, required=True, metavar="WORD",
+        help="what should come back")
     add("--kind", **cli.one_of([*KINDS, "noise"]), default="word",
         help="how to attack (default: %(default)s)")
     add("--model", metavar="MODEL",
@@ -354,11 +343,11 @@ def parse(argv=None):
     add("--at", nargs="+", type=cli.natural, metavar="N",
         help="steps after which images are generated; the last one ends the attack "
         f"{default('at')}")
-    add("--lr", type=cli.finite, help=f"learning rate {default('lr')}")
+    add("--lr", type=partial(cli.number, low=1e-9, high=1e3), help=f"learning rate {default('lr')}")
     add("--batch-size", type=cli.positive, metavar="B",
         help=f"images per step, and images generated at a time {default('batch_size')}")
     inits = "; ".join(f"{name}: {world.INIT}" for name, world in worlds.MODELS.items())
-    add("--init", metavar="WORD",
+    add("--init", type=cli.not_empty, metavar="WORD",
         help=f"word: the word that the new one starts from (default: object; {inits})")
     add("--template", nargs="+", metavar="TEXT",
         help="word, relearn: prompts with {} for the word (default: the word alone)")

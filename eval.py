@@ -172,21 +172,15 @@ def settle(args):
     return a
 
 
-def choose_out(args, processes):
-    """--out; without it a new numbered folder in tables/."""
-    if args.out:
-        return args.out
-    if processes > 1:  # each process would choose its own
-        raise UserError("Several processes share one folder: name it with --out.")
-    return numbered_folder("tables", args.loss.rpartition(":")[2] if args.loss else args.suite)
-
-
 # ----------------------------------------------------------------------------------- the command
 def evaluate(args):
     """The whole command: generates the images that are missing, then measures all of them."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_flags(args)
-    args.out = choose_out(args, processes)
+    if processes > 1 and not args.out:  # each process would choose its own folder
+        raise UserError("Several processes share one folder: name it with --out.")
+    name = args.loss.rpartition(":")[2] if args.loss else args.suite
+    args.out = args.out or numbered_folder("tables", name)
     if args.loss:
         from evaluation.own_row import own_row
 

@@ -189,10 +189,8 @@ def images_of(model, patch, name, args, scheduler, dtype):
 
 def make_grid(rows, args, patches):
     """grid.png: one row per prompt; with several patches, a column's name is its patch's."""
-    labels = []
-    for prompt in args.prompts:
-        short = prompt[: LONGEST_LABEL - 1] + "…"
-        labels.append(prompt if len(prompt) <= LONGEST_LABEL else short)
+    cut = LONGEST_LABEL - 1
+    labels = [text if len(text) <= cut + 1 else f"{text[:cut]}…" for text in args.prompts]
     columns = []
     if len(patches) > 1:
         for name in patches:

@@ -81,9 +81,9 @@ natural = partial(number, kind=int, low=0, high=10**13)  # attack.py multiplies 
 
 
 def not_empty(text):
-    """An argument that names a file. An empty one is often a shell variable that is not set."""
+    """An argument with some text."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty: name a file")
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
     return text
 
 
