@@ -188,6 +188,7 @@ CASES = [
     # the output folder
     (f"{STAR} --out FILES/used", "not empty"),
     (f"{DRAW} --out FILES/used", "not empty"),
+    (f"{DRAW} --out FILES/empty.txt", "empty.txt is a file"),
     ("train.py --resume", "--resume needs --out"),
     ("train.py --resume --out FILES/used", "run.json is damaged"),
     ("train.py --resume --out FILES/list", "run.json is damaged"),

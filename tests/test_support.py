@@ -15,8 +15,7 @@ from common import ROOT, command, run
 import generate
 import pipeline
 import weights
-from support.cli import Parser, memory_is_full, run_command, why_no_gpu
-from support.errors import UserError
+from support.cli import Parser, memory_is_full, run_command
 from tools import convert
 
 DRAW = "generate.py 'a star' --model toy --steps 2 --device cpu"
@@ -138,22 +137,6 @@ def test_a_full_memory_names_only_flags_that_the_command_has(flags, said, not_sa
     assert said in error and not_said not in error
 
 
-@pytest.mark.parametrize(
-    "error, said",
-    [
-        (RuntimeError("The NVIDIA driver on your system is too old\nmore"), "is too old"),
-        (None, "its driver finds none"),
-    ],
-)
-def test_why_there_is_no_gpu(error, said, monkeypatch):
-    def init():
-        if error:
-            raise error
-
-    monkeypatch.setattr(torch.cuda, "init", init)
-    assert why_no_gpu().endswith(said)
-
-
 # ------------------------------------------------------------------------------------- generate.py
 def test_without_out_the_output_folder_is_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -206,15 +189,6 @@ def test_the_name_of_a_patch(file, name, tmp_path, monkeypatch):
     (tmp_path / "0001-star" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "0001-star" / "deep")
     assert weights.name_of_patch(file) == name
-
-
-def test_a_guidance_warmup_leaves_evaluations_to_act():
-    scheduler = pipeline.make_scheduler({}, 5, "ddim")
-    for method, warmup in (("sd", None), ("sega", 4), ("sld-max", None), ("sld-weak", 4)):
-        pipeline.check_warmup(method, warmup, scheduler)
-    for method, warmup in (("sd", 0), ("sega", 5), ("sega", None), ("sld-weak", None)):
-        with pytest.raises(UserError, match="warmup|warm-up"):
-            pipeline.check_warmup(method, warmup, scheduler)
 
 
 # ------------------------------------------------------------------------------------------- OpenMP
