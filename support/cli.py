@@ -202,8 +202,8 @@ def autocast(device, dtype):
 
 # ---------------------------------------------------------------------------------- how it all ends
 def refuse_used(folder, advice=""):
-    """UserError if the output folder is a file or already contains something."""
-    if folder.exists() and (not folder.is_dir() or used_files(folder)):
+    """UserError if the output folder already contains something."""
+    if used_files(folder):
         raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
 
 
@@ -234,11 +234,7 @@ def how_to_need_less(args):
     return ", or ".join([*advice, "a device with more free memory"])
 
 
-def run_command(
-    main,
-    args,
-    stopped="files that are written stay; choose a new folder with --out to start again",
-):
+def run_command(main, args, stopped="files that are written stay; start again with a new --out"):
     """Runs main(args) and returns the exit status of the command.
 
     0: success. 2: one sentence says what the user can do. 130: Ctrl-C or SIGTERM, with the sentence

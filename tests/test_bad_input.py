@@ -147,7 +147,6 @@ CASES = [
     (f"{ATTACK} --init ' '", "--init: it is empty"),
     (f"{ATTACK} --init unicorn", "does not know the word 'unicorn'"),
     (f"{ATTACK} --template 'a {{}} unicorn'", "does not know the word 'unicorn'"),
-    (f"{ATTACK} --seed 9999999999999", "--seed: 9999999999999 is more than"),
     (f"{ATTACK} --images none", "is not a folder with images"),
     (f"{ATTACK} --patch no.safetensors", "no.safetensors"),
     (f"{BENCH} --only 'ours as shiped'", "did you mean ours as shipped"),
