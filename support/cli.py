@@ -220,17 +220,12 @@ def memory_is_full(error):
 
 def how_to_need_less(args):
     """What a user can do if the memory is full, in the flags of this command."""
-    advice = []
-    if hasattr(args, "resume") and args.out and (args.out / "checkpoint.safetensors").exists():
-        again = f"python train.py --resume --out {args.out}"
-        advice.append(
-            f"{again} --gradient-checkpointing --preview-every 0 (the checkpoint is kept)"
-        )
-    for size in ("batch_size", "resolution"):
-        if hasattr(args, size):
-            advice.append(f"a smaller {flag(size)}")
+    sizes = ("batch_size", "resolution")
+    advice = [f"a smaller {flag(size)}" for size in sizes if hasattr(args, size)]
     if getattr(args, "dtype", None) == "fp32":
         advice.append("--dtype bf16")
+    if hasattr(args, "resume") and args.out and (args.out / "checkpoint.safetensors").exists():
+        advice.append(f"--resume --out {args.out} --gradient-checkpointing --preview-every 0")
     return ", or ".join([*advice, "a device with more free memory"])
 
 

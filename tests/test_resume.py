@@ -29,7 +29,7 @@ COMMANDS = {
     "--iters 3 --save-every 1",
 }
 SAVED = "of 6 iterations are saved. To continue: python train.py --resume --out"
-KEPT = "--gradient-checkpointing --preview-every 0 (the checkpoint is kept), or a smaller --batch"
+KEPT = "--gradient-checkpointing --preview-every 0, or a device with more free memory"
 STEP = "torch.Tensor.addcdiv_"  # once for each of the 55 tensors, after its moments have changed
 # fmt: off
 ROWS = [

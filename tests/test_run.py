@@ -154,32 +154,6 @@ def test_a_failure_of_torch_compile_is_a_warning(capsys, monkeypatch):
     assert memory_is_full(e.value)
 
 
-def test_only_the_unet_that_samples_is_compiled(tmp_path, monkeypatch):
-    """On a CPU, with stand-ins for torch.compile and for the graph."""
-    calls = []
-
-    def stand_in(unet, dynamic, fullgraph):
-        def call(*inputs):
-            calls.append(inputs)
-            return unet(*inputs)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", stand_in)
-    monkeypatch.setattr(fast.CudaGraph, "__call__", lambda graph, *inputs: graph.function(*inputs))
-    for module in (fast, presets):
-        monkeypatch.setattr(module, "can_record", lambda device: True)
-    logs = []
-    for number, flags in enumerate(("", "--compile")):
-        assert not calls
-        line = f"{SHORT} --concept star --iters 2 --warmup 0 --preview star --preview-every 2"
-        assert run(f"{line} {flags}", tmp_path / str(number)) == 0
-        logs.append((tmp_path / str(number) / "log.csv").read_text())
-    assert logs[0] == logs[1]
-    k = train.LOG_COLUMNS.index("k")
-    assert len(calls) == sum(int(row.split(",")[k]) for row in logs[1].splitlines()[1:])
-
-
 @pytest.mark.long
 def test_the_unet_is_one_graph_for_torch_compile():
     """Otherwise --compile would end with an error, because it asks for one graph."""
