@@ -26,7 +26,6 @@ import json
 import math
 import re
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +53,6 @@ from support.nudity import censoring
 from support.own_loss import sha256
 from toy import worlds
 
-SAVE_SECONDS = 60  # between two checkpoints
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
 ETAS, SCALES = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85), (1.0, 1.02, 1.03, 1.04)
 # fmt: off
@@ -152,7 +150,7 @@ class Attack:
             results.chance = [dict(step=0, hits=sum(found), n=len(found))]
         start, loss = self.restore(kind, generator)
         results.points = [point for point in results.points if point["step"] < start]
-        last, saved = a["at"][-1], time.monotonic()
+        last = a["at"][-1]
         bar = tqdm(total=last, initial=start, desc=a["kind"], unit="step", disable=None)
         for step in range(start, last + 1):
             if step in a["at"]:
@@ -164,9 +162,6 @@ class Attack:
                 loss = self.train_step(kind, z_0, generator)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
-            if time.monotonic() - saved > SAVE_SECONDS:
-                self.save(kind, generator, step + 1, loss)
-                saved = time.monotonic()
         bar.close()
 
     def train_step(self, kind, z_0, generator):

@@ -69,10 +69,7 @@ def resumed(args, free, settle):
             "--resume needs --out FOLDER with a run in it (a run.json). Runs without --out are in "
             "runs/."
         )
-    try:
-        settings = json.loads((out / "run.json").read_text(encoding="utf-8"))["args"]
-    except (ValueError, LookupError, TypeError) as e:
-        raise UserError(f"{out / 'run.json'} is damaged ({e!r}): start a new run.") from None
+    settings = json.loads((out / "run.json").read_text(encoding="utf-8"))["args"]
     for key in args.given & set(free):
         settings[key] = getattr(args, key)
     settings["show_uncensored"] = args.show_uncensored  # for the images that this command makes
