@@ -84,8 +84,8 @@ def lock_folder(folder):
             f"Another command uses {folder}: wait until it ends, or choose another folder with "
             "--out."
         ) from e
-    except OSError:
-        pass  # it cannot lock; if it cannot be written either, the first file says so
+    except OSError:  # some network file systems cannot lock
+        pass
     try:
         if killed:
             for left in list(folder.rglob(f"{WRITING}[0-9]*")):
