@@ -282,6 +282,7 @@ def missing_batches(row, jobs, folder, size, rank, processes):
 def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dtype):
     """Generates the images of a row that are not in its folder yet. todo: missing_batches."""
     avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
+    how = dict(scheduler=scheduler, guidance=row.guidance, warmup=a.guidance_warmup, dtype=dtype)
     about = {"model": model.name, "row": row.title}
     total = sum(len(batch) for _, missing in todo for batch in missing)
     with tqdm(total=total, desc=label, unit="image", disable=None) as bar:
@@ -292,21 +293,10 @@ def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dt
                     some = [jobs[i] for i in batch]
                     prompts = [job.prompt for job in some]
                     c_0, c_S, c_p = encode_prompts(model, "", avoided, prompts, warn=False)
-                    made = images(
-                        model,
-                        c_p,
-                        [job.seed for job in some],
-                        unet=unet,
-                        negative=c_0,
-                        avoid=c_S,
-                        scheduler=scheduler,
-                        guidance_scale=a.guidance_scale if some[0].scale is None else some[0].scale,
-                        guidance=row.guidance,
-                        warmup=a.guidance_warmup,
-                        size=some[0].size,
-                        batch_size=len(some),
-                        dtype=dtype,
-                    )
+                    scale = a.guidance_scale if some[0].scale is None else some[0].scale
+                    how |= dict(guidance_scale=scale, size=some[0].size, batch_size=len(some))
+                    seeds = [job.seed for job in some]
+                    made = images(model, c_p, seeds, unet=unet, negative=c_0, avoid=c_S, **how)
                     for i, job, image in zip(batch, some, made):
                         file = folder / f"{i:05d}.png"
                         if not file.exists():

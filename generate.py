@@ -108,6 +108,9 @@ def generate(args):
         model.vae.to(device)
         model.text_encoder.to(device)
 
+        how = dict(scheduler=scheduler, dtype=dtype, size=args.resolution)
+        how |= dict(guidance=args.guidance, warmup=args.guidance_warmup)
+        how |= dict(guidance_scale=args.guidance_scale, batch_size=args.batch_size)
         rows = [[] for _ in args.prompts]  # of grid.png
         lines = []  # of prompts.jsonl
         for name, patch in patches.items():
@@ -118,7 +121,7 @@ def generate(args):
             }
             if args.avoid:
                 about |= {"guidance": args.guidance, "avoid": "; ".join(args.avoid)}
-            made = images_of(model, patch, name, args, scheduler, dtype)
+            made = images_of(model, patch, name, args, how)
             for number, (prompt, seed, image) in enumerate(made):
                 file = folder / f"{number:05d}.png"
                 save_png(image, args.out / file, prompt=prompt, seed=seed, **about)
@@ -157,8 +160,11 @@ def one_file_each(given):
     return patches
 
 
-def images_of(model, patch, name, args, scheduler, dtype):
-    """Yields (prompt, seed, image) for each prompt and each of its seeds, with a patch or None."""
+def images_of(model, patch, name, args, how):
+    """Yields (prompt, seed, image) for each prompt and each of its seeds, with a patch or None.
+
+    how: the arguments of `images` that all of them share.
+    """
     avoid = avoided_prompts(args.guidance, args.avoid)
     jobs = [(prompt, args.seed + n) for prompt in args.prompts for n in range(args.num_images)]
     with patched(model, patch), added_word(model, args.word) as word:
@@ -168,21 +174,9 @@ def images_of(model, patch, name, args, scheduler, dtype):
                 f"No prompt contains the word {word!r} of {args.word}: write it into one."
             )
         c_0, c_p, c_S = encode_prompts(model, args.negative_prompt, args.prompts, avoid)
-        made = images(
-            model,
-            c_p.repeat_interleave(args.num_images, 0),
-            [seed for _, seed in jobs],
-            negative=c_0,
-            avoid=c_S,
-            scheduler=scheduler,
-            guidance_scale=args.guidance_scale,
-            guidance=args.guidance,
-            warmup=args.guidance_warmup,
-            size=args.resolution,
-            batch_size=args.batch_size,
-            dtype=dtype,
-            bar=name,
-        )
+        c_p = c_p.repeat_interleave(args.num_images, 0)
+        seeds = [seed for _, seed in jobs]
+        made = images(model, c_p, seeds, negative=c_0, avoid=c_S, bar=name, **how)
         for job, image in zip(jobs, made):
             yield *job, image
 
