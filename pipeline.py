@@ -95,11 +95,15 @@ def encode_prompts(model, *groups, warn=True):
 
     A group is a list of n prompts, or one prompt. With one group the result is its tensor. So
     `c_0, c_p = encode_prompts(model, "", ["a star", "a moon"])` has (1, 77, D) and (2, 77, D).
+    A group that has its embeddings already, a tensor, stays as it is.
     warn: print a warning if prompts were cut to 77 tokens.
     UserError for a word that a toy model does not know.
     """
     groups = [[group] if isinstance(group, str) else group for group in groups]
-    prompts = [prompt for group in groups for prompt in group]
+    texts = [group for group in groups if not isinstance(group, torch.Tensor)]
+    prompts = [prompt for group in texts for prompt in group]
+    if not prompts:
+        return groups
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
     if warn and any(cut):
@@ -109,39 +113,16 @@ def encode_prompts(model, *groups, warn=True):
         )
     device = next(model.text_encoder.parameters()).device
     states = torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
-    if len(groups) == 1:
-        return states
-    return states.split([len(group) for group in groups])
-
-
-def embed(model, *groups):
-    """Each group's embeddings: it has them already, or is encoded, together with the others."""
-    texts = [group for group in groups if not isinstance(group, torch.Tensor)]
-    # The last group is empty, so that one group of texts also gives a tuple.
-    some = any(group != [] for group in texts)
-    encoded = iter(encode_prompts(model, *texts, []) if some else texts)
-    return [group if isinstance(group, torch.Tensor) else next(encoded) for group in groups]
+    states = iter(states.split([len(group) for group in texts]))
+    found = [group if isinstance(group, torch.Tensor) else next(states) for group in groups]
+    return found[0] if len(found) == 1 else found
 
 
 # ----------------------------------------------------------------------------------------- sampling
 def initial_noise(shape, seeds):
     """z_T (len(seeds), *shape), float32. Each image has a CPU generator of its own."""
-    noise = []
-    for seed in seeds:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise.append(torch.randn((1, *shape), generator=generator))
-    return torch.cat(noise)
-
-
-def count_evaluations(estimator, bar):
-    """The same estimator; each call moves the progress bar by one."""
-
-    def counted(z, t, i):
-        e = estimator(z, t, i)
-        bar.update()
-        return e
-
-    return counted
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
 def latent_shape(model, size=None):
@@ -195,7 +176,7 @@ def generate_latents(
         avoid = [avoid]
     if not isinstance(avoid, torch.Tensor):
         avoid = avoided_prompts(guidance, avoid)
-    c_0, c_S, c_p = embed(model, negative, avoid, prompts)
+    c_0, c_S, c_p = encode_prompts(model, negative, avoid, prompts)
     if scheduler is None or isinstance(scheduler, str):
         scheduler = make_scheduler(model.scheduler, steps, scheduler)
     unet = unet or InferenceUNet(model.unet, c_p.device, dtype)
@@ -207,8 +188,13 @@ def generate_latents(
             part = slice(i, i + batch_size)
             # A new estimator for each batch, because SLD and SEGA have momentum.
             estimator = GUIDANCE[guidance](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
+
+            def counted(z, t, i, estimator=estimator):
+                progress.update()
+                return estimator(z, t, i)
+
             z_T = initial_noise(shape, seeds[part]).to(c_p.device)
-            yield sample(count_evaluations(estimator, progress), scheduler, z_T)
+            yield sample(counted, scheduler, z_T)
 
 
 def saved_latents(file, title, model, c_p, n, seed, **how):
@@ -296,17 +282,13 @@ def patched(model, file):
         yield {}
         return
     parts = (model.unet, model.text_encoder)
-    changed = weights.read(file)[0].keys()
-    before = []  # (tensor of the model, its values)
-    for part in parts:
-        for name, x in part.state_dict().items():
-            if name in changed:
-                before.append((x, x.clone()))
+    own = parts[0].state_dict() | parts[1].state_dict()
+    before = {name: own[name].clone() for name in weights.read(file)[0] if name in own}
     try:
         yield weights.load_patch(file, *parts)
     finally:
-        for x, values in before:
-            x.copy_(values)
+        for name, x in before.items():
+            own[name].copy_(x)
 
 
 @contextmanager

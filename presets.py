@@ -211,16 +211,12 @@ def settle(args):
     method = METHODS[args.method]
     settings["concept"] = settle_concepts(args.concept, args.model)
     settings["preset"] = args.preset or ("toy" if args.model in weights.TOYS else "paper")
-    where, advice = f"with --method {args.method}", ", or choose another --method"
-    no_use = cli.unused(args.given, USED_BY, args.method)
-    loss = method.loss
-    if args.loss and loss:
-        loss = load_loss(args.loss)
-        check_loss(loss, args.loss, noise=method.latents == "anchor")
+    if args.loss and method.loss:
+        method = method._replace(loss=load_loss(args.loss))
+        check_loss(method.loss, args.loss, noise=method.latents == "anchor")
         settings["loss_sha256"] = sha256(loss_file(args.loss))
-    if loss:
-        no_use += unused_by_loss(args, loss)
-    cli.refuse_unused(no_use, where, advice)
+    where, advice = f"with --method {args.method}", ", or choose another --method"
+    cli.refuse_unused(unused(args, method.loss), where, advice)
     for key, value in preset_values(settings, method).items():
         if settings[key] is None:
             settings[key] = value
@@ -249,16 +245,19 @@ def settle(args):
     return settings
 
 
-def unused_by_loss(args, loss):
-    """The flags that are given, and that neither the loss nor the method uses."""
-    asks = inspect.signature(loss).parameters
-    keys = [key for key in ("erase_scale", "quantile") if key not in asks]
-    if "c_a" not in asks and args.method not in IMAGES:
-        keys.append("anchor")
-    if args.method == "all-but-one" and not args.loss:
-        # With --quantile the target is built from the concept; without it, from the anchor.
-        keys.append("anchor" if args.quantile else "erase_scale")
-    return [key for key in keys if key in args.given]
+def unused(args, loss):
+    """The flags that are given, and that neither the method nor its loss uses."""
+    keys = []
+    if loss:
+        asks = inspect.signature(loss).parameters
+        keys = [key for key in ("erase_scale", "quantile") if key not in asks]
+        if "c_a" not in asks and args.method not in IMAGES:
+            keys.append("anchor")
+        if args.method == "all-but-one" and not args.loss:
+            # With --quantile the target is built from the concept; without it, from the anchor.
+            keys.append("anchor" if args.quantile else "erase_scale")
+    found = cli.unused(args.given, USED_BY, args.method)
+    return found + [key for key in keys if key in args.given]
 
 
 def without_concepts(prompts, concepts):
