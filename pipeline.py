@@ -9,6 +9,7 @@ same noise at any batch size and on any device, and the same image but for round
 adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 """
 
+import copy
 import difflib
 from contextlib import contextmanager
 
@@ -39,11 +40,11 @@ def noise_schedule(config):
 def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
     name = config.get("_class_name")
-    if kind is None and name not in SAMPLER_NAMES:
+    kind = kind or SAMPLER_NAMES.get(name)
+    if kind is None:
         raise UserError(
             f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
         )
-    kind = kind or SAMPLER_NAMES[name]
     if kind not in SAMPLERS:
         raise UserError(f"There is no sampler {kind!r}: use ddim or pndm.")
     try:
@@ -64,7 +65,7 @@ def known_words(tokenizer):
         if token.endswith("</w>") and (len(token) > 5 or token == "a</w>"):
             words.add(token.removesuffix("</w>"))
     added = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
-    return words | added  # the word of an attack, see added_word below
+    return words | added  # the word of an attack, see with_word below
 
 
 def words_of(prompt):
@@ -77,10 +78,8 @@ def check_words(model, prompts):
     known = known_words(model.tokenizer)
     if known is None:
         return
-    for prompt in prompts:
-        for word in words_of(prompt):
-            if word in known:
-                continue
+    for word in words_of(" ".join(prompts)):
+        if word not in known:
             near = difflib.get_close_matches(word, known, 1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise UserError(
@@ -291,38 +290,28 @@ def patched(model, file):
             own[name].copy_(x)
 
 
-@contextmanager
-def added_word(model, file):
-    """The model with one more word, from a textual-inversion file.
+def with_word(model, file):
+    """(a copy of the model with one more word, the word), from a textual-inversion file.
 
-    Afterwards the model's table of words is as it was. Its tokenizer keeps the word, so the same
-    word can be added again, but no other one.
-    file: a safetensors file with one tensor, (D,) or (1, D), whose name is the word; None for none.
-    attack.py writes such files, and diffusers' load_textual_inversion reads them.
+    file: a safetensors file with one tensor, (D,) or (1, D), whose name is the word; None for the
+    model as it is. attack.py writes such files, and diffusers' load_textual_inversion reads them.
     """
     if not file:
-        yield None
-        return
+        return model, None
     tensors, _ = weights.read(file)
-    embedding = model.text_encoder.text_model.embeddings.token_embedding
-    table = embedding.weight
+    text_encoder, tokenizer = copy.deepcopy((model.text_encoder, model.tokenizer))
+    embedding = text_encoder.text_model.embeddings.token_embedding
     vectors = [x.reshape(1, -1) for x in tensors.values()]
-    if len(vectors) != 1 or vectors[0].shape[1] != table.shape[1]:
+    if len(vectors) != 1 or vectors[0].shape[1] != embedding.embedding_dim:
         raise UserError(
-            f"{file} does not hold one word of {table.shape[1]} numbers: use a word.safetensors "
-            "that attack.py wrote for this model."
+            f"{file} does not hold one word of {embedding.embedding_dim} numbers: use a "
+            "word.safetensors that attack.py wrote for this model."
         )
-    word = next(iter(tensors))
-    if model.tokenizer.convert_tokens_to_ids(word) != len(table):  # not added by an earlier call
-        if word in model.tokenizer.get_vocab():
-            raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
-        if len(model.tokenizer) != len(table):
-            raise UserError(f"This model had another word before {word!r}: load it again.")
-        model.tokenizer.add_tokens([word])
-    embedding.weight = torch.nn.Parameter(
-        torch.cat([table, vectors[0].to(table)]), requires_grad=False
-    )
-    try:
-        yield word
-    finally:
-        embedding.weight = table
+    (word,) = tensors
+    if word in tokenizer.get_vocab():
+        raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
+    rows = embedding.weight[: len(tokenizer)]  # the new word's number is the next one
+    table = torch.cat([rows, vectors[0].to(rows)])
+    embedding.weight = torch.nn.Parameter(table, requires_grad=False)
+    tokenizer.add_tokens([word])
+    return model._replace(text_encoder=text_encoder, tokenizer=tokenizer), word

@@ -409,18 +409,14 @@ def check_additions(args, settings, method):
     """Rejects --adversary and --keep where they cannot work."""
     if args.keep and not settings["preserve"]:
         raise UserError("--keep has no effect without --preserve: add --preserve λ, or remove it.")
-    several = len(settings["concept"]) > 1
-    if settings["adversary"] and method.latents == "anchor" and several:
+    if settings["adversary"] and method.latents == "anchor" and len(settings["concept"]) > 1:
         raise UserError(
             f"--adversary with --method {args.method} takes one concept, because each latent of a "
             "batch has a concept of its own: name one concept, or choose another --method."
         )
     if settings["train_params"] == "embedding":
-        keys = [
-            key
-            for key in ("preserve", "keep", "prior", "detach_start", "adversary")
-            if getattr(args, key)
-        ]
+        keys = "preserve keep prior detach_start adversary".split()
+        keys = [key for key in keys if getattr(args, key)]
         where = "with --train-params embedding, which trains only the concept's words"
         cli.refuse_unused(keys, where, ", or choose other --train-params")
 
