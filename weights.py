@@ -374,12 +374,10 @@ def load_network(folder, network):
     """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
     module = make_network(folder, network)
     file = folder / weights_file(file_names(folder), network, folder)
-    tensors, _ = read(file)
-    fill(module, rename(network, tensors), file)
+    tensors = rename(network, read(file)[0])
+    fill(module, tensors, file)
     count = sum(p.numel() for p in module.parameters())
-    print(
-        f"{network}: {file}, {len(module.state_dict())} tensors, {count:,} parameters", flush=True
-    )
+    print(f"{network}: {file}, {len(tensors)} tensors, {count:,} parameters", flush=True)
     return module.eval().requires_grad_(False)
 
 
@@ -400,15 +398,11 @@ def load(model=DEFAULT_MODEL, revision=None):
     """
     folder = find(model, revision)
     scheduler = read_config(folder, "scheduler")
-    latent_size = read_latent_size(folder)
     tokenizer = load_tokenizer(folder)
     networks = {network: load_network(folder, network) for network in NETWORKS}
+    resolution = read_latent_size(folder) * networks["vae"].factor
     return Model(
-        str(model),
-        **networks,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        resolution=latent_size * networks["vae"].factor,
+        str(model), **networks, tokenizer=tokenizer, scheduler=scheduler, resolution=resolution
     )
 
 
