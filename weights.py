@@ -337,13 +337,11 @@ def fill(module, tensors, file):
     """Loads tensors into a module, as float32. Strict: exactly its names, each with its shape."""
     other = "these weights do not belong to the config.json next to them."
     wanted = module.state_dict()
-    for what, names in (
-        ("is missing", wanted.keys() - tensors.keys()),
-        ("is unknown", tensors.keys() - wanted.keys()),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{file}: {min(names)} {what}{more}: {other}")
+    odd = sorted(wanted.keys() ^ tensors.keys())
+    if odd:
+        what = "missing" if odd[0] in wanted else "unknown"
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        raise UserError(f"{file}: {odd[0]} is {what}{more}: {other}")
     for name, x in tensors.items():
         shape = tuple(wanted[name].shape)
         if x.shape != shape or not x.is_floating_point():
