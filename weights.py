@@ -407,7 +407,7 @@ def load(model=DEFAULT_MODEL, revision=None):
 def read_latent_size(folder):
     """Height and width of the latents that the UNet was trained for."""
     config = read_config(folder, "unet")
-    size = config.get("sample_size") or 64
+    size = config["sample_size"] if isinstance(config.get("sample_size"), int) else 64
     version = re.findall(r"\d+", str(config.get("_diffusers_version", "1")))
     if size < 64 and tuple(int(number) for number in version[:2]) < (0, 9):
         return 64  # as diffusers does: some configs of 2022 state a smaller size by mistake

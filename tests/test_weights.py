@@ -332,6 +332,7 @@ def test_sample_size(folder):
         ("0.9.0", 16, 16),
         ("0.2.2", 96, 96),
         ("0.42.1", None, 64),
+        ("0.42.1", [96, 96], 64),
         (None, 16, 16),  # diffusers corrects only a config that names an old version
     ):
         changes = dict(_diffusers_version=version, sample_size=size)
