@@ -259,7 +259,7 @@ def read_config(folder, part):
     """
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad begins with a BOM
         if not isinstance(config, dict):
             raise ValueError("it contains no JSON object")
     except FileNotFoundError:
