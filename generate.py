@@ -18,13 +18,13 @@ from pathlib import Path
 import weights
 from guidance import GUIDANCE
 from pipeline import (
-    added_word,
     avoided_prompts,
     check_warmup,
     encode_prompts,
     images,
     make_scheduler,
     patched,
+    with_word,
 )
 from scheduler import SAMPLERS
 from support import cli
@@ -167,7 +167,8 @@ def images_of(model, patch, name, args, how):
     """
     avoid = avoided_prompts(args.guidance, args.avoid)
     jobs = [(prompt, args.seed + n) for prompt in args.prompts for n in range(args.num_images)]
-    with patched(model, patch), added_word(model, args.word) as word:
+    with patched(model, patch):
+        model, word = with_word(model, args.word)
         read = " ".join([*args.prompts, *args.avoid, args.negative_prompt])
         if word and word.lower() not in read.lower():
             raise UserError(

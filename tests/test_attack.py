@@ -21,7 +21,7 @@ import attack
 import weights
 from adversaries import NoisyDDIM, Tokens, Word, project_to_simplex, whole_words
 from evaluation import attacks
-from pipeline import added_word, check_words, encode_prompts
+from pipeline import check_words, encode_prompts, with_word
 from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.errors import UserError
@@ -317,7 +317,7 @@ def test_generate_with_a_word(tmp_path, capsys):
     assert "No prompt contains the word '<star>'" in capsys.readouterr().err
 
 
-def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
+def test_a_word_is_only_in_the_copy_and_must_fit(tmp_path):
     model, file = weights.load("toy"), tmp_path / "word.safetensors"
     for tensors, said in (
         ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
@@ -325,18 +325,16 @@ def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
         ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
     ):
         weights.save(file, tensors)
-        with pytest.raises(UserError, match=said), added_word(model, file):
-            pass
-    table = model.text_encoder.text_model.embeddings.token_embedding.weight
-    for _ in range(2):
-        with added_word(model, word_file(file)) as word:
-            assert word == "<star>"
-            star, circle = encode_prompts(model, "a <star> on sand", "a circle on sand")
-            assert torch.equal(star, circle)
-        assert model.text_encoder.text_model.embeddings.token_embedding.weight is table
-    weights.save(file, {"<other>": torch.zeros(64)})
-    with pytest.raises(UserError, match="load it again"), added_word(model, file):
-        pass
+        with pytest.raises(UserError, match=said):
+            with_word(model, file)
+    more, word = with_word(model, word_file(file))
+    assert word == "<star>"
+    star, circle = encode_prompts(more, "a <star> on sand", "a circle on sand")
+    assert torch.equal(star, circle)
+    with pytest.raises(UserError, match="does not know the word '<star>'"):
+        encode_prompts(model, "a <star>")
+    with pytest.raises(UserError, match="already has a word '<star>'"):
+        with_word(more, file)
 
 
 def test_diffusers_loads_the_word(tmp_path):
@@ -349,8 +347,8 @@ def test_diffusers_loads_the_word(tmp_path):
     pipeline.load_textual_inversion(str(file))
     theirs, _ = pipeline.encode_prompt("a <star> on sand", "cpu", 1, False)
     model = weights.load("toy")
-    with added_word(model, file):
-        ours = encode_prompts(model, "a <star> on sand")
+    more, _ = with_word(model, file)
+    ours = encode_prompts(more, "a <star> on sand")
     assert (ours - theirs).abs().max() < 1e-5
     assert (ours - encode_prompts(model, "a shape on sand")).abs().max() > 0.01
 
