@@ -80,6 +80,10 @@ def tagged(sizes):
     return networks
 
 
+def states_of(networks):
+    return {network: module.state_dict() for network, module in networks.items()}
+
+
 def summary(tensors):
     """{name: (shape, the number that it is full of)}."""
     assert all(x[(0,) * x.dim()] == x.flatten()[-1] for x in tensors.values())
@@ -90,7 +94,7 @@ def summary(tensors):
 def test_diffusers_reads_what_we_write(sizes):
     """Every tensor arrives under its name and in its shape; each carries a number of its own."""
     networks = tagged(sizes)
-    tensors = compvis_names.to_original(networks)
+    tensors = compvis_names.to_original(states_of(networks))
     assert len(tensors) == sum(SIZES[sizes])
     attention = [name for name in tensors if ".attn_1." in name and "norm" not in name]
     matrices = [tensors[name] for name in attention if name.endswith("weight")]
@@ -111,10 +115,11 @@ def test_diffusers_reads_what_we_write(sizes):
 
 def assert_read(tensors, sizes, unused=()):
     """We read the tagged networks from the tensors of a single file; `unused` are left."""
-    networks = sized(sizes)
-    assert {*compvis_names.from_original(tensors, networks, "x.safetensors")} == {*unused}
-    for (network, module), expected in zip(networks.items(), tagged(sizes).values(), strict=True):
-        assert summary(module.state_dict()) == summary(expected.state_dict()), network
+    shapes = convert.shapes_of(sized(sizes))
+    states, left = compvis_names.from_original(tensors, shapes, "x.safetensors")
+    assert {*left} == {*unused} and states.keys() == shapes.keys()
+    for network, expected in states_of(tagged(sizes)).items():
+        assert summary(states[network]) == summary(expected), network
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -128,13 +133,13 @@ def test_what_diffusers_reads_we_read(sizes):
         "first_stage_model.loss.logvar": torch.ones(()),
         position_ids: torch.arange(77)[None],
     }
-    assert_read(compvis_names.to_original(tagged(sizes)) | more, sizes, unused=more)
+    assert_read(compvis_names.to_original(states_of(tagged(sizes))) | more, sizes, unused=more)
 
 
 def test_other_spellings_are_read():
     """Text encoders without `text_model.`, and the VAE's attention as matrices."""
     other, changed = {}, 0
-    for name, x in compvis_names.to_original(tagged("toy")).items():
+    for name, x in compvis_names.to_original(states_of(tagged("toy"))).items():
         new = name.replace("transformer.text_model.", "transformer.")
         other[new] = x.flatten(1) if ".attn_1." in name and x.dim() == 4 else x
         changed += new != name or other[new].shape != x.shape
@@ -227,8 +232,8 @@ def vae_numbering(widths, n):
 def test_names_are_the_originals(sizes, unet, vae):
     """diffusers' converter accepts names that it does not know, so the set of names is compared."""
     networks, names = sized(sizes), {}
-    for network, module in networks.items():
-        names[network] = {*compvis_names.original_names(network, module).values()}
+    for network, shapes in convert.shapes_of(networks).items():
+        names[network] = {*compvis_names.original_names(network, shapes).values()}
     assert tuple(map(len, names.values())) == SIZES[sizes]
     assert names["unet"] == {f"model.diffusion_model.{name}" for name in unet_numbering(*unet)}
     assert names["vae"] == {f"first_stage_model.{name}" for name in vae_numbering(*vae)}
