@@ -127,14 +127,14 @@ def to_original(states):
     return tensors
 
 
-def from_original(tensors, shapes, file):
+def from_original(tensors, like, file):
     """({network: {our name: tensor}}, the names that no network uses) of {original name: tensor}.
 
-    shapes: {network: {our name: shape}} of all tensors that the networks need. UserError if one is
-    missing, or of another shape, or if there are more tensors of these networks.
+    like: {network: {our name: tensor}}, all that the networks need; only their shapes are used.
+    UserError if a tensor is missing, unknown to its network or of another shape.
     """
     tensors = {re.sub(BARE, r"\g<0>text_model.", name): x for name, x in tensors.items()}
-    names = {network: original_names(network, own) for network, own in shapes.items()}
+    names = {network: original_names(network, own) for network, own in like.items()}
     wanted = {original for own in names.values() for original in own.values()}
     prefixes = tuple(PREFIX.values())
     found = {name for name in tensors if name.startswith(prefixes) and not name.startswith(UNUSED)}
@@ -150,11 +150,10 @@ def from_original(tensors, shapes, file):
             f"({some_names(unknown)}): it is in another layout, or of another architecture "
             f"{OTHER_ARCHITECTURE}."
         )
-    states = {network: {} for network in shapes}
+    states = {network: {} for network in like}
     for network, state in states.items():
-        for name, shape in shapes[network].items():
-            original = names[network][name]
-            x = tensors[original]
+        for name, original in names[network].items():
+            x, shape = tensors[original], like[network][name].shape
             if len(shape) == 2 and x.shape == (*shape, 1, 1):  # of the VAE's attention
                 x = x.flatten(1)
             if x.shape != shape or not x.is_floating_point():

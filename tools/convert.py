@@ -79,7 +79,7 @@ def read_single(file, folder):
         ) from e
     weights.read_config(folder, "scheduler")  # UserError if it is not implemented
     networks = {network: weights.make_network(folder, network) for network in NETWORKS}
-    states, unused = from_original(tensors, shapes_of(networks), file)
+    states, unused = from_original(tensors, states_of(networks), file)
     for network, module in networks.items():
         weights.fill(module, states[network], file)
         count = sum(p.numel() for p in module.parameters())
@@ -91,14 +91,6 @@ def read_single(file, folder):
         words = [f"{name} ({n} tensors)" if n > 1 else name for name, n in sorted(groups.items())]
         print(f"not used: {', '.join(words)}")
     return networks
-
-
-def shapes_of(networks):
-    """{network: {name: shape}} of the modules' tensors."""
-    return {
-        network: {name: x.shape for name, x in module.state_dict().items()}
-        for network, module in networks.items()
-    }
 
 
 def fetch_tokenizer(where, folder, vocab_size):
@@ -163,6 +155,11 @@ def open_model(model, args, work):
 
 
 # ------------------------------------------------------------------------------------------ writing
+def states_of(networks):
+    """{network: {name: tensor}}"""
+    return {network: module.state_dict() for network, module in networks.items()}
+
+
 def write_json(file, content):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -248,7 +245,7 @@ def convert(args):
         metadata = None
         if args.patch:
             metadata = weights.load_patch(args.patch, networks["unet"], networks["text_encoder"])
-        states = {network: module.state_dict() for network, module in networks.items()}
+        states = states_of(networks)
         made = work / "made" / out.name
         write = write_single if single else write_folder
         write(made, folder, states, args.dtype)
