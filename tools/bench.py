@@ -40,11 +40,9 @@ from unet import UNet
 from vae import VAE
 
 SIZES = {"toy": (8, 6), "sd14": (1, 50)}  # latents per batch, T
-AUTHORS = {  # name: dtype of autocast; the script's own, and what a user would try next
+LOOPS = {  # name: dtype of the authors' autocast (the script's own is fp32), or flags of train.py
     "the authors' loop, fp32": torch.float32,
     "the authors' loop, bf16": torch.bfloat16,
-}
-OURS = {  # name: arguments of train.py
     "ours, fp32": "--dtype fp32",
     "ours, bf16, checkpointing": "--dtype bf16 --gradient-checkpointing",
     "ours, bf16": "--dtype bf16",
@@ -52,7 +50,6 @@ OURS = {  # name: arguments of train.py
     "ours, --compile": "--compile",
     "ours as shipped": "",
 }
-NAMES = [*AUTHORS, *OURS]
 ON_A_GPU = ("ours, --compile", "memory")
 
 
@@ -72,8 +69,7 @@ def our_model(size, device):
 class Ours:
     """train.py's loop, without previews. flags: more arguments of train.py, in one text."""
 
-    def __init__(self, size, device, flags=""):
-        batch_size, steps = SIZES[size]
+    def __init__(self, size, device, batch_size, steps, flags):
         model = "toy" if size == "toy" else "random/sd14"
         words = (
             f"--concept {PROMPT} --model {model} --device {device} --batch-size {batch_size} "
@@ -118,9 +114,8 @@ class Ours:
 
 
 def make_contender(name, size, device):
-    if name in AUTHORS:
-        return Authors(size, device, *SIZES[size], AUTHORS[name])
-    return Ours(size, device, OURS[name])
+    kind = Authors if isinstance(LOOPS[name], torch.dtype) else Ours
+    return kind(size, device, *SIZES[size], LOOPS[name])
 
 
 # ---------------------------------------------------------------------------------- measurements
@@ -226,7 +221,7 @@ def bench(args):
     device = pick_device(args.device)
     on_a_gpu = device.type == "cuda"
     args.size = args.size or ("sd14" if on_a_gpu else "toy")
-    for flag, names in (("only", NAMES), ("parts", PARTS)):
+    for flag, names in (("only", LOOPS), ("parts", PARTS)):
         if getattr(args, flag) is None:
             setattr(args, flag, [name for name in names if on_a_gpu or name not in ON_A_GPU])
         for name in getattr(args, flag):
@@ -252,9 +247,9 @@ def parse(argv=None):
     add("--size", **one_of(SIZES), help="model (default: sd14 on a GPU, toy on a CPU)")
     add("--parts", nargs="+", **one_of(PARTS),
         help="measurements (default: all that the device can do)")
-    add("--only", nargs="+", type=one_of(NAMES)["type"], metavar="NAME",
+    add("--only", nargs="+", type=one_of(LOOPS)["type"], metavar="NAME",
         help="loops; the others are compared with the first one. Names: "
-        + ", ".join(f'"{name}"' for name in NAMES) + " (default: all that the device can run)")
+        + ", ".join(f'"{name}"' for name in LOOPS) + " (default: all that the device can run)")
     add("--rounds", type=positive, default=11, metavar="N",
         help="timed iterations of each loop (default: %(default)s)")
     add("--k", type=positive, metavar="K",

@@ -102,9 +102,9 @@ def read_results(name):
 def join(study, row):
     """Adds the figures of attacks and costs to a row of the table."""
     if kinds := plan.attacks(study).get(row["model"]):
-        contents = {
-            kind: [read_json(Path(file)) for file in files] for kind, files in kinds.items()
-        }
+        contents = {}
+        for kind, files in kinds.items():
+            contents[kind] = [read_json(Path(file)) for file in files]
         figures, row["attacks"] = attack_figures(contents)
         row["figures"] |= figures
     if patches := plan.patches(study).get(row["model"]):
