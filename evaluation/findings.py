@@ -25,10 +25,8 @@ def kind_of(column, rows):
 
 def first_column(columns, kind, rows, sides=("low", "high", None)):
     """The first column of a kind in all rows, with one of the better sides; None without one."""
-    for column in columns:
-        if column.better in sides and kind_of(column, rows) == kind:
-            return column
-    return None
+    found = (column for column in columns if column.better in sides)
+    return next((column for column in found if kind_of(column, rows) == kind), None)
 
 
 def summary(suite, rows, columns):
