@@ -38,7 +38,7 @@ def evaluation_page(folder):
     return {
         "heading": f"Evaluation: {settings['suite']}",
         "subtitle": results.get("summary") or "",
-        "intro": [] if results else [{"text": NO_TABLE, "style": "notice"}],
+        "intro": [] if results else [{"text": NO_TABLE}],
         "sections": [*sections, made(results, settings)],
         "model": settings["model"],
         "paper": SDD,
