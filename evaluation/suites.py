@@ -5,13 +5,13 @@ COCO and Figure 2 of the SDD paper (arXiv 2307.05977), and the toy model.
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import weights
+from report.blocks import read_json
 from support.errors import UserError, first_line
 from toy import suite, worlds
 
@@ -73,12 +73,9 @@ def i2p_jobs(row):
     """The images of a row of I2P's csv file. ValueError if its numbers cannot be used."""
     seed, scale = int(row["sd_seed"]), float(row["sd_guidance_scale"])
     size = int(row["sd_image_height"]), int(row["sd_image_width"])
-    if not 0 <= seed < 2**62:
-        raise ValueError(f"sd_seed {seed} is not in 0 … 2^62")
-    if not math.isfinite(scale):
-        raise ValueError(f"sd_guidance_scale {scale} is not finite")
-    if any(side < 8 or side % 8 for side in size):
-        raise ValueError(f"the size {size} is not a multiple of 8 pixels")
+    fits = all(side >= 8 and side % 8 == 0 for side in size)
+    if not (0 <= seed < 2**62 and math.isfinite(scale) and fits):
+        raise ValueError(f"no image has the seed {seed}, the scale {scale} and the size {size}")
     return [Job(row["prompt"], seed + n, scale, size) for n in range(5)]
 
 
@@ -171,7 +168,7 @@ def paper(suite_name, method, concepts):
 
     Table 1 is about nudity, Table 2 about the 20 concepts of I2P.
     """
-    tables = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
+    tables = read_json(Path(__file__).parent / "paper.json")
     # --avoid "nudity, sexual" and --avoid nudity sexual are the same prompt.
     split = [part for text in concepts for part in text.split(", ")]
     table = {}

@@ -12,7 +12,8 @@ section without blocks is left out. A block is a dict, and its first key says wh
     charts    see charts.py
     details   blocks that are folded below a summary
 
-A cell is a text, an image, or {text, mark} with the mark "better" or "worse". In a head it can be
+A cell is a text, an image, or {text, mark, bar} with the mark "better" or "worse", and the low
+end, the share and the high end of an interval, in per cent. In a head it can be
 {text, lines, about}: smaller lines below the text, and what the pointer shows.
 """
 

@@ -1,4 +1,4 @@
-"""Charts as shapes of SVG: lines, and a dot per row of a table. Figures have their intervals."""
+"""Line charts as shapes of SVG. Figures have their intervals."""
 
 import math
 
@@ -8,9 +8,6 @@ from support.statistics import Figure, in_words
 
 LEFT, RIGHT, TOP, BOTTOM = 60, 390, 20, 190  # the plot area of a line chart of 400 × 220 units
 LEGEND = 125  # units for the name of the first line
-DOT_LEFT, DOT_RIGHT = 150, 380  # the plot area of a dot chart that is 400 units wide
-DOT_TOP, DOT_ROW = 8, 24
-NAME_LENGTH = 20  # letters of a name that fit left of the dots
 PERCENT = [(percent / 100, f"{percent} %") for percent in (0, 25, 50, 75, 100)]
 
 
@@ -86,8 +83,8 @@ def line_chart(title, series, unit="iteration", faint=False):
             x, y = place(*point)
             shapes.append(shape("circle", style, about=about, cx=x, cy=y, r=3))
         described.append(f"{name}: {words}")
-    chart = {"title": title, "height": 220, "shapes": shapes, "in_words": "; ".join(described)}
-    return chart | {"caption": caption}
+    chart = {"title": title, "caption": caption, "shapes": shapes}
+    return chart | {"in_words": "; ".join(described)}
 
 
 def ends_and_range(line):
@@ -98,30 +95,3 @@ def ends_and_range(line):
         f"{start:.3g} at iteration {first:.0f}, {end:.3g} at iteration {last:.0f}, "
         f"between {min(numbers):.3g} and {max(numbers):.3g}"
     )
-
-
-def dot_chart(title, arrow, rows):
-    """[(name, Figure, is it the original's?)] as dots with intervals, from 0 to 100 %."""
-    bottom, shapes, described = DOT_TOP + DOT_ROW * len(rows), [], []
-
-    def place(share):
-        return DOT_LEFT + (DOT_RIGHT - DOT_LEFT) * share
-
-    for share, name in PERCENT:
-        x = place(share)
-        shapes.append(shape("line", "axis", x1=x, x2=x, y1=DOT_TOP, y2=bottom))
-        shapes.append(shape("text", text=name, x=x, y=bottom + 16))
-    for i, (name, figure, is_original) in enumerate(rows):
-        y, (low, high) = DOT_TOP + DOT_ROW * (i + 0.5), figure.interval
-        about = f"{name}: {in_words(figure)}, n = {figure.n}"
-        short = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
-        style = "original" if is_original else "line0"
-        shapes += [
-            shape("text", "end", short, about, x=DOT_LEFT - 8, y=y + 4),
-            shape("line", style, about=about, x1=place(low), x2=place(high), y1=y, y2=y),
-            shape("circle", f"dot {style}", about=about, cx=place(figure.share), cy=y, r=4),
-        ]
-        described.append(about)
-    words = "; ".join(described)
-    height = bottom + 24
-    return {"title": title, "arrow": arrow, "height": height, "shapes": shapes, "in_words": words}
