@@ -116,13 +116,13 @@ async def train(table, run, settings, seed):
     patch = run / "erased.safetensors"
     if patch.exists():
         return patch
-    if (run / "run.json").exists():
-        await command("train.py", "--resume", "--out", run)
-        return patch
-    _, concepts, longer = TABLES[table]
-    more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
-    words = study.train_words("toy", concepts, more, seed, run)
-    await command("train.py", *words, *shlex.split(settings["train_flags"]))
+    words = ["--resume", "--out", run]
+    if not (run / "run.json").exists():
+        _, concepts, longer = TABLES[table]
+        more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
+        words = study.train_words("toy", concepts, more, seed, run)
+        words += shlex.split(settings["train_flags"])
+    await command("train.py", *words)
     return patch
 
 

@@ -154,10 +154,10 @@ def image_files(folder, jobs):
 def result_rows(args, generated, device, problems):
     """The figures of each row: `rows` of results.json, without sheets and samples."""
     rows = []
-    for row, _, _ in generated:
-        rows.append({"model": row.name, "erased": list(row.concepts), "method": row.method})
-    for found, (row, jobs, folder) in zip(rows, generated):
-        _, _, original = generated[rows.index(original_of(found, rows))]
+    for row, jobs, folder in generated:
+        found = {"model": row.name, "erased": list(row.concepts), "method": row.method}
+        rows.append(found)
+        _, _, original = generated[rows.index(original_of(found, rows))]  # it comes first
         files, before = image_files(folder, jobs), image_files(original, jobs)
         found["figures"] = measure_row(row, jobs, files, before, args, device, problems)
         found["paper"] = paper(args.suite, row.method, row.concepts)

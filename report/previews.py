@@ -40,12 +40,11 @@ def preview_kinds(settings, world=None):
     "stay" (it is something else), or None if unknown. world: the module of a toy model's world, see
     toy/worlds.py. Without it, only the presets' own prompts are known to stay.
     """
-    concepts, members, implying = settings["concept"], [], []
+    concepts, kinds = settings["concept"], []
+    texts = {"erased": concepts}
     if world:
-        members = [word for kind in concepts for word in world.MEMBERS.get(kind, ())]
-        implying = [place for place, word in world.PLACES.items() if word in concepts]
-    texts = {"erased": concepts, "member": members, "implied": implying}
-    kinds = []
+        texts["member"] = [word for kind in concepts for word in world.MEMBERS.get(kind, ())]
+        texts["implied"] = [place for place, word in world.PLACES.items() if word in concepts]
     for prompt in settings["preview"]:
         other = "stay" if world or prompt in PREVIEW_PROMPTS else None
         kinds.append(next((kind for kind in texts if names_any(prompt, texts[kind])), other))

@@ -44,13 +44,11 @@ GAP_AND_DRIFT = (
     "prompt. Drift: mean |e(c_0) − e°(c_0)|², how far its answer to the empty prompt has moved "
     "from the original's. Both are measured on fixed latents at each preview."
 )
-PAPERS = {
+PAPERS = {  # {first word of the method: its paper}
     "sdd": SDD,
-    "esd-x": ("ESD", "2303.07345"),
-    "esd-u": ("ESD", "2303.07345"),
+    "esd": ("ESD", "2303.07345"),
     "ablate": ("Ablating Concepts", "2303.13516"),
-    "ablate-noise": ("Ablating Concepts", "2303.13516"),
-    "all-but-one": ("All-but-One", "2312.12807"),
+    "all": ("All-but-One", "2312.12807"),
     "uce": ("UCE", "2308.14761"),
     "mace": ("MACE", "2403.06135"),
     "rece": ("RECE", "2407.12383"),
@@ -86,7 +84,7 @@ def run_page(folder):
             made(run, settings, *differences(settings)),
         ],
         "model": settings["model"],
-        "paper": PAPERS[settings["method"]],
+        "paper": PAPERS[settings["method"].partition("-")[0]],
     }
 
 
