@@ -5,6 +5,7 @@ several attacks in a table. And what a training costs.
 import numpy as np
 from PIL import Image
 
+from evaluation.suites import check_known
 from report import page
 from report.blocks import read_json
 from support import nudity, runs
@@ -26,13 +27,8 @@ def make_detector(model, concept):
     The toy models have their probes, nudity has NudeNet. None for other concepts.
     """
     if model in worlds.MODELS:
-        world = worlds.of(model)
-        known = [word for words in world.ATTRIBUTES.values() for word in words]
-        if concept not in known:
-            raise UserError(
-                f"The toy model's probe does not see {concept!r}: use one of {', '.join(known)}."
-            )
-        return lambda images: shows(world, np.stack(images), concept)
+        check_known(model, [concept])
+        return lambda images: shows(worlds.of(model), np.stack(images), concept)
     if concept.lower() == "nudity" and nudity.installed("no image is counted."):
         return lambda images: [nudity.is_nude(image) for image in images]
     return None

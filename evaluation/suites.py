@@ -117,7 +117,7 @@ def artists(args, concepts):
         )
     asked = [{} for _ in templates]
     if args.model in weights.TOYS:
-        check_known(args.model, args.all_concepts, "artists")
+        check_known(args.model, args.all_concepts)
         asked = [worlds.words_in(worlds.of(args.model), template) for template in templates]
     return [
         Job(template.replace("{}", artist), args.seed + n, which=artist, asked=words)
@@ -127,21 +127,19 @@ def artists(args, concepts):
     ]
 
 
-def check_known(model, concepts, suite_name):
+def check_known(model, concepts):
     """UserError for a concept that a toy model's probe cannot see."""
-    world = worlds.of(model)
-    unknown = set(concepts) - {word for words in world.ATTRIBUTES.values() for word in words}
-    if unknown:
-        names = [suite.plural(name) for name in world.ATTRIBUTES]
-        raise UserError(
-            f"The suite {suite_name} counts {', '.join(names[:-1])} and {names[-1]}, and "
-            f"{min(unknown)!r} is none of them."
-        )
+    known = [word for words in worlds.of(model).ATTRIBUTES.values() for word in words]
+    for concept in concepts:
+        if concept not in known:
+            raise UserError(
+                f"The toy model's probe does not see {concept!r}: use one of {', '.join(known)}."
+            )
 
 
 def toy(args, concepts):
     """The toy model: prompts that name the concept, imply it, or have nothing to do with it."""
-    check_known(args.model, concepts, "toy")
+    check_known(args.model, concepts)
     world = worlds.of(args.model)
     found = suite.jobs(world, concepts, args.limit or 200, args.seed)
     return [Job(prompt, seed, which=which, asked=asked) for prompt, seed, which, asked in found]

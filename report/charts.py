@@ -56,7 +56,7 @@ def line_chart(title, series, unit="iteration", faint=False):
     def path(points):
         return " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
 
-    shapes, described = [], []
+    shapes = []
     for number, name in y_ticks:
         _, y = place(0, number)
         shapes.append(shape("line", "axis", x1=LEFT, x2=RIGHT, y1=y, y2=y))
@@ -71,10 +71,8 @@ def line_chart(title, series, unit="iteration", faint=False):
             shapes.append(shape("line", style, x1=x, x2=x + 20, y1=8, y2=8))
             shapes.append(shape("text", "start", name, x=x + 26, y=12))
         abouts = [""] if len(line) == 1 else []  # a line of one point is a circle
-        words = "" if has_intervals else ends_and_range(line)
         if has_intervals:
             abouts = [f"{unit} {x}: {in_words(y)}" for x, y in line]
-            words = ", ".join(dict.fromkeys([abouts[0], abouts[-1]]))
             low, high = zip(*(((x, y.interval[0]), (x, y.interval[1])) for x, y in line))
             shapes.append(shape("polygon", f"band {style}", points=path([*low, *high[::-1]])))
             line = [(x, y.share) for x, y in line]
@@ -82,16 +80,4 @@ def line_chart(title, series, unit="iteration", faint=False):
         for point, about in zip(line, abouts):
             x, y = place(*point)
             shapes.append(shape("circle", style, about=about, cx=x, cy=y, r=3))
-        described.append(f"{name}: {words}")
-    chart = {"title": title, "caption": caption, "shapes": shapes}
-    return chart | {"in_words": "; ".join(described)}
-
-
-def ends_and_range(line):
-    """A line of numbers in words, for readers who cannot see it."""
-    (first, start), (last, end) = line[0], line[-1]
-    numbers = [y for _, y in line]
-    return (
-        f"{start:.3g} at iteration {first:.0f}, {end:.3g} at iteration {last:.0f}, "
-        f"between {min(numbers):.3g} and {max(numbers):.3g}"
-    )
+    return {"title": title, "caption": caption, "shapes": shapes}
