@@ -272,7 +272,7 @@ def test_a_corrected_attack_can_use_the_folder(gone, model_folder, tmp_path, cap
     assert "gone.safetensors" in capsys.readouterr().err and not out.exists()
     assert run(f"{line} --model toy --patch none --device meta", out) == 2
     assert run(f"{line} --model toy --patch none --device cpu", out) == 0
-    assert results(out)["settings"]["concept"] == "star" and results(out)["detected"]
+    assert results(out)["args"]["concept"] == "star" and results(out)["detected"]
 
 
 def test_own_images(tmp_path, capsys):
