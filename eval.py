@@ -301,7 +301,7 @@ def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dt
                         file = folder / f"{i:05d}.png"
                         if not file.exists():
                             save_png(image, file, prompt=job.prompt, seed=job.seed, **about)
-                        bar.update()
+                        bar.update(1)
                 del unet  # before the next patch's copy is made
 
 
