@@ -388,7 +388,7 @@ def test_different_concepts_are_compared_with_their_own_original(tmp_path):
     ]
     page = made(write_evaluation(tmp_path / "eval", rows=rows))
     assert len(page.all("td", class_="better")) == 1
-    assert "sdd-2 (red)" in page.text and page.text.count("original (star)") >= 2
+    assert "sdd-2 (red)" in page.text and "original (star)" in page.text
 
 
 # ------------------------------------------------------------------------------------------ charts
