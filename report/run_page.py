@@ -208,7 +208,6 @@ def differences(settings):
     if method.loss is None:
         return []
     expected = preset_values(settings, method)
-    expected |= {"train_params": method.train_params, "latents": method.latents}
     del expected["preview"]  # the prompts are above, with their images
     lines = [
         f"{key.replace('_', ' ')}: {in_words(settings[key])} (preset: {in_words(value)})"
