@@ -68,7 +68,7 @@ def parse(argv=None):
         help="docs/methods.md describes each (default: %(default)s)")
     add("--preset", **cli.one_of([*PRESETS, *RECIPES]),
         help="defaults of the numbers (default: paper; toy for the toy models). The defaults "
-             "shown here are SDD's; METHODS in presets.py has those of other methods")
+             "shown here are SDD's; METHODS and RECIPES in presets.py have those of other methods")
     add("--loss", type=cli.not_empty, metavar="FILE:FUNCTION",
         help="your own loss instead of the method's (see losses.py)")
     add("--train-params", **cli.one_of(TRAIN_PARAMS),
