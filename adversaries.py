@@ -19,8 +19,8 @@ Where this file differs from the papers:
    10 to 990 and attacks each prompt and image on its own. Only whole words are used, so the words
    that are printed give the same tokens. The projection to the simplex is exact, not by bisection.
    The code searches 5 words for nudity, violence and illegal activity, and 3 for the others. It
-   samples with LMS and stops when one of its 50 images shows the concept. Here --words is 3, the
-   sampler is DDIM, and attack.py counts the images.
+   samples with LMS and stops when one of its 50 images shows the concept. Here --words is
+   3 by default, the sampler is DDIM, and attack.py counts the images.
 3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name. It
    also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the

@@ -27,9 +27,9 @@ Where this file differs from the official codes:
 2. UCE's code has an option for five templates ("painting by …", "image of …"): --template gives
    them here. The default is the word alone; the toy model has five templates.
 3. MACE's code keeps the captions of COCO, and celebrities or artists. Here the prompts of --keep
-   take their place. It multiplies the captions' weight by itself: 1e-4 (celebrities) acts as 1e-8,
-   and 7e-7 (nudity) as 4.9e-13. Here it acts once, and is 1e-4. Without captions the code's ridge
-   is 10, 100 or 1000 (bird, automobile, ship); here 1000. With captions it is 0; here nearly 0.
+   take their place. It applies the captions' weight twice: 1e-4 (celebrities) acts as 1e-8, and
+   7e-7 (nudity) as 4.9e-13. Here the weight is 1e-4, once. Without captions the code's ridge is
+   10, 100 or 1000 (bird, automobile, ship); here 1000. With captions it is 0; here nearly 0.
    Its 30 sentences per concept are --template, with ten of our own as default. Its stages 2 and 3
    (a LoRA per concept, and their fusion) are not here, and stage 1 alone is not all of MACE.
 4. RECE's code measures each round on a validation list and selects the round with the lowest

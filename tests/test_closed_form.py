@@ -90,16 +90,6 @@ def test_rece_finds_the_states_that_revive_the_concept():
     assert torch.allclose(same, c, atol=1e-8)
 
 
-def test_a_round_of_rece_edits_the_current_weights():
-    W_0, W, states = random_weights(), random_weights(seed=5), random_states()
-    edited = closed_form.rece_round(W, W_0, states, rho=0.2, ridge=0.3, keep=0.4)
-    revived = closed_form.revived_states(W, W_0, states.concept, 0.2)
-    kept = torch.cat([states.keep, states.empty])
-    for name, V in W.items():
-        rows = [(1, revived, states.anchor @ V.T), (0.4, kept, kept @ V.T)]
-        check(edited[name], least_squares([*rows, (0.3, torch.eye(D).to(V), V.T)]))
-
-
 def constrained_speed(W, states, ridge, gamma, kept, limit):
     """SPEED's objective, solved in coordinates of the null space: Δ = Y Uᵀ, P = U Uᵀ."""
     c, a, _, empty = states
@@ -200,17 +190,9 @@ def test_states_of_a_pair():
     assert torch.equal(shared.concept[:2], shared.anchor[:2])  # causal: nothing differs before it
 
 
-def test_shared_states_of_prompts_with_different_lengths():
-    model = weights.load("toy")
-    shared = closed_form.gather_states(
-        model, "mace", [("a star on sand", "a red circle on sand")], []
-    )
-    c, a = closed_form.encode(model, ["a star on sand", "a red circle on sand"])
-    # start and a; on, sand and the end of text; 70 of padding, from the end of each prompt
-    assert torch.equal(shared.concept, torch.cat([c[:2], c[3:76]]))
-    assert torch.equal(shared.anchor, torch.cat([a[:2], a[4:77]]))
-    same = closed_form.gather_states(model, "mace", [("a star", "a star")], [])
-    assert len(same.concept) == 77
+def test_equal_prompts_share_all_states():
+    shared = closed_form.gather_states(weights.load("toy"), "mace", [("a star", "a star")], [])
+    assert len(shared.concept) == 77
 
 
 def test_the_empty_prompts_last_state_is_the_start_token():

@@ -13,7 +13,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from common import UNETS, pair, randn, relative
+from common import UNETS, pair, randn, relative, their_scheduler
 
 import ablation
 import closed_form
@@ -197,26 +197,22 @@ def speed(pairs, kept, beta, gamma, threshold, filtered):
     return result
 
 
-def test_speed_where_w_has_fewer_rows_than_columns(model):
-    words = "--concept 'grumpy cat' dog --anchor cat --keep art 'red bird' bird red photo"
-    pairs = [(last_state(concept), last_state("cat")) for concept in ("grumpy cat", "dog")]
-    kept = np.concatenate([last_state(p) for p in ("art", "red bird", "bird", "red", "photo")])
-    check(edited(model, f"--method speed {words}"), speed(pairs, kept, 1.0, 0.0, 0.1, True))
+LAST, KEPT = (last_state("grumpy cat"), last_state("art")), ["bird", "a photo", "red bird"]
+ALL = (text_states("grumpy cat")[1:], text_states("")[1:])  # without --keep: the 76 of ""
 
 
-def test_speed_as_for_nudity(model):
-    """All states but the start token's. Without --keep: the empty prompt's 76 states."""
-    found = edited(model, "--method speed --concept 'grumpy cat' --preset speed-nudity")
-    pairs = [(text_states("grumpy cat")[1:], text_states("")[1:])]
-    check(found, speed(pairs, text_states("")[1:], 0.7, 0.5, 0.1, True))
-
-
-def test_speed_as_for_celebrities(model):
-    words = "--concept 'grumpy cat' dog --anchor art --keep bird cat 'red bird'"
-    found = edited(model, f"--method speed --preset speed-celebrities {words}")
-    pairs = [(last_state(concept), last_state("art")) for concept in ("grumpy cat", "dog")]
-    kept = np.concatenate([last_state(prompt) for prompt in ("bird", "cat", "red bird")])
-    check(found, speed(pairs, kept, 0.05, 0.0, 1e-4, False))
+# fmt: off
+@pytest.mark.parametrize("preset, pair, kept, numbers", [
+    ("paper",             LAST, KEPT, (1.0, 0.0, 0.1, True)),
+    ("speed-nudity",      ALL,  [],   (0.7, 0.5, 0.1, True)),
+    ("speed-celebrities", LAST, KEPT, (0.05, 0.0, 1e-4, False)),
+])
+# fmt: on
+def test_speed_with_its_published_numbers(model, preset, pair, kept, numbers):
+    words = "--anchor art --keep bird 'a photo' 'red bird'" if kept else ""
+    found = edited(model, f"--method speed --preset {preset} --concept 'grumpy cat' {words}")
+    kept = np.concatenate([last_state(prompt) for prompt in kept] or [ALL[1]])
+    check(found, speed([pair], kept, *numbers))
 
 
 # ---------------------------------------------------------------------- Ablating Concepts
@@ -288,15 +284,12 @@ def test_ablating_is_the_authors_script(method, weight, tmp_path, monkeypatch):
         again = torch.Generator().manual_seed(2)
         which, t = (torch.randint(n, (4,), generator=again) for n in (5, 1000))
         n = torch.randn(4, 4, 8, 8, generator=again)
-        alpha = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square().mul(-1).add(1).cumprod(0)
-        alpha = alpha[t].view(4, 1, 1, 1)
-        z_t = alpha.sqrt() * IMAGES[which] + (1 - alpha).sqrt() * n
+        z_t = their_scheduler("ddim", 4).add_noise(IMAGES[which], n, t)
         e_s, e_a = (twin(z_t, t, c.expand(4, -1, -1)).sample for c in (C_S, C_A))
         target = e_a.detach() if method == "ablate" else n
-        area = torch.ones(4, 1, 8, 8).sum((1, 2, 3))
-        loss = ((e_s - target).square().sum((1, 2, 3)) / area).mean()
-        loss = loss + weight * (e_a - n).square().mean()
-        loss.backward()
+        mask = torch.ones(4, 1, 8, 8)
+        loss = (((e_s - target).square() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
+        (loss + weight * (e_a - n).square().mean()).backward()
         theirs = kv(twin)
         norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
         assert norm > 2
@@ -310,30 +303,26 @@ def test_ablating_is_the_authors_script(method, weight, tmp_path, monkeypatch):
         assert relative(p - before[name], theirs[name] - before[name]) < 1e-4, name
 
 
-def test_the_start_token_can_keep_its_gradient():
+def test_numbers_of_presets():
     words = "--method ablate --concept 'grumpy cat' --anchor cat"
     assert settle(words).detach_start
     assert not settle(f"{words} --no-detach-start").detach_start
     assert not settle("--model toy --method ablate --concept star --anchor circle").detach_start
-    assert not settle("--concept star").detach_start
+    esd = settle("--method esd-u --concept nudity --preset esd-2025")
+    assert (esd.latents, esd.lr, esd.iters, esd.max_grad_norm) == ("original", 5e-5, 200, 0)
 
 
-# ---------------------------------------------------------------------- ESD, searched words
-@pytest.mark.parametrize("method", ["esd-x", "esd-u"])
-def test_esd_as_in_its_script_of_2025(method):
-    a = settle(f"--method {method} --concept nudity --preset esd-2025")
-    assert (a.latents, a.lr, a.iters, a.max_grad_norm) == ("original", 5e-5, 200, 0)
-    assert (a.weight_decay, a.lr_schedule, a.warmup, a.erase_scale) == (0, "constant", 0, 1)
-
-
+# ---------------------------------------------------------------------- searched words
 def test_a_step_of_searched_words_has_its_weight_decay_in_the_gradient():
     """From 1/V everywhere, Adam's first step is −lr times the sign of g + 0.1 x, whatever its size.
 
     Only word 7 has a gradient, −1. So it goes up by lr, and the V − 1 others go down by lr. The
     projection adds the same to all, so that they sum to 1.
     """
-    tokens = make_tokens()
-    V, lr = tokens.simplex.shape[1], 0.001
+    lr = 0.001
+    settings = dict(words=2, prompt="star", lr=lr)
+    tokens = Tokens(weights.load("toy"), settings, torch.device("cpu"))
+    V = tokens.simplex.shape[1]
     tokens.one_hot = torch.zeros_like(tokens.simplex)
     tokens.one_hot.grad = torch.zeros_like(tokens.simplex)
     tokens.one_hot.grad[:, 7] = -1
@@ -341,31 +330,3 @@ def test_a_step_of_searched_words_has_its_weight_decay_in_the_gradient():
     expected = torch.full_like(tokens.simplex, 1 / V - 2 * lr / V)
     expected[:, 7] = 1 / V + 2 * lr * (V - 1) / V
     assert (tokens.simplex - expected).abs().max() < 1e-4 * lr
-
-
-def make_tokens():
-    settings = dict(words=2, prompt="star", lr=0.001)
-    return Tokens(weights.load("toy"), settings, torch.device("cpu"))
-
-
-def test_steps_of_searched_words_against_adam_by_hand():
-    """Adam with coupled weight decay, then the projection by bisection, in float64."""
-    tokens = make_tokens()
-    x = tokens.simplex.detach().double().numpy()
-    m, s = np.zeros_like(x), np.zeros_like(x)
-    for i in range(1, 9):
-        gradient = 0.02 * randn(*x.shape, seed=i)
-        tokens.one_hot = torch.zeros_like(tokens.simplex)
-        tokens.one_hot.grad = gradient
-        tokens.step()
-        g = np.clip(gradient.double().numpy(), -1, 1) + 0.1 * x
-        m, s = 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g**2
-        x = x - 0.001 * (m / (1 - 0.9**i)) / (np.sqrt(s / (1 - 0.999**i)) + 1e-8)
-        low, high = x.min(1, keepdims=True) - 1, x.max(1, keepdims=True)
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = np.clip(x - middle, 0, 1).sum(1, keepdims=True) > 1
-            low, high = np.where(above, middle, low), np.where(above, high, middle)
-        x = np.clip(x - middle, 0, 1)
-        start = np.full_like(x, 1 / x.shape[1])
-        assert np.linalg.norm(tokens.simplex.numpy() - x) < 1e-2 * np.linalg.norm(x - start)
