@@ -213,7 +213,7 @@ def pair(network, seed=0, gain=1.0, **sizes):
 
 
 # ---------------------------------------------------------------------- comparisons: UNet
-def unet_error(name="8 heads, cross first", size=(15, 13), gain=1.0):
+def unet_error(gain=1.0, name="8 heads, cross first", size=(15, 13)):
     """Three latents, each with its own timestep and prompt.
 
     With odd sizes, upsampling must go to the size of the skip.

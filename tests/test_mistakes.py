@@ -1,18 +1,29 @@
 """Mistakes that people really made in such code. Each one must make a comparison fail.
 
-A row of MISTAKES has four parts: what is wrong; `plant`, a function that plants the mistake in our
-modules (never in diffusers) with pytest's monkeypatch; and `comparison`, the function of common.py
-that must see it. The comparison must pass without the mistake and fail with it.
+A row of MISTAKES has these parts: what is wrong; a function that plants the mistake in our modules
+(never in diffusers) with pytest's monkeypatch; and the comparison of common.py that must see it,
+with its arguments. The comparison must pass without the mistake and fail with it.
 """
 
 import functools
 from types import SimpleNamespace
 
-import common
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TOLERANCE
+from common import (
+    TOLERANCE,
+    padding,
+    same_eps,
+    text_error,
+    timestep_error,
+    timesteps,
+    trajectory_error,
+    unet_error,
+    unet_part,
+    vae_error,
+    vae_part,
+)
 from einops import rearrange
 
 import clip_text
@@ -230,115 +241,75 @@ def swapped_estimates(e_0, e_p, s):
     return e_p + s * (e_0 - e_p)
 
 
-# ---------------------------------------------------------------------- the comparisons, with names
-def unet_whole():
-    return common.unet_error()
-
-
-def unet_whole_small():
-    return common.unet_error(gain=SMALL)
-
-
-def unet_part(part, scale=1.0):
-    return lambda: common.unet_part(part, scale)
-
-
-def vae_part(part, scale=1.0):
-    return lambda: common.vae_part(part, scale)
-
-
-def vae_whole(way):
-    return lambda: common.vae_error(way)
-
-
-def unet_eps():
-    return common.same_eps("unet")
-
-
-def text_small():
-    return common.text_error(gain=SMALL)
-
-
-def ddim():
-    return common.trajectory_error("ddim", 4)
-
-
-def pndm():
-    return common.trajectory_error("pndm", 4)
-
-
-def timesteps():
-    return common.timesteps("ddim", 10)
-
-
 # ---------------------------------------------------------------------- the table
 SMALL = 3e-3  # inputs so small that the eps of a norm matters
 RESNET_EPS = after_init(unet.ResnetBlock, resnet_eps)
 TRANSFORMER_EPS = set_eps(unet.Transformer, "norm", 1e-5)
-SIN_FIRST = replace(unet, "timestep_embedding", sin_first)
-SHIFT_1 = replace(unet, "timestep_embedding", freq_shift_1)
 NO_MASK = replace_functional(clip_text, scaled_dot_product_attention=no_mask)
 
 # fmt: off
 MISTAKES = [
-    # (what is wrong, plant, comparison). A mistake stands here once. The transformer's eps shows
-    # which comparisons can see an eps.
+    # (what is wrong, plant, comparison, its arguments). A mistake stands here once. The
+    # transformer's eps shows which comparisons can see an eps.
     # --- UNet
-    ("ResNet eps 1e-6", RESNET_EPS, unet_part("resnet", SMALL)),
-    ("conv_norm_out eps 1e-6", set_eps(unet.UNet, "conv_norm_out", 1e-6), unet_whole_small),
-    ("transformer eps 1e-5, its value", TRANSFORMER_EPS, unet_eps),
-    ("transformer eps 1e-5, one block", TRANSFORMER_EPS, unet_part("transformer", SMALL)),
-    ("transformer eps 1e-5, whole UNet", TRANSFORMER_EPS, unet_whole_small),
+    ("ResNet eps 1e-6", RESNET_EPS, unet_part, "resnet", SMALL),
+    ("conv_norm_out eps 1e-6", set_eps(unet.UNet, "conv_norm_out", 1e-6), unet_error, SMALL),
+    ("transformer eps 1e-5, its value", TRANSFORMER_EPS, same_eps, "unet"),
+    ("transformer eps 1e-5, one block", TRANSFORMER_EPS, unet_part, "transformer", SMALL),
+    ("transformer eps 1e-5, whole UNet", TRANSFORMER_EPS, unet_error, SMALL),
     ("LayerNorm eps 1e-6", set_eps(unet.TransformerBlock, "norm1", 1e-6),
-        unet_part("transformer block", SMALL)),
+        unet_part, "transformer block", SMALL),
     ("UNet pads right and bottom only", after_init(unet.DownBlock, pad_right_and_bottom),
-        unet_part("downsample")),
+        unet_part, "downsample"),
     ("upsampling by 2 on odd sizes", replace_functional(unet, interpolate=upsample_by_2),
-        unet_whole),
-    ("16 channels per head, not 8 heads", set_heads(16), unet_part("cross-attention")),
+        unet_error),
+    ("16 channels per head, not 8 heads", set_heads(16), unet_part, "cross-attention"),
     ("heads are interleaved channels", replace(unet, "rearrange", interleaved_heads),
-        unet_part("cross-attention")),
-    ("sin first", SIN_FIRST, common.timestep_error),
-    ("freq_shift 1", SHIFT_1, common.timestep_error),
+        unet_part, "cross-attention"),
+    ("sin first", replace(unet, "timestep_embedding", sin_first), timestep_error),
+    ("freq_shift 1", replace(unet, "timestep_embedding", freq_shift_1), timestep_error),
     ("GEGLU with the tanh GELU", replace_functional(unet, gelu=tanh_gelu),
-        unet_part("feed-forward")),
+        unet_part, "feed-forward"),
     ("GEGLU's first half is the gate", replace(unet.GEGLU, "forward", gate_first),
-        unet_part("feed-forward")),
+        unet_part, "feed-forward"),
     ("ResNet norms swapped", swap(unet.ResnetBlock, "norm1", "norm2"),
-        unet_part("resnet, same width")),
+        unet_part, "resnet, same width"),
     ("transformer block's norms swapped", swap(unet.TransformerBlock, "norm2", "norm3"),
-        unet_whole),
+        unet_error),
     # --- VAE
-    ("VAE eps 1e-5", replace(vae, "EPS", 1e-5), vae_part("resnet", SMALL)),
-    ("VAE pads all sides", after_init(vae.Level, pad_all_sides), vae_part("downsample")),
-    ("VAE norms swapped", swap(vae.ResnetBlock, "norm1", "norm2"), vae_whole("decode")),
-    ("latents not scaled", after_init(vae.VAE, no_scaling), vae_whole("encode")),
-    ("latents not scaled back", after_init(vae.VAE, no_scaling), vae_whole("decode")),
+    ("VAE eps 1e-5", replace(vae, "EPS", 1e-5), vae_part, "resnet", SMALL),
+    ("VAE pads all sides", after_init(vae.Level, pad_all_sides), vae_part, "downsample"),
+    ("VAE norms swapped", swap(vae.ResnetBlock, "norm1", "norm2"), vae_error, "decode"),
+    ("latents not scaled", after_init(vae.VAE, no_scaling), vae_error, "encode"),
+    ("latents not scaled back", after_init(vae.VAE, no_scaling), vae_error, "decode"),
     # --- text encoder
-    ("exact GELU", replace(clip_text, "quick_gelu", F.gelu), common.text_error),
-    ("no causal mask", NO_MASK, common.text_error),
-    ("no final norm", replace(clip_text.TextModel, "forward", no_final_norm), common.text_error),
-    ("CLIP's LayerNorm eps 1e-6", set_eps(clip_text.Layer, "layer_norm2", 1e-6), text_small),
-    ("prompts padded with 0", replace(clip_text, "tokenize", padded_with_0), common.padding),
+    ("exact GELU", replace(clip_text, "quick_gelu", F.gelu), text_error),
+    ("no causal mask", NO_MASK, text_error),
+    ("no final norm", replace(clip_text.TextModel, "forward", no_final_norm), text_error),
+    ("CLIP's LayerNorm eps 1e-6", set_eps(clip_text.Layer, "layer_norm2", 1e-6),
+        text_error, SMALL),
+    ("prompts padded with 0", replace(clip_text, "tokenize", padded_with_0), padding),
     # --- schedule and samplers
-    ("linear betas", after_init(scheduler.DDIM, linear_betas), ddim),
-    ("steps_offset 0", after_init(scheduler.DDIM, no_offset), timesteps),
-    ("set_alpha_to_one", replace(scheduler.DDIM, "alpha", alpha_one), ddim),
-    ("clip_sample", replace(scheduler.DDIM, "step", clipped_step), ddim),
-    ("trailing spacing", after_init(scheduler.DDIM, trailing_spacing), timesteps),
-    ("PNDM without its corrector", no_corrector, pndm),
+    ("linear betas", after_init(scheduler.DDIM, linear_betas), trajectory_error, "ddim", 4),
+    ("steps_offset 0", after_init(scheduler.DDIM, no_offset), timesteps, "ddim", 10),
+    ("set_alpha_to_one", replace(scheduler.DDIM, "alpha", alpha_one), trajectory_error, "ddim", 4),
+    ("clip_sample", replace(scheduler.DDIM, "step", clipped_step), trajectory_error, "ddim", 4),
+    ("trailing spacing", after_init(scheduler.DDIM, trailing_spacing), timesteps, "ddim", 10),
+    ("PNDM without its corrector", no_corrector, trajectory_error, "pndm", 4),
     # --- guidance
-    ("guidance starts from e_p", replace(guidance, "cfg", guided(from_the_prompt)), ddim),
-    ("e_0 and e_p swapped", replace(guidance, "cfg", guided(swapped_estimates)), ddim),
+    ("guidance starts from e_p", replace(guidance, "cfg", guided(from_the_prompt)),
+        trajectory_error, "ddim", 4),
+    ("e_0 and e_p swapped", replace(guidance, "cfg", guided(swapped_estimates)),
+        trajectory_error, "ddim", 4),
 ]
 # fmt: on
 
 
 # ---------------------------------------------------------------------- the tests
-def passes(comparison):
+def passes(comparison, *arguments):
     """Whether the error is below TOLERANCE. Wrong shapes count as a failed comparison."""
     try:
-        return comparison() <= TOLERANCE
+        return comparison(*arguments) <= TOLERANCE
     except AssertionError:
         return False
     except RuntimeError as e:
@@ -347,19 +318,15 @@ def passes(comparison):
         return False
 
 
-@functools.cache
-def passes_without_mistake(comparison):
-    return passes(comparison)
+passes_without_mistake = functools.cache(passes)
 
 
-@pytest.mark.parametrize(
-    "plant, comparison",
-    [pytest.param(plant, comparison, id=name) for name, plant, comparison in MISTAKES],
-)
-def test_mistake_is_seen(plant, comparison, monkeypatch):
-    assert passes_without_mistake(comparison)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[name for name, *_ in MISTAKES])
+def test_mistake_is_seen(mistake, monkeypatch):
+    _, plant, *comparison = mistake
+    assert passes_without_mistake(*comparison)
     plant(monkeypatch)
-    assert not passes(comparison)
+    assert not passes(*comparison)
 
 
 def test_planting_alone_changes_nothing(monkeypatch):
@@ -368,5 +335,5 @@ def test_planting_alone_changes_nothing(monkeypatch):
     replace_functional(unet)(monkeypatch)
     swap(unet.TransformerBlock, "norm2", "norm2")(monkeypatch)
     replace(guidance, "cfg", guided(right_guidance))(monkeypatch)
-    assert passes(unet_whole)
-    assert passes(ddim)
+    assert passes(unet_error)
+    assert passes(trajectory_error, "ddim", 4)

@@ -60,7 +60,7 @@ def test_another_u_is_refused(change):
 @pytest.mark.parametrize("size", [(16, 8), (15, 13)])
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name, size, gain):
-    assert common.unet_error(name, size, gain) <= TOLERANCE
+    assert common.unet_error(gain, name, size) <= TOLERANCE
 
 
 @GAINS
