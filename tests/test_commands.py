@@ -169,44 +169,27 @@ def test_ablating_trains_the_concepts_rows_only(tmp_path):
     assert not np.array_equal(before, after)
 
 
-@pytest.mark.parametrize(
-    "concepts, anchors, lines, expected",
-    [
-        (["star", "moon"], ["circle"], [], [(0, "circle", "star"), (1, "circle", "moon")]),
-        (
-            ["grumpy cat"],
-            ["cat"],
-            ["a cat on a mat", "the cat, sleeping"],
-            [
-                (0, "a cat on a mat", "a grumpy cat on a mat"),
-                (0, "the cat, sleeping", "the grumpy cat, sleeping"),
-            ],
-        ),
-        (
-            ["Van Gogh"],
-            [],
-            ["a lake", "a hill"],
-            [
-                (0, "a lake", "a lake, in the style of Van Gogh"),
-                (0, "a hill", "in Van Gogh's style, a hill"),
-            ],
-        ),
-        # Words that \b does not end
-        (["go"], ["c++"], ["c++ and c++11"], [(0, "c++ and c++11", "go and c++11")]),
-        # In turn, so that a few images show every concept's anchor
-        (
-            ["star", "moon"],
-            ["circle"],
-            ["a circle", "the circle"],
-            [
-                (0, "a circle", "a star"),
-                (1, "a circle", "a moon"),
-                (0, "the circle", "the star"),
-                (1, "the circle", "the moon"),
-            ],
-        ),
-    ],
-)
+# fmt: off
+PAIRS = [
+    # concepts          --anchor    prompts with the anchor   (concept, prompt, with the concept)
+    (["star", "moon"],  ["circle"], [], [(0, "circle", "star"), (1, "circle", "moon")]),
+    (["grumpy cat"],    ["cat"],    ["a cat on a mat", "the cat, sleeping"],
+     [(0, "a cat on a mat", "a grumpy cat on a mat"),
+      (0, "the cat, sleeping", "the grumpy cat, sleeping")]),
+    (["Van Gogh"],      [],         ["a lake", "a hill"],
+     [(0, "a lake", "a lake, in the style of Van Gogh"),
+      (0, "a hill", "in Van Gogh's style, a hill")]),
+    # Words that \b does not end
+    (["go"],            ["c++"],    ["c++ and c++11"], [(0, "c++ and c++11", "go and c++11")]),
+    # In turn, so that a few images show every concept's anchor
+    (["star", "moon"],  ["circle"], ["a circle", "the circle"],
+     [(0, "a circle", "a star"), (1, "a circle", "a moon"),
+      (0, "the circle", "the star"), (1, "the circle", "the moon")]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("concepts, anchors, lines, expected", PAIRS)
 def test_anchor_prompts(concepts, anchors, lines, expected):
     assert ablation.prompt_pairs(concepts, anchors, lines) == expected
 

@@ -196,37 +196,22 @@ def test_without_a_mistake(monkeypatch):
     assert sega_error(2) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        dict(sign=-1),
-        dict(guided=False),
-        dict(momentum=False),
-        dict(printed=True),
-        dict(late_momentum=True),
-    ],
-    ids=str,
-)
-def test_mistake_in_sld_is_seen(mistake, monkeypatch):
-    monkeypatch.setattr(guidance, "sld_step", sld_wrong(**mistake))
-    assert sld_error("medium") > 100 * TOLERANCE
+# fmt: off
+MISTAKES = [
+    ("sld", dict(sign=-1)), ("sld", dict(guided=False)), ("sld", dict(momentum=False)),
+    ("sld", dict(printed=True)), ("sld", dict(late_momentum=True)),
+    ("sega", dict(dims=2)), ("sega", dict(dims=1)), ("sega", dict(guided=True)),
+    ("sega", dict(momentum=False)), ("sega", dict(sign=1)), ("sega", dict(late_momentum=True)),
+]
+# fmt: on
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        dict(dims=2),
-        dict(dims=1),
-        dict(guided=True),
-        dict(momentum=False),
-        dict(sign=1),
-        dict(late_momentum=True),
-    ],
-    ids=str,
-)
-def test_mistake_in_sega_is_seen(mistake, monkeypatch):
-    monkeypatch.setattr(guidance, "sega_step", sega_wrong(**mistake))
-    assert sega_error(2) > 100 * TOLERANCE
+@pytest.mark.parametrize("method, mistake", MISTAKES, ids=str)
+def test_a_mistake_is_seen(method, mistake, monkeypatch):
+    wrong = {"sld": sld_wrong, "sega": sega_wrong}[method]
+    monkeypatch.setattr(guidance, f"{method}_step", wrong(**mistake))
+    error = sld_error("medium") if method == "sld" else sega_error(2)
+    assert error > 100 * TOLERANCE
 
 
 def test_diffusers_weak_is_another_method(monkeypatch):

@@ -1,6 +1,6 @@
 """Stop and resume: the result has the bits of a command that was never stopped.
 
-ONE table: a training, how it stops, before which call of which function, and what the user reads.
+ONE table: a command, how it stops, before which call of which function, and what the user reads.
 Then the same folder continues, and is compared with the folder of a whole run, file by file.
 Kills (kill -9) come at random moments, in test_kill.py.
 """
@@ -8,6 +8,7 @@ Kills (kill -9) come at random moments, in test_kill.py.
 import pytest
 from common import SHORT, differences, run, stopped
 
+import attack
 import pipeline
 import presets
 import train
@@ -17,6 +18,8 @@ from support import runs
 SDD = f"{SHORT} --steps 1 --batch-size 1 --preview-steps 1 --concept star"
 QUIET = f"{SDD} --preview-every 0"
 ABLATE = f"{QUIET} --method ablate --anchor circle"
+ATTACK = "attack.py --model toy --concept star --device cpu --patch none"
+FEW = "--samples 2 --steps 2 --batch-size 2"
 COMMANDS = {
     "previews": f"{SDD} --preview star --export-every 3",
     "sdd": QUIET,
@@ -27,13 +30,18 @@ COMMANDS = {
     "esd-x": f"{QUIET} --method esd-x --save-every 0",
     "rece": "train.py --model toy --concept star --method rece --anchor circle --preview-every 0 "
     "--iters 3 --save-every 1",
+    "table": "eval.py toy --limit 1 --steps 1 --batch-size 2 --device cpu",
+    "word": f"{ATTACK} --kind word {FEW} --num-images 3 --at 0 2 4",
+    "tokens": f"{ATTACK} --kind tokens {FEW} --num-images 3 --at 0 2 4",
+    "relearn": f"{ATTACK} --kind relearn {FEW} --num-images 3 --at 0 2 4",
+    "noise": f"{ATTACK} --kind noise {FEW}",
 }
 SAVED = "of 6 iterations are saved. To continue: python train.py --resume --out"
 KEPT = "the memory is full: the last checkpoint is kept. To continue with less: python train.py"
 STEP = "torch.Tensor.addcdiv_"  # once for each of the 55 tensors, after its moments have changed
 # fmt: off
 ROWS = [
-    # training    how it stops   before this call                       what the user reads
+    # command     how it stops   before this call                       what the user reads
     ("previews",  "Ctrl-C",      "weights.load", 1,                     "nothing has been written"),
     ("previews",  "SIGTERM",     "report.previews.save_png", 2,         "files that are written"),
     ("previews",  "Ctrl-C",      "report.previews.Previews.save", 2,    f"3 {SAVED}"),
@@ -55,13 +63,18 @@ ROWS = [
     ("esd-x",     "Ctrl-C",      "ema.update", 2,                       f"2 {SAVED}"),
     ("esd-x",     "full memory", "ema.update", 5,                       "a smaller --batch-size"),
     ("rece",      "full memory", "closed_form.edit", 3,                 KEPT),
+    ("table",     "Ctrl-C",      "eval.generate_batch", 3,              "files that are written"),
+    ("word",      "Ctrl-C",      "attack.Attack.train_step", 4,         "files that are written"),
+    ("tokens",    "SIGTERM",     "attack.Attack.train_step", 4,         "files that are written"),
+    ("relearn",   "Ctrl-C",      "attack.Attack.train_step", 4,         "files that are written"),
+    ("noise",     "SIGTERM",     "attack.Attack.measure", 4,            "files that are written"),
 ]
 # fmt: on
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A function: the folder of a training that was not stopped, made once."""
+    """A function: the folder of a command that was not stopped, made once."""
     folder = tmp_path_factory.mktemp("whole")
 
     def made(name):
@@ -77,6 +90,8 @@ def test_a_stopped_run_continues_to_the_same_bits(
     name, how, where, number, said, whole, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(pipeline, "SAVED", 4)  # images of the anchor are saved in two parts
+    monkeypatch.setattr(attack, "SAVE_SECONDS", -1, raising=False)  # at each step
+    monkeypatch.setattr(attack, "ETAS", (1.0,))
     out = tmp_path / "o"
     with stopped(how, where, number):
         assert run(COMMANDS[name], out) == (130 if how in ("Ctrl-C", "SIGTERM") else 2)
