@@ -30,7 +30,6 @@ COMMANDS = {
     "esd-x": f"{QUIET} --method esd-x --save-every 0",
     "rece": "train.py --model toy --concept star --method rece --anchor circle --preview-every 0 "
     "--iters 3 --save-every 1",
-    "table": "eval.py toy --limit 1 --steps 1 --batch-size 2 --device cpu",
     "word": f"{ATTACK} --kind word {FEW} --num-images 3 --at 0 2 4",
     "tokens": f"{ATTACK} --kind tokens {FEW} --num-images 3 --at 0 2 4",
     "relearn": f"{ATTACK} --kind relearn {FEW} --num-images 3 --at 0 2 4",
@@ -63,7 +62,6 @@ ROWS = [
     ("esd-x",     "Ctrl-C",      "ema.update", 2,                       f"2 {SAVED}"),
     ("esd-x",     "full memory", "ema.update", 5,                       "a smaller --batch-size"),
     ("rece",      "full memory", "closed_form.edit", 3,                 KEPT),
-    ("table",     "Ctrl-C",      "eval.generate_batch", 3,              "files that are written"),
     ("word",      "Ctrl-C",      "attack.Attack.train_step", 4,         "files that are written"),
     ("tokens",    "SIGTERM",     "attack.Attack.train_step", 4,         "files that are written"),
     ("relearn",   "Ctrl-C",      "attack.Attack.train_step", 4,         "files that are written"),
