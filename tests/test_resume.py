@@ -90,6 +90,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
     monkeypatch.setattr(pipeline, "SAVED", 4)  # images of the anchor are saved in two parts
     monkeypatch.setattr(attack, "SAVE_SECONDS", -1, raising=False)  # at each step
     monkeypatch.setattr(attack, "ETAS", (1.0,))
+    monkeypatch.setattr(attack, "SCALES", (1.0, 1.04))
     out = tmp_path / "o"
     with stopped(how, where, number):
         assert run(COMMANDS[name], out) == (130 if how in ("Ctrl-C", "SIGTERM") else 2)
