@@ -151,7 +151,6 @@ CASES = [
     (f"{ATTACK} --images none", "is not a folder with images"),
     (f"{ATTACK} --patch no.safetensors", "no.safetensors"),
     (f"{ATTACK} --patch FILES/base.safetensors", "was made for toy.*right --model"),
-    (f"{ATTACK} --device meta", "--device"),
     (f"{BENCH} --only 'ours as shiped'", "did you mean ours as shipped"),
     (f"{BENCH} --parts step --k 7", "--k 7 is more than the 6 steps"),
     (f"{BENCH} --only 'ours, --compile'", "'ours, --compile' needs a CUDA GPU"),

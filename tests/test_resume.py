@@ -24,7 +24,7 @@ COMMANDS = {
     "previews": f"{SDD} --preview star --export-every 3",
     "sdd": QUIET,
     "fp16": f"{QUIET} --dtype fp16 --warmup 0",  # with the state of the GradScaler
-    "adversary": f"{QUIET} --adversary 2 --preserve 0.3 --keep circle 'a red square'",
+    "adversary": f"{QUIET} --adversary 1 --preserve 0.3 --keep circle 'a red square'",
     "images": f"{ABLATE} --anchor-images 6 --prior 1",
     "embedding": f"{ABLATE} --anchor-images 3 --train-params embedding",
     "esd-x": f"{QUIET} --method esd-x --save-every 0",
@@ -41,14 +41,14 @@ STEP = "torch.Tensor.addcdiv_"  # once for each of the 55 tensors, after its mom
 # fmt: off
 ROWS = [
     # command     how it stops   before this call                       what the user reads
-    ("previews",  "Ctrl-C",      "weights.load", 1,                     "nothing has been written"),
+    ("sdd",       "Ctrl-C",      "weights.load", 1,                     "nothing has been written"),
     ("previews",  "SIGTERM",     "report.previews.save_png", 2,         "files that are written"),
     ("previews",  "Ctrl-C",      "report.previews.Previews.save", 2,    f"3 {SAVED}"),
     ("previews",  "Ctrl-C",      "report.previews.Previews.finish", 1,  "files that are written"),
     ("previews",  "full memory", "report.previews.Previews.measure", 1, KEPT),
     ("previews",  "full memory", "report.previews.Previews.finish", 1,  KEPT),
     ("previews",  "full disk",   "os.replace", 9,                       "No space left on device"),
-    ("previews",  "full disk",   "csv.DictWriter.writerow", 4,          "No space left on device"),
+    ("sdd",       "full disk",   "csv.DictWriter.writerow", 4,          "No space left on device"),
     ("sdd",       "SIGTERM",     "ema.update", 1,                       f"1 {SAVED}"),
     ("sdd",       "full memory", STEP, 3,                               "a smaller --batch-size"),
     ("sdd",       "full memory", STEP, 3 * 55 + 3,                      KEPT),
