@@ -23,8 +23,8 @@ from clip_text import MAX_TOKENS, TOKEN_EMBEDDING
 from pipeline import check_words, words_of
 from sdd import ROLES
 from support import cli
-from support.cuda_graph import can_record
 from support.errors import UserError, warning
+from support.fast import can_record
 from support.own_loss import check_loss, load_loss, loss_file, sha256
 from toy import worlds
 
@@ -211,16 +211,12 @@ def settle(args):
     method = METHODS[args.method]
     settings["concept"] = settle_concepts(args.concept, args.model)
     settings["preset"] = args.preset or ("toy" if args.model in weights.TOYS else "paper")
-    where, advice = f"with --method {args.method}", ", or choose another --method"
-    no_use = cli.unused(args.given, USED_BY, args.method)
-    loss = method.loss
-    if args.loss and loss:
-        loss = load_loss(args.loss)
-        check_loss(loss, args.loss, noise=method.latents == "anchor")
+    if args.loss and method.loss:
+        method = method._replace(loss=load_loss(args.loss))
+        check_loss(method.loss, args.loss, noise=method.latents == "anchor")
         settings["loss_sha256"] = sha256(loss_file(args.loss))
-    if loss:
-        no_use += unused_by_loss(args, loss)
-    cli.refuse_unused(no_use, where, advice)
+    where, advice = f"with --method {args.method}", ", or choose another --method"
+    cli.refuse_unused(unused(args, method.loss), where, advice)
     for key, value in preset_values(settings, method).items():
         if settings[key] is None:
             settings[key] = value
@@ -231,11 +227,10 @@ def settle(args):
         trained == "embedding" and method.latents != "anchor"
     ):
         cli.refuse_unused([f"train_params {trained}"], where, advice)
-    check_anchors(settings, method)
     if method.loss is None:
         check_closed_form(settings)
     else:
-        check_additions(args, settings, method)
+        check_training(args, settings, method)
     check_ranges(settings)
     if method.loss or settings["preview_every"]:
         check_device(settings, method)
@@ -249,16 +244,19 @@ def settle(args):
     return settings
 
 
-def unused_by_loss(args, loss):
-    """The flags that are given, and that neither the loss nor the method uses."""
-    asks = inspect.signature(loss).parameters
-    keys = [key for key in ("erase_scale", "quantile") if key not in asks]
-    if "c_a" not in asks and args.method not in IMAGES:
-        keys.append("anchor")
-    if args.method == "all-but-one" and not args.loss:
-        # With --quantile the target is built from the concept; without it, from the anchor.
-        keys.append("anchor" if args.quantile else "erase_scale")
-    return [key for key in keys if key in args.given]
+def unused(args, loss):
+    """The flags that are given, and that neither the method nor its loss uses."""
+    keys = []
+    if loss:
+        asks = inspect.signature(loss).parameters
+        keys = [key for key in ("erase_scale", "quantile") if key not in asks]
+        if "c_a" not in asks and args.method not in IMAGES:
+            keys.append("anchor")
+        if args.method == "all-but-one" and not args.loss:
+            # With --quantile the target is built from the concept; without it, from the anchor.
+            keys.append("anchor" if args.quantile else "erase_scale")
+    found = cli.unused(args.given, USED_BY, args.method)
+    return found + [key for key in keys if key in args.given]
 
 
 def without_concepts(prompts, concepts):
@@ -384,46 +382,37 @@ def read_prompts(flag, file):
     return prompts
 
 
-def check_anchors(settings, method):
-    """Checks what Ablating Concepts and All-but-One need of --anchor."""
-    anchors = settings["anchor"]
+def check_training(args, settings, method):
+    """Rejects --anchor, --keep and --adversary where they cannot work."""
+    anchors, concepts = settings["anchor"], settings["concept"]
     if method.latents == "anchor":
-        pairs = ablation.prompt_pairs(settings["concept"], anchors, settings["anchor_prompts"])
+        pairs = ablation.prompt_pairs(concepts, anchors, settings["anchor_prompts"])
         if len(pairs) > settings["anchor_images"]:
             raise UserError(
                 f"{len(pairs)} prompts (every anchor prompt for every concept) need at least one "
                 f"image each: use --anchor-images {len(pairs)}."
             )
-    if settings["method"] == "all-but-one" and len(anchors) > 1:
+        if settings["adversary"] and len(concepts) > 1:
+            raise UserError(
+                f"--adversary with --method {args.method} takes one concept, because each latent "
+                "of a batch has a concept of its own: name one concept, or choose another --method."
+            )
+    if args.method == "all-but-one" and len(anchors) > 1:
         raise UserError("--method all-but-one takes one --anchor for all concepts.")
+    if args.keep and not settings["preserve"]:
+        raise UserError("--keep has no effect without --preserve: add --preserve λ, or remove it.")
     if settings["train_params"] == "embedding":
+        keys = "preserve keep prior detach_start adversary".split()
+        where = "with --train-params embedding, which trains only the concept's words"
+        given = [key for key in keys if getattr(args, key)]
+        cli.refuse_unused(given, where, ", or choose other --train-params")
         words = set(words_of(" ".join(anchors)))
-        for concept in settings["concept"]:
+        for concept in concepts:
             if shared := words.intersection(words_of(concept)):
                 warning(
                     f"--train-params embedding changes every word of {concept!r}, also the "
                     f"anchor's own word {min(shared)!r}."
                 )
-
-
-def check_additions(args, settings, method):
-    """Rejects --adversary and --keep where they cannot work."""
-    if args.keep and not settings["preserve"]:
-        raise UserError("--keep has no effect without --preserve: add --preserve λ, or remove it.")
-    several = len(settings["concept"]) > 1
-    if settings["adversary"] and method.latents == "anchor" and several:
-        raise UserError(
-            f"--adversary with --method {args.method} takes one concept, because each latent of a "
-            "batch has a concept of its own: name one concept, or choose another --method."
-        )
-    if settings["train_params"] == "embedding":
-        keys = [
-            key
-            for key in ("preserve", "keep", "prior", "detach_start", "adversary")
-            if getattr(args, key)
-        ]
-        where = "with --train-params embedding, which trains only the concept's words"
-        cli.refuse_unused(keys, where, ", or choose other --train-params")
 
 
 def check_prompts(model, a, keep_all):

@@ -139,9 +139,7 @@ def parse(argv=None):
         default = f"{paper}" if paper == toy else f"{paper}; toy model: {toy}"
         groups[group].add_argument(cli.flag(key), help=f"{text} (default: {default})", **options)
     cli.add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    args.given = parser.given(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -231,7 +229,7 @@ def main(args):
                 roles=a.roles,
                 step=partial(adamw_step, max_grad_norm=a.max_grad_norm, scaler=scaler),
             )
-        with cli.autocast(device, dtype), runs.divergence_explained(out):
+        with cli.autocast(device, dtype):
             if a.preview_every and start == 0:
                 previews.save(0)
                 reporter.log_previews()

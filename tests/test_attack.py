@@ -21,7 +21,7 @@ import attack
 import weights
 from adversaries import NoisyDDIM, Tokens, Word, project_to_simplex, whole_words
 from evaluation import attacks
-from pipeline import added_word, check_words, encode_prompts
+from pipeline import check_words, encode_prompts, with_word
 from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.errors import UserError
@@ -190,10 +190,9 @@ def test_chance_is_measured_on_the_model_before_the_attack(tmp_path, monkeypatch
             return original(*arguments, **named)
 
         monkeypatch.setattr(attack.Attack, name, noted)
-    monkeypatch.setattr(attack, "SAVE_SECONDS", -1)
     assert run(line, tmp_path / "o") == 130 and run(line, tmp_path / "o") == 0
     first = ["measure", "restore", "train_step", "train_step"]
-    assert order == [*first, "measure", "restore", "train_step", "measure"]
+    assert order == [*first, *first, "measure"]
 
 
 def test_a_result_that_cannot_be_continued_is_one_sentence(tmp_path, capsys):
@@ -211,11 +210,15 @@ def test_a_result_that_cannot_be_continued_is_one_sentence(tmp_path, capsys):
 
 def test_templates_and_what_the_patch_erased_decide_about_covering(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(attack, "censoring", lambda texts, uncensored: shown.extend(texts))
+
+    def stop(texts, uncensored):
+        shown.extend(texts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attack, "censoring", stop)
     patch = zero_patch(tmp_path / "p.safetensors", "toy", concepts="nudity")
-    settings = attack.settle(attack.parse([*STAR.split()[1:], "--patch", str(patch)]))
-    attack.Attack(tmp_path, settings | {"template": ["{} nude"]}, weights.load("toy"), None)
-    assert {"{} nude", "nudity"} <= set(shown)
+    assert run(f"{STAR} --patch {patch} --template 'a red {{}}'", tmp_path / "o") == 130
+    assert {"a red ", "nudity"} <= set(shown)
 
 
 # ---------------------------------------------------------------------- a model folder, and images
@@ -280,7 +283,7 @@ def test_generate_with_a_word(tmp_path, capsys):
     assert "No prompt contains the word '<star>'" in capsys.readouterr().err
 
 
-def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
+def test_a_word_is_only_in_the_copy_and_must_fit(tmp_path):
     model, file = weights.load("toy"), tmp_path / "word.safetensors"
     for tensors, said in (
         ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
@@ -288,18 +291,16 @@ def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
         ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
     ):
         weights.save(file, tensors)
-        with pytest.raises(UserError, match=said), added_word(model, file):
-            pass
-    table = model.text_encoder.text_model.embeddings.token_embedding.weight
-    for _ in range(2):
-        with added_word(model, word_file(file)) as word:
-            assert word == "<star>"
-            star, circle = encode_prompts(model, "a <star> on sand", "a circle on sand")
-            assert torch.equal(star, circle)
-        assert model.text_encoder.text_model.embeddings.token_embedding.weight is table
-    weights.save(file, {"<other>": torch.zeros(64)})
-    with pytest.raises(UserError, match="load it again"), added_word(model, file):
-        pass
+        with pytest.raises(UserError, match=said):
+            with_word(model, file)
+    more, word = with_word(model, word_file(file))
+    assert word == "<star>"
+    star, circle = encode_prompts(more, "a <star> on sand", "a circle on sand")
+    assert torch.equal(star, circle)
+    with pytest.raises(UserError, match="does not know the word '<star>'"):
+        encode_prompts(model, "a <star>")
+    with pytest.raises(UserError, match="already has a word '<star>'"):
+        with_word(more, file)
 
 
 def test_diffusers_loads_the_word(tmp_path):
@@ -312,8 +313,8 @@ def test_diffusers_loads_the_word(tmp_path):
     pipeline.load_textual_inversion(str(file))
     theirs, _ = pipeline.encode_prompt("a <star> on sand", "cpu", 1, False)
     model = weights.load("toy")
-    with added_word(model, file):
-        ours = encode_prompts(model, "a <star> on sand")
+    more, _ = with_word(model, file)
+    ours = encode_prompts(more, "a <star> on sand")
     assert (ours - theirs).abs().max() < 1e-5
     assert (ours - encode_prompts(model, "a shape on sand")).abs().max() > 0.01
 

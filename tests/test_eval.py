@@ -15,7 +15,7 @@ import eval as evaluation
 import presets
 import weights
 from evaluation import columns, findings, metrics, plots, rows, suites, tables
-from support import nudity, statistics
+from support import cli, nudity, statistics
 from support.errors import UserError
 from support.files import checksum
 from support.statistics import Figure, counted
@@ -219,11 +219,13 @@ def test_a_folder_with_images_of_other_weights_or_prompts_is_refused(
     assert run(line, out) == 0
 
 
-def test_batches_are_cut_by_index_size_and_scale():
+def test_batches_are_cut_by_index_size_and_scale(tmp_path):
     jobs = [suites.Job("a", i) for i in range(5)]
     jobs += [suites.Job("b", seed, 7.0, (512, 640)) for seed in (0, 1)]
     jobs += [suites.Job("c", 0, 8.0, (512, 640))]
-    assert list(evaluation.batches(jobs, range(8), 4)) == [[0, 1, 2, 3], [4], [5, 6], [7]]
+    original = rows.Row("original", (), "sd", "sd", ())
+    todo = evaluation.missing_batches(original, jobs, tmp_path, 4, 0, 1)
+    assert todo == [(None, [[0, 1, 2, 3], [4], [5, 6], [7]])]
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -303,7 +305,7 @@ def test_the_suites_have_their_papers_settings():
     ):
         args = evaluation.settle(parsed(line))
         assert args.steps == steps and args.scheduler == sampler
-        assert evaluation.choose_dtype(args, torch.device("cuda")) == dtype
+        assert cli.pick_dtype(args.dtype, torch.device("cuda")) == dtype
 
 
 def test_the_examples_in_help_are_commands():

@@ -6,8 +6,6 @@ import re
 import runpy
 import shlex
 import sys
-from concurrent.futures import Future
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -75,16 +73,6 @@ def call(script, words):
     return 0
 
 
-class InThisThread:
-    """In place of a pool of threads."""
-
-    @staticmethod
-    def submit(function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
 def shortened(script, words, model):
     """The words of a command that runs in seconds; `model` stands in for Stable Diffusion."""
     words = [str(model) if word == "FOLDER" else word for word in words]
@@ -142,11 +130,10 @@ def run_all(lines, folder, model):
         short = "--samples 2 --num-images 2 --steps 1".split()
         patch.setattr(own_row, "AT", {"word": (0, 1)})
 
-        def command(script, *words):
+        async def command(script, *words):
             call(script, [*map(str, words), *(short if script == "attack.py" else [])])
 
         patch.setattr(own_row, "command", command)
-        patch.setattr(own_row, "ThreadPoolExecutor", lambda workers: nullcontext(InThisThread))
         os.chdir(folder)
         try:
             for line in lines:
