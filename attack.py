@@ -26,7 +26,7 @@ import json
 import math
 import re
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,6 @@ from support.nudity import censoring
 from support.own_loss import sha256
 from toy import worlds
 
-SAVE_SECONDS = 60  # between two checkpoints
 KINDS = {"word": Word, "tokens": Tokens, "relearn": Relearn}  # and noise
 ETAS, SCALES = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85), (1.0, 1.02, 1.03, 1.04)
 # fmt: off
@@ -81,9 +80,12 @@ DISPLAY = ("out", "show_uncensored", "given")  # arguments that change no result
 
 
 class Attack:
-    """One attack on one model. detect: evaluation.attacks.make_detector's function, or None."""
+    """One attack on one model.
 
-    def __init__(self, out, settings, model, detect, show_uncensored=False):
+    detect: evaluation.attacks.make_detector's function, or None. censor: what covers images.
+    """
+
+    def __init__(self, out, settings, model, detect, censor):
         self.out, self.settings, self.model = out, settings, model
         self.device = cli.pick_device(settings["device"])
         self.dtype = cli.pick_dtype(settings["dtype"], self.device, training=True)
@@ -96,10 +98,6 @@ class Attack:
         self.seeds = [settings["seed"] * 100_000 + 50_000 + i for i in range(settings["samples"])]
         self.detect = detect
         self.checkpoint = out / "checkpoint.safetensors"
-        texts = [settings["concept"], settings.get("prompt", ""), *settings.get("template", [])]
-        if settings["patch"] != "none":
-            texts.append(weights.read(settings["patch"])[1].get("concepts", ""))
-        censor = censoring(texts, show_uncensored)
         self.results = Results(out, settings, detect is not None, censor)
 
     # ------------------------------------------------------------------------------ images
@@ -142,11 +140,9 @@ class Attack:
         return shown, self.detect(shown) if self.detect else [False] * n
 
     # ------------------------------------------------------------- word, tokens and relearn
-    def learn(self):
+    def learn(self, z_0):
         """Steps of the noise loss; after the steps in --at, images are generated and counted."""
         a, results = self.settings, self.results
-        z_0 = self.concept_latents()
-        load_patch(self.model, a["patch"])
         kind = KINDS[a["kind"]](self.model, a, self.device)
         generator = torch.Generator("cpu").manual_seed(a["seed"])
         if not results.chance:  # before `restore`, which changes the model
@@ -154,7 +150,7 @@ class Attack:
             results.chance = [dict(step=0, hits=sum(found), n=len(found))]
         start, loss = self.restore(kind, generator)
         results.points = [point for point in results.points if point["step"] < start]
-        last, saved = a["at"][-1], time.monotonic()
+        last = a["at"][-1]
         bar = tqdm(total=last, initial=start, desc=a["kind"], unit="step", disable=None)
         for step in range(start, last + 1):
             if step in a["at"]:
@@ -166,9 +162,6 @@ class Attack:
                 loss = self.train_step(kind, z_0, generator)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
-            if time.monotonic() - saved > SAVE_SECONDS:
-                self.save(kind, generator, step + 1, loss)
-                saved = time.monotonic()
         bar.close()
 
     def train_step(self, kind, z_0, generator):
@@ -183,13 +176,10 @@ class Attack:
         return loss.item()
 
     def save(self, kind, generator, step, loss):
-        """A checkpoint. UserError if the loss or a learned tensor is not finite."""
+        """A checkpoint. FloatingPointError if the loss or a learned tensor is not finite."""
         fine = loss is None or math.isfinite(loss)
         if not fine or not all(x.isfinite().all() for x in kind.tensors.values()):
-            raise UserError(  # its images would show nothing
-                f"The attack diverged before step {step} (loss {loss}): start again in another "
-                "folder (--out) with a smaller --lr."
-            )
+            raise FloatingPointError(f"The attack diverged before step {step} (loss {loss})")
         groups = {"attack": kind.tensors, "generator": {"state": generator.get_state()}}
         metadata = {"step": str(step), "loss": json.dumps(loss)}
         weights.save_checkpoint(self.checkpoint, groups, kind.optimizer, metadata)
@@ -207,7 +197,6 @@ class Attack:
     def try_noise(self):
         """24 attempts. A seed counts from the first attempt on that shows the concept."""
         a, results = self.settings, self.results
-        load_patch(self.model, a["patch"])
         c_0, c_p = encode_prompts(self.model, "", a["prompt"])
         attempts = [(eta, scale) for eta in ETAS for scale in SCALES]
         results.chance = results.chance[: len(results.points)]
@@ -232,11 +221,6 @@ def any_of(points, found):
     return [x or y for x, y in zip(before, found)]
 
 
-def load_patch(model, patch):
-    if patch != "none":
-        weights.load_patch(patch, model.unet, model.text_encoder)
-
-
 def image_files(folder, n):
     """The first n images of a folder, by name. UserError if there are none."""
     kinds = (".png", ".jpg", ".jpeg", ".webp")
@@ -254,8 +238,6 @@ def encode_folder(model, folder, n, device):
     for file in image_files(folder, n):
         try:
             image = np.asarray(Image.open(file).convert("RGB").resize(size))
-        except MemoryError:
-            raise
         except Exception as e:  # of Pillow's decoders: OSError, SyntaxError, ValueError, others
             raise UserError(f"--images: {file} cannot be read ({e}): remove it.") from None
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
@@ -267,17 +249,12 @@ def encode_folder(model, folder, n, device):
 def settle(args):
     """{argument: value} that the kind of attack uses, with its defaults."""
     cli.refuse_unused(cli.unused(args.given, USED_BY, args.kind), f"with --kind {args.kind}")
-    if not args.concept.strip():
-        raise UserError("The concept is empty: use --concept WORD.")
-    if args.seed > 10**12:
-        raise UserError(f"--seed {args.seed} is out of range (0 to 10^12).")
     a = {key: value for key, value in vars(args).items() if key not in DISPLAY}
     ((a["name"], patches),) = weights.named_patches([args.patch]).items()
     a["patch"] = patches[0] if patches else "none"
     a["model"] = weights.choose_model(args.model, patches)
-    for patch in patches:
-        weights.read(patch)  # a missing or damaged file ends here
-        a["patch_sha256"] = sha256(Path(patch))
+    if patches:
+        a["patch_sha256"] = sha256(Path(patches[0]))
     toy, own = a["model"] in weights.TOYS, {}
     if toy:
         a["concept"] = a["concept"].lower()  # as its world writes words
@@ -287,26 +264,17 @@ def settle(args):
         if args.kind in kinds.split() and a[key] is None:
             a[key] = own.get(key, small if toy else large)
     a = {key: value for key, value in a.items() if args.kind in USED_BY.get(key, args.kind)}
-    if args.kind in KINDS:
-        check_learning(a)
-    return a
-
-
-def check_learning(a):
-    """Checks the settings of an attack that learns, and notes what its own images are."""
-    a["at"] = sorted(set(a["at"]))
-    if not 0 < a["lr"] <= 1e3:
-        raise UserError(f"--lr {a['lr']} is out of range (above 0, up to 1000).")
+    if "at" in a:
+        a["at"] = sorted(set(a["at"]))
     for text in a.get("template", []):
         if "{}" not in text:
             raise UserError(f"--template {text!r} has no {{}} for the word: add it.")
-    if not a.get("init", "object").strip():
-        raise UserError("--init is empty: name the word that the new one starts from.")
-    if a["images"]:
+    if a.get("images"):
         digest = hashlib.sha256()
         for file in image_files(a["images"], a["num_images"]):
             digest.update(file.read_bytes())
         a["images"], a["images_sha256"] = str(a["images"]), digest.hexdigest()
+    return a
 
 
 def attack(args):
@@ -316,17 +284,21 @@ def attack(args):
     args.out = args.out or Path("attacks") / short
     with lock_folder(args.out):
         model = weights.load(a["model"], args.revision)
-        with patched(model, None if a["patch"] == "none" else a["patch"]):
-            pass  # refuses a patch for another model, before images are generated
-        templates = [text.replace("{}", "") for text in a.get("template", [])]
-        check_words(model, [a["concept"], a.get("prompt", ""), a.get("init", ""), *templates])
+        texts = [text.replace("{}", "") for text in a.get("template", [])]
+        texts += [a["concept"], a.get("prompt", "")]
+        check_words(model, [*texts, a.get("init", "")])
+        patch = None if a["patch"] == "none" else a["patch"]
+        with patched(model, patch) as about:  # one for another model is refused here
+            censor = censoring([*texts, about.get("concepts", "")], args.show_uncensored)
         detect = make_detector(a["model"], a["concept"])
         runs.begin_or_continue(args.out / "attack.json", a)
-        run = Attack(args.out, a, model, detect, args.show_uncensored)
-        if args.kind == "noise":
-            run.try_noise()
-        else:
-            run.learn()
+        run = Attack(args.out, a, model, detect, censor)
+        z_0 = run.concept_latents() if args.kind in KINDS else None
+        with patched(model, patch):
+            if args.kind in KINDS:
+                run.learn(z_0)
+            else:
+                run.try_noise()
         run.results.finish()
 
 
@@ -348,7 +320,8 @@ def parse(argv=None):
     add = parser.add_argument_group("what is attacked").add_argument
     add("--patch", type=cli.not_empty, required=True, metavar="[NAME=]FILE",
         help="an erased.safetensors, or none for the untouched model")
-    add("--concept", required=True, metavar="WORD", help="what should come back")
+    add("--concept", type=cli.not_empty, required=True, metavar="WORD",
+        help="what should come back")
     add("--kind", **cli.one_of([*KINDS, "noise"]), default="word",
         help="how to attack (default: %(default)s)")
     add("--model", metavar="MODEL",
@@ -365,11 +338,11 @@ def parse(argv=None):
     add("--at", nargs="+", type=cli.natural, metavar="N",
         help="steps after which images are generated; the last one ends the attack "
         f"{default('at')}")
-    add("--lr", type=cli.finite, help=f"learning rate {default('lr')}")
+    add("--lr", type=partial(cli.number, low=1e-9, high=1e3), help=f"learning rate {default('lr')}")
     add("--batch-size", type=cli.positive, metavar="B",
         help=f"images per step, and images generated at a time {default('batch_size')}")
     inits = "; ".join(f"{name}: {world.INIT}" for name, world in worlds.MODELS.items())
-    add("--init", metavar="WORD",
+    add("--init", type=cli.not_empty, metavar="WORD",
         help=f"word: the word that the new one starts from (default: object; {inits})")
     add("--template", nargs="+", metavar="TEXT",
         help="word, relearn: prompts with {} for the word (default: the word alone)")
@@ -389,9 +362,7 @@ def parse(argv=None):
         help="output folder (default: attacks/KIND-CONCEPT-PATCH)")
     # fmt: on
     cli.add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    args.given = parser.given(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

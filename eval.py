@@ -22,7 +22,7 @@ import itertools
 import os
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -105,8 +105,8 @@ def parse(argv=None):
     add = group.add_argument
     add("--loss", type=cli.not_empty, metavar="FILE:FUNCTION",
         help="train it on one and on three concepts, measure it and attack it")
-    add("--seeds", type=cli.positive, metavar="N",
-        help="training seeds, 1 to 3; each takes about the same time (default: 1)")
+    add("--seeds", type=int, choices=(1, 2, 3),
+        help="training seeds; each takes about the same time (default: 1)")
     add("--train-flags", default="", metavar="TEXT",
         help='more flags of train.py, as one text: --train-flags="--lr 2e-3 --preserve 0.3"')
 
@@ -138,9 +138,7 @@ def parse(argv=None):
         "tables/)")
     # fmt: on
     cli.add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    args.given = parser.given(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 def check_flags(args):
@@ -150,57 +148,28 @@ def check_flags(args):
         cli.refuse_unused(sorted(args.given - LOSS_FLAGS), "with --loss")
     warms_up = WARMUPS.keys() & set(args.guidance)
     for keys, needs, there in (
-        ("seeds train_flags", "--loss", args.loss),
-        ("avoid", "--guidance", args.guidance),
-        ("guidance_warmup", "--guidance sld-… or sega", warms_up),
-        ("clip", "--q16 or the suite coco", args.q16 or args.suite == "coco"),
+        ({"seeds", "train_flags"}, "--loss", args.loss),
+        ({"avoid"}, "--guidance", args.guidance),
+        ({"guidance_warmup"}, "--guidance sld-… or sega", warms_up),
+        ({"clip"}, "--q16 or the suite coco", args.q16 or args.suite == "coco"),
     ):
         if not there:
-            cli.refuse_unused(
-                [key for key in keys.split() if key in args.given], f"without {needs}"
-            )
-    if args.seeds and args.seeds > 3:
-        raise UserError(f"--seeds {args.seeds} is out of range (1 to 3).")
+            cli.refuse_unused(sorted(keys & args.given), f"without {needs}")
 
 
 def settle(args):
     """The arguments with the defaults of suite and model, and the rows of the table."""
     a = Namespace(**vars(args))
     a.model = choose_model(args)
-    a.scheduler = args.scheduler or choose_scheduler(a)
-    a.steps = args.steps or SUITES[args.suite].steps
-    if a.model in weights.TOYS:
+    toy, suite = a.model in weights.TOYS, SUITES[args.suite]
+    a.scheduler = args.scheduler or ("ddim" if toy or args.suite == "toy" else "pndm")
+    a.steps = args.steps or suite.steps
+    a.dtype = suite.dtype if args.dtype == "auto" else args.dtype
+    if toy:
         a.avoid = [text.lower() for text in args.avoid]  # as their worlds write words
     a.rows = read_rows(a)
     a.all_concepts = list(dict.fromkeys(concept for row in a.rows for concept in row.concepts))
     return a
-
-
-def choose_scheduler(args):
-    """The default of --scheduler."""
-    return "ddim" if args.suite == "toy" or args.model in weights.TOYS else "pndm"
-
-
-def choose_out(args, processes):
-    """--out; without it a new numbered folder in tables/."""
-    if args.out:
-        return args.out
-    if processes > 1:  # each process would choose its own
-        raise UserError("Several processes share one folder: name it with --out.")
-    name = args.loss.rpartition(":")[2] if args.loss else args.suite
-    return numbered_folder("tables", name)
-
-
-def choose_device(name, processes):
-    """--device; under torchrun, `auto` gives each process its own GPU."""
-    if name == "auto" and processes > 1 and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return cli.pick_device(name)
-
-
-def choose_dtype(args, device):
-    """--dtype; `auto` is the suite's, if the paper names one, else fp16 on CUDA, as for COCO."""
-    return cli.pick_dtype(SUITES[args.suite].dtype if args.dtype == "auto" else args.dtype, device)
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -208,7 +177,10 @@ def evaluate(args):
     """The whole command: generates the images that are missing, then measures all of them."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_flags(args)
-    args.out = choose_out(args, processes)
+    if processes > 1 and not args.out:  # each process would choose its own folder
+        raise UserError("Several processes share one folder: name it with --out.")
+    name = args.loss.rpartition(":")[2] if args.loss else args.suite
+    args.out = args.out or numbered_folder("tables", name)
     if args.loss:
         from evaluation.own_row import own_row
 
@@ -216,9 +188,16 @@ def evaluate(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     a = settle(args)
-    work = [(row, jobs_of(row, a), a.out / "images" / row.title) for row in a.rows]
-    device = choose_device(a.device, processes)
-    dtype = choose_dtype(a, device)
+    work = []
+    for row in a.rows:
+        jobs = SUITES[a.suite].jobs(a, row.concepts)
+        if a.suite != "toy":  # there, --limit counts per part of the suite
+            jobs = jobs[: a.limit]
+        work.append((row, jobs, a.out / "images" / row.title))
+    if a.device == "auto" and processes > 1 and torch.cuda.is_available():
+        a.device = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process
+    device = cli.pick_device(a.device)
+    dtype = cli.pick_dtype(a.dtype, device)
     model = weights.load(a.model, a.revision)
     scheduler = make_scheduler(model.scheduler, a.steps, a.scheduler)
     check_files(a, model)
@@ -242,35 +221,22 @@ def evaluate(args):
             write_results(a, work, settings, model, device)
 
 
-def jobs_of(row, a):
-    """The images that a row generates. In the suite toy, --limit counts per part of the suite."""
-    jobs = SUITES[a.suite].jobs(a, row.concepts)
-    return jobs if a.suite == "toy" else jobs[: a.limit]
-
-
 def check_files(a, model):
     """Refuses files that would fail only after the images are generated."""
     if a.q16:
-        check_width(a)
+        width = learned_prompts(a.q16).shape[1]
+        with suppress(OSError):  # the measure says later that it has no CLIP
+            wanted = CLIPConfig.from_pretrained(a.clip).projection_dim
+            if width != wanted:
+                raise UserError(
+                    f"--q16 {a.q16} holds prompts of {width} numbers, and {a.clip} has {wanted}: "
+                    "use the --clip that they were learned for."
+                )
     if a.real and not (a.real.is_dir() and any(a.real.iterdir())):
         raise UserError(f"--real {a.real} is not a folder with images.")
     for file in {file for row in a.rows for file in row.patches}:
         with patched(model, file):
             pass
-
-
-def check_width(a):
-    """UserError if Q16's learned prompts are not as wide as CLIP's embeddings."""
-    width = learned_prompts(a.q16).shape[1]
-    try:
-        wanted = CLIPConfig.from_pretrained(a.clip).projection_dim
-    except OSError:
-        return  # the measure says later that it has no CLIP
-    if width != wanted:
-        raise UserError(
-            f"--q16 {a.q16} holds prompts of {width} numbers, and {a.clip} has {wanted}: use "
-            "the --clip that they were learned for."
-        )
 
 
 def image_settings(a, work, model):
@@ -298,9 +264,14 @@ def missing_batches(row, jobs, folder, size, rank, processes):
     turn = turns(jobs, len(patches))
     todo = []
     for n, patch in enumerate(patches):
-        mine = [i for i in range(len(jobs)) if turn[i] == n]
+        mine = enumerate(i for i in range(len(jobs)) if turn[i] == n)
+        # A batch ends at a multiple of `size`, and where the guidance scale or image size changes.
+        groups = itertools.groupby(
+            mine, lambda x: (x[0] // size, jobs[x[1]].scale, jobs[x[1]].size)
+        )
+        batches = [[i for _, i in group] for _, group in groups]
         missing = []
-        for batch in list(batches(jobs, mine, size))[rank::processes]:
+        for batch in batches[rank::processes]:
             if not all((folder / f"{i:05d}.png").exists() for i in batch):
                 missing.append(batch)
         if missing:
@@ -308,60 +279,30 @@ def missing_batches(row, jobs, folder, size, rank, processes):
     return todo
 
 
-def batches(jobs, mine, size):
-    """The indices `mine` of jobs, as lists of those that are generated together.
-
-    They are cut at multiples of `size`, and where the guidance scale or the image size changes.
-    """
-
-    def key(place):
-        job = jobs[mine[place]]
-        return place // size, job.scale, job.size
-
-    for _, group in itertools.groupby(range(len(mine)), key=key):
-        yield [mine[place] for place in group]
-
-
 def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dtype):
     """Generates the images of a row that are not in its folder yet. todo: missing_batches."""
+    avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
+    how = dict(scheduler=scheduler, guidance=row.guidance, warmup=a.guidance_warmup, dtype=dtype)
+    about = {"model": model.name, "row": row.title}
     total = sum(len(batch) for _, missing in todo for batch in missing)
     with tqdm(total=total, desc=label, unit="image", disable=None) as bar:
         for patch, missing in todo:
             with patched(model, patch):
                 unet = InferenceUNet(model.unet, device, dtype)
                 for batch in missing:
-                    some = {i: jobs[i] for i in batch}
-                    generate_batch(some, row, folder, a, model, unet, scheduler, dtype)
-                    bar.update(len(batch))
+                    some = [jobs[i] for i in batch]
+                    prompts = [job.prompt for job in some]
+                    c_0, c_S, c_p = encode_prompts(model, "", avoided, prompts, warn=False)
+                    scale = a.guidance_scale if some[0].scale is None else some[0].scale
+                    how |= dict(guidance_scale=scale, size=some[0].size, batch_size=len(some))
+                    seeds = [job.seed for job in some]
+                    made = images(model, c_p, seeds, unet=unet, negative=c_0, avoid=c_S, **how)
+                    for i, job, image in zip(batch, some, made):
+                        file = folder / f"{i:05d}.png"
+                        if not file.exists():
+                            save_png(image, file, prompt=job.prompt, seed=job.seed, **about)
+                        bar.update(1)
                 del unet  # before the next patch's copy is made
-
-
-def generate_batch(some, row, folder, a, model, unet, scheduler, dtype):
-    """Generates the images of some jobs {index: job}, and saves those that are not there yet."""
-    jobs = list(some.values())
-    avoided = avoided_prompts(row.guidance, row.concepts if row.guidance != "sd" else ())
-    prompts = [job.prompt for job in jobs]
-    c_0, c_S, c_p = encode_prompts(model, "", avoided, prompts, warn=False)
-    made = images(
-        model,
-        c_p,
-        [job.seed for job in jobs],
-        unet=unet,
-        negative=c_0,
-        avoid=c_S,
-        scheduler=scheduler,
-        guidance_scale=a.guidance_scale if jobs[0].scale is None else jobs[0].scale,
-        guidance=row.guidance,
-        warmup=a.guidance_warmup,
-        size=jobs[0].size,
-        batch_size=len(jobs),
-        dtype=dtype,
-    )
-    for (i, job), image in zip(some.items(), made):
-        file = folder / f"{i:05d}.png"
-        if not file.exists():
-            about = {"prompt": job.prompt, "seed": job.seed, "model": model.name, "row": row.title}
-            save_png(image, file, **about)
 
 
 if __name__ == "__main__":

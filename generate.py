@@ -18,13 +18,13 @@ from pathlib import Path
 import weights
 from guidance import GUIDANCE
 from pipeline import (
-    added_word,
     avoided_prompts,
     check_warmup,
     encode_prompts,
     images,
     make_scheduler,
     patched,
+    with_word,
 )
 from scheduler import SAMPLERS
 from support import cli
@@ -108,6 +108,9 @@ def generate(args):
         model.vae.to(device)
         model.text_encoder.to(device)
 
+        how = dict(scheduler=scheduler, dtype=dtype, size=args.resolution)
+        how |= dict(guidance=args.guidance, warmup=args.guidance_warmup)
+        how |= dict(guidance_scale=args.guidance_scale, batch_size=args.batch_size)
         rows = [[] for _ in args.prompts]  # of grid.png
         lines = []  # of prompts.jsonl
         for name, patch in patches.items():
@@ -118,7 +121,7 @@ def generate(args):
             }
             if args.avoid:
                 about |= {"guidance": args.guidance, "avoid": "; ".join(args.avoid)}
-            made = images_of(model, patch, name, args, scheduler, dtype)
+            made = images_of(model, patch, name, args, how)
             for number, (prompt, seed, image) in enumerate(made):
                 file = folder / f"{number:05d}.png"
                 save_png(image, args.out / file, prompt=prompt, seed=seed, **about)
@@ -157,42 +160,32 @@ def one_file_each(given):
     return patches
 
 
-def images_of(model, patch, name, args, scheduler, dtype):
-    """Yields (prompt, seed, image) for each prompt and each of its seeds, with a patch or None."""
+def images_of(model, patch, name, args, how):
+    """Yields (prompt, seed, image) for each prompt and each of its seeds, with a patch or None.
+
+    how: the arguments of `images` that all of them share.
+    """
     avoid = avoided_prompts(args.guidance, args.avoid)
     jobs = [(prompt, args.seed + n) for prompt in args.prompts for n in range(args.num_images)]
-    with patched(model, patch), added_word(model, args.word) as word:
+    with patched(model, patch):
+        model, word = with_word(model, args.word)
         read = " ".join([*args.prompts, *args.avoid, args.negative_prompt])
         if word and word.lower() not in read.lower():
             raise UserError(
                 f"No prompt contains the word {word!r} of {args.word}: write it into one."
             )
         c_0, c_p, c_S = encode_prompts(model, args.negative_prompt, args.prompts, avoid)
-        made = images(
-            model,
-            c_p.repeat_interleave(args.num_images, 0),
-            [seed for _, seed in jobs],
-            negative=c_0,
-            avoid=c_S,
-            scheduler=scheduler,
-            guidance_scale=args.guidance_scale,
-            guidance=args.guidance,
-            warmup=args.guidance_warmup,
-            size=args.resolution,
-            batch_size=args.batch_size,
-            dtype=dtype,
-            bar=name,
-        )
+        c_p = c_p.repeat_interleave(args.num_images, 0)
+        seeds = [seed for _, seed in jobs]
+        made = images(model, c_p, seeds, negative=c_0, avoid=c_S, bar=name, **how)
         for job, image in zip(jobs, made):
             yield *job, image
 
 
 def make_grid(rows, args, patches):
     """grid.png: one row per prompt; with several patches, a column's name is its patch's."""
-    labels = []
-    for prompt in args.prompts:
-        short = prompt[: LONGEST_LABEL - 1] + "…"
-        labels.append(prompt if len(prompt) <= LONGEST_LABEL else short)
+    cut = LONGEST_LABEL - 1
+    labels = [text if len(text) <= cut + 1 else f"{text[:cut]}…" for text in args.prompts]
     columns = []
     if len(patches) > 1:
         for name in patches:

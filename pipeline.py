@@ -9,6 +9,7 @@ same noise at any batch size and on any device, and the same image but for round
 adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 """
 
+import copy
 import difflib
 from contextlib import contextmanager
 
@@ -39,11 +40,11 @@ def noise_schedule(config):
 def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
     name = config.get("_class_name")
-    if kind is None and name not in SAMPLER_NAMES:
+    kind = kind or SAMPLER_NAMES.get(name)
+    if kind is None:
         raise UserError(
             f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
         )
-    kind = kind or SAMPLER_NAMES[name]
     if kind not in SAMPLERS:
         raise UserError(f"There is no sampler {kind!r}: use ddim or pndm.")
     try:
@@ -64,7 +65,7 @@ def known_words(tokenizer):
         if token.endswith("</w>") and (len(token) > 5 or token == "a</w>"):
             words.add(token.removesuffix("</w>"))
     added = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
-    return words | added  # the word of an attack, see added_word below
+    return words | added  # the word of an attack, see with_word below
 
 
 def words_of(prompt):
@@ -77,10 +78,8 @@ def check_words(model, prompts):
     known = known_words(model.tokenizer)
     if known is None:
         return
-    for prompt in prompts:
-        for word in words_of(prompt):
-            if word in known:
-                continue
+    for word in words_of(" ".join(prompts)):
+        if word not in known:
             near = difflib.get_close_matches(word, known, 1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise UserError(
@@ -95,11 +94,15 @@ def encode_prompts(model, *groups, warn=True):
 
     A group is a list of n prompts, or one prompt. With one group the result is its tensor. So
     `c_0, c_p = encode_prompts(model, "", ["a star", "a moon"])` has (1, 77, D) and (2, 77, D).
+    A group that has its embeddings already, a tensor, stays as it is.
     warn: print a warning if prompts were cut to 77 tokens.
     UserError for a word that a toy model does not know.
     """
     groups = [[group] if isinstance(group, str) else group for group in groups]
-    prompts = [prompt for group in groups for prompt in group]
+    texts = [group for group in groups if not isinstance(group, torch.Tensor)]
+    prompts = [prompt for group in texts for prompt in group]
+    if not prompts:
+        return groups
     check_words(model, prompts)
     tokens, cut = tokenize(model.tokenizer, prompts)
     if warn and any(cut):
@@ -109,39 +112,16 @@ def encode_prompts(model, *groups, warn=True):
         )
     device = next(model.text_encoder.parameters()).device
     states = torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
-    if len(groups) == 1:
-        return states
-    return states.split([len(group) for group in groups])
-
-
-def embed(model, *groups):
-    """Each group's embeddings: it has them already, or is encoded, together with the others."""
-    texts = [group for group in groups if not isinstance(group, torch.Tensor)]
-    # The last group is empty, so that one group of texts also gives a tuple.
-    some = any(group != [] for group in texts)
-    encoded = iter(encode_prompts(model, *texts, []) if some else texts)
-    return [group if isinstance(group, torch.Tensor) else next(encoded) for group in groups]
+    states = iter(states.split([len(group) for group in texts]))
+    found = [group if isinstance(group, torch.Tensor) else next(states) for group in groups]
+    return found[0] if len(found) == 1 else found
 
 
 # ----------------------------------------------------------------------------------------- sampling
 def initial_noise(shape, seeds):
     """z_T (len(seeds), *shape), float32. Each image has a CPU generator of its own."""
-    noise = []
-    for seed in seeds:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise.append(torch.randn((1, *shape), generator=generator))
-    return torch.cat(noise)
-
-
-def count_evaluations(estimator, bar):
-    """The same estimator; each call moves the progress bar by one."""
-
-    def counted(z, t, i):
-        e = estimator(z, t, i)
-        bar.update()
-        return e
-
-    return counted
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
 def latent_shape(model, size=None):
@@ -195,7 +175,7 @@ def generate_latents(
         avoid = [avoid]
     if not isinstance(avoid, torch.Tensor):
         avoid = avoided_prompts(guidance, avoid)
-    c_0, c_S, c_p = embed(model, negative, avoid, prompts)
+    c_0, c_S, c_p = encode_prompts(model, negative, avoid, prompts)
     if scheduler is None or isinstance(scheduler, str):
         scheduler = make_scheduler(model.scheduler, steps, scheduler)
     unet = unet or InferenceUNet(model.unet, c_p.device, dtype)
@@ -207,8 +187,13 @@ def generate_latents(
             part = slice(i, i + batch_size)
             # A new estimator for each batch, because SLD and SEGA have momentum.
             estimator = GUIDANCE[guidance](unet, c_0, c_p[part], c_S, guidance_scale, warmup)
+
+            def counted(z, t, i, estimator=estimator):
+                progress.update()
+                return estimator(z, t, i)
+
             z_T = initial_noise(shape, seeds[part]).to(c_p.device)
-            yield sample(count_evaluations(estimator, progress), scheduler, z_T)
+            yield sample(counted, scheduler, z_T)
 
 
 def saved_latents(file, title, model, c_p, n, seed, **how):
@@ -296,51 +281,37 @@ def patched(model, file):
         yield {}
         return
     parts = (model.unet, model.text_encoder)
-    changed = weights.read(file)[0].keys()
-    before = []  # (tensor of the model, its values)
-    for part in parts:
-        for name, x in part.state_dict().items():
-            if name in changed:
-                before.append((x, x.clone()))
+    own = parts[0].state_dict() | parts[1].state_dict()
+    before = {name: own[name].clone() for name in weights.read(file)[0] if name in own}
     try:
         yield weights.load_patch(file, *parts)
     finally:
-        for x, values in before:
-            x.copy_(values)
+        for name, x in before.items():
+            own[name].copy_(x)
 
 
-@contextmanager
-def added_word(model, file):
-    """The model with one more word, from a textual-inversion file.
+def with_word(model, file):
+    """(a copy of the model with one more word, the word), from a textual-inversion file.
 
-    Afterwards the model's table of words is as it was. Its tokenizer keeps the word, so the same
-    word can be added again, but no other one.
-    file: a safetensors file with one tensor, (D,) or (1, D), whose name is the word; None for none.
-    attack.py writes such files, and diffusers' load_textual_inversion reads them.
+    file: a safetensors file with one tensor, (D,) or (1, D), whose name is the word; None for the
+    model as it is. attack.py writes such files, and diffusers' load_textual_inversion reads them.
     """
     if not file:
-        yield None
-        return
+        return model, None
     tensors, _ = weights.read(file)
-    embedding = model.text_encoder.text_model.embeddings.token_embedding
-    table = embedding.weight
+    text_encoder, tokenizer = copy.deepcopy((model.text_encoder, model.tokenizer))
+    embedding = text_encoder.text_model.embeddings.token_embedding
     vectors = [x.reshape(1, -1) for x in tensors.values()]
-    if len(vectors) != 1 or vectors[0].shape[1] != table.shape[1]:
+    if len(vectors) != 1 or vectors[0].shape[1] != embedding.embedding_dim:
         raise UserError(
-            f"{file} does not hold one word of {table.shape[1]} numbers: use a word.safetensors "
-            "that attack.py wrote for this model."
+            f"{file} does not hold one word of {embedding.embedding_dim} numbers: use a "
+            "word.safetensors that attack.py wrote for this model."
         )
-    word = next(iter(tensors))
-    if model.tokenizer.convert_tokens_to_ids(word) != len(table):  # not added by an earlier call
-        if word in model.tokenizer.get_vocab():
-            raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
-        if len(model.tokenizer) != len(table):
-            raise UserError(f"This model had another word before {word!r}: load it again.")
-        model.tokenizer.add_tokens([word])
-    embedding.weight = torch.nn.Parameter(
-        torch.cat([table, vectors[0].to(table)]), requires_grad=False
-    )
-    try:
-        yield word
-    finally:
-        embedding.weight = table
+    (word,) = tensors
+    if word in tokenizer.get_vocab():
+        raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
+    rows = embedding.weight[: len(tokenizer)]  # the new word's number is the next one
+    table = torch.cat([rows, vectors[0].to(rows)])
+    embedding.weight = torch.nn.Parameter(table, requires_grad=False)
+    tokenizer.add_tokens([word])
+    return model._replace(text_encoder=text_encoder, tokenizer=tokenizer), word

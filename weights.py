@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from clip_text import CLIPText
 from scheduler import DDIM
 from support.errors import UserError, first_line
-from support.files import apply_umask, atomic_write, checksum, damage
+from support.files import atomic_write, checksum, damage
 from support.statistics import ORIGINAL
 from toy import worlds
 from unet import UNet
@@ -41,7 +41,8 @@ NETWORKS = {
     "text_encoder": (CLIPText, "model"),
 }
 
-# Config keys that change the arithmetic: key -> the value that our modules implement.
+# Config keys that change the arithmetic: key -> the value that our modules implement. A list has
+# one value per block.
 # fmt: off
 ONLY = {
     "unet": dict(
@@ -53,6 +54,7 @@ ONLY = {
     ),
     "vae": dict(
         act_fn="silu", mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
+        down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D",
     ),
     "text_encoder": dict(hidden_act="quick_gelu", model_type="clip_text_model"),
     "scheduler": dict(
@@ -61,50 +63,31 @@ ONLY = {
     ),
 }
 # fmt: on
-# Config keys that list block types: key -> the types that our modules implement.
-BLOCKS = {
-    "unet": dict(
-        down_block_types={"DownBlock2D", "CrossAttnDownBlock2D"},
-        up_block_types={"UpBlock2D", "CrossAttnUpBlock2D"},
-    ),
-    "vae": dict(down_block_types={"DownEncoderBlock2D"}, up_block_types={"UpDecoderBlock2D"}),
-}
-# Config keys that are arguments of our modules.
-ARGUMENTS = {
-    network: set(inspect.signature(make).parameters) for network, (make, _) in NETWORKS.items()
-}
-ARGUMENTS["scheduler"] = set(inspect.signature(DDIM).parameters) - {"steps"}
-FRACTIONS = {"beta_start", "beta_end", "layer_norm_eps", "scaling_factor"}  # the rest: integers
-# Config keys that do not change the arithmetic, whatever their value.
-INERT = """
-    architectures initializer_factor initializer_range projection_dim torch_dtype dtype
-    transformers_version bos_token_id eos_token_id pad_token_id force_upcast clip_sample_range
-    addition_embed_type_num_heads dynamic_thresholding_ratio sample_max_value
+# Config keys of what our modules do not have: they are absent, or null, false or 0.
+OFF = """
+    use_linear_projection only_cross_attention dual_cross_attention mid_block_only_cross_attention
+    cross_attention_norm num_attention_heads center_input_sample class_embed_type num_class_embeds
+    class_embeddings_concat addition_embed_type encoder_hid_dim encoder_hid_dim_type
+    time_embedding_dim time_embedding_act_fn timestep_post_act time_cond_proj_dim
+    resnet_skip_time_act shift_factor latents_mean clip_sample set_alpha_to_one thresholding
+    trained_betas rescale_betas_zero_snr
 """.split()
-# What diffusers' samplers use for a key that scheduler_config.json does not have: the first table
-# for both samplers, the second one in addition. SD 1.4's own file has every key that differs here.
-SCHEDULER_DEFAULTS = dict(
-    beta_start=0.0001,
-    beta_end=0.02,
-    beta_schedule="linear",
-    num_train_timesteps=1000,
-    steps_offset=0,
-)
-SAMPLER_DEFAULTS = {
-    "PNDMScheduler": dict(skip_prk_steps=False),
-    "DDIMScheduler": dict(clip_sample=True, set_alpha_to_one=True),
+# Config keys that are arguments of our modules: {part: {key: SD 1.4's value, the default}}.
+ARGUMENTS = {
+    part: {key: x.default for key, x in inspect.signature(make).parameters.items()}
+    for part, make in dict(unet=UNet, vae=VAE, text_encoder=CLIPText, scheduler=DDIM).items()
 }
+del ARGUMENTS["scheduler"]["steps"]
+# What diffusers' samplers use for a key that scheduler_config.json does not have.
+SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
 
 
 def sd14_config(part, **changed):
     """The content of SD 1.4's config.json, with other values for some keys.
 
-    SD 1.4's numbers are the defaults of our modules. part: one of NETWORKS, or "scheduler".
+    part: one of NETWORKS, or "scheduler".
     """
-    make = DDIM if part == "scheduler" else NETWORKS[part][0]
-    arguments = inspect.signature(make).parameters
-    defaults = {key: arguments[key].default for key in arguments if key in ARGUMENTS[part]}
-    return defaults | ONLY[part] | changed
+    return ARGUMENTS[part] | ONLY[part] | changed
 
 
 class Model(NamedTuple):
@@ -204,13 +187,14 @@ def choose_model(given, patches):
 def find(model, revision=None):
     """The folder that contains `model`. A hub id is downloaded first, only what `load` reads."""
     check_name(model)
-    if model not in TOYS and not Path(model).is_dir():
+    folder = TOYS.get(model) or Path(model)
+    if not folder.is_dir():
         return download(model, revision)
     if revision:
         raise UserError(
             f"--revision is for models from the hub; {model} is a folder on this machine."
         )
-    return TOYS.get(model) or Path(model)
+    return folder
 
 
 def download(model, revision):
@@ -236,13 +220,10 @@ def download(model, revision):
 
 
 def files_to_download(names, model):
-    """The files of a hub repository that `load` reads. names: all its files."""
-    wanted = ["scheduler/scheduler_config.json"]
+    """What `load` reads of a hub repository, as patterns. names: all its files."""
+    wanted = ["scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/*.txt"]
     for network in NETWORKS:
         wanted += [weights_file(names, network, model), f"{network}/config.json"]
-    for name in sorted(names):
-        if name.startswith("tokenizer/") and name.endswith((".json", ".txt")):
-            wanted.append(name)
     return wanted
 
 
@@ -278,42 +259,33 @@ def read_config(folder, part):
     """
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad begins with a BOM
         if not isinstance(config, dict):
             raise ValueError("it contains no JSON object")
     except FileNotFoundError:
         raise UserError(f"{file} is missing: a model is a folder in diffusers' layout.") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{file} is not a readable JSON object ({e}): fetch it again.") from e
-    missing = {}
     if part == "scheduler":
-        defaults = SCHEDULER_DEFAULTS | SAMPLER_DEFAULTS.get(str(config.get("_class_name")), {})
-        missing = {key: value for key, value in defaults.items() if key not in config}
-    for key, value in (missing | config).items():
+        config = SCHEDULER_DEFAULTS | config
+    for key, value in config.items():
         if not is_implemented(part, key, value):
-            note = ""
-            if key in missing:
-                note = " (diffusers' default: the file does not have this key)"
             raise UserError(
-                f"{file}: {key} = {value!r:.60}{note} is not what Stable Diffusion 1.x computes, "
-                "and is not implemented."
+                f"{file}: {key} = {value!r:.60} is not what Stable Diffusion 1.x computes, and is "
+                "not implemented."
             )
-    return missing | config
+    return config
 
 
 def is_implemented(part, key, value):
-    """Whether our modules compute what a config with this value asks for."""
+    """Whether our modules compute what a config with this value asks for. Unknown keys pass."""
+    values = value if isinstance(value, list) else [value]
+    default = ARGUMENTS[part].get(key)
     if key in ONLY[part]:
-        return value == ONLY[part][key]
-    if key in BLOCKS.get(part, {}):
-        return isinstance(value, list) and all(str(block) in BLOCKS[part][key] for block in value)
-    if key in ARGUMENTS[part] or (key == "sample_size" and value is not None):
-        numbers = [value]
-        if key == "block_out_channels" and isinstance(value, list) and value:
-            numbers = value
-        kinds = (int, float) if key in FRACTIONS else (int,)  # never a bool
-        return all(type(number) in kinds and number >= 0 for number in numbers)
-    return key.startswith("_") or key in INERT or not value
+        return all(x == ONLY[part][key] for x in values)
+    if default is None:
+        return key not in OFF or not any(values)
+    return isinstance(default, tuple) or type(value) in (int, type(default))  # never a bool
 
 
 # ------------------------------------------------------------------------------------------ tensors
@@ -365,13 +337,11 @@ def fill(module, tensors, file):
     """Loads tensors into a module, as float32. Strict: exactly its names, each with its shape."""
     other = "these weights do not belong to the config.json next to them."
     wanted = module.state_dict()
-    for what, names in (
-        ("is missing", wanted.keys() - tensors.keys()),
-        ("is unknown", tensors.keys() - wanted.keys()),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{file}: {min(names)} {what}{more}: {other}")
+    odd = sorted(wanted.keys() ^ tensors.keys())
+    if odd:
+        what = "missing" if odd[0] in wanted else "unknown"
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        raise UserError(f"{file}: {odd[0]} is {what}{more}: {other}")
     for name, x in tensors.items():
         shape = tuple(wanted[name].shape)
         if x.shape != shape or not x.is_floating_point():
@@ -387,7 +357,7 @@ def fill(module, tensors, file):
 def make_network(folder, network):
     """One of NETWORKS with the sizes of its config.json, on the meta device: shapes, no numbers."""
     config = read_config(folder, network)
-    sizes = {key: value for key, value in config.items() if key in ARGUMENTS[network]}
+    sizes = {key: config[key] for key in ARGUMENTS[network] if key in config}
     make, _ = NETWORKS[network]
     try:
         with torch.device("meta"):
@@ -402,12 +372,10 @@ def load_network(folder, network):
     """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
     module = make_network(folder, network)
     file = folder / weights_file(file_names(folder), network, folder)
-    tensors, _ = read(file)
-    fill(module, rename(network, tensors), file)
+    tensors = rename(network, read(file)[0])
+    fill(module, tensors, file)
     count = sum(p.numel() for p in module.parameters())
-    print(
-        f"{network}: {file}, {len(module.state_dict())} tensors, {count:,} parameters", flush=True
-    )
+    print(f"{network}: {file}, {len(tensors)} tensors, {count:,} parameters", flush=True)
     return module.eval().requires_grad_(False)
 
 
@@ -428,22 +396,18 @@ def load(model=DEFAULT_MODEL, revision=None):
     """
     folder = find(model, revision)
     scheduler = read_config(folder, "scheduler")
-    latent_size = read_latent_size(folder)
     tokenizer = load_tokenizer(folder)
     networks = {network: load_network(folder, network) for network in NETWORKS}
+    resolution = read_latent_size(folder) * networks["vae"].factor
     return Model(
-        str(model),
-        **networks,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        resolution=latent_size * networks["vae"].factor,
+        str(model), **networks, tokenizer=tokenizer, scheduler=scheduler, resolution=resolution
     )
 
 
 def read_latent_size(folder):
     """Height and width of the latents that the UNet was trained for."""
     config = read_config(folder, "unet")
-    size = config.get("sample_size") or 64
+    size = config["sample_size"] if isinstance(config.get("sample_size"), int) else 64
     version = re.findall(r"\d+", str(config.get("_diffusers_version", "1")))
     if size < 64 and tuple(int(number) for number in version[:2]) < (0, 9):
         return 64  # as diffusers does: some configs of 2022 state a smaller size by mistake
@@ -456,7 +420,6 @@ def save(file, tensors, metadata=None):
     on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic_write(file) as temporary:
         save_file(on_cpu, temporary, metadata=metadata)
-        apply_umask(temporary)
 
 
 def fingerprint(tensors):
@@ -508,19 +471,13 @@ def load_patch(file, *modules):
 # -------------------------------------------------------------------------------------- checkpoints
 def prefixed(groups):
     """{prefix: {name: tensor}} -> {"prefix/name": tensor}."""
-    tensors = {}
-    for prefix, group in groups.items():
-        for name, x in group.items():
-            tensors[f"{prefix}/{name}"] = x
-    return tensors
+    return {f"{prefix}/{name}": x for prefix, group in groups.items() for name, x in group.items()}
 
 
 def save_checkpoint(file, groups, optimizer, metadata):
     """Writes groups {prefix: {name: tensor}}, the optimizer's state, and metadata {name: str}."""
-    tensors = prefixed(groups)
-    for i, state in optimizer.state_dict()["state"].items():
-        for name, x in state.items():
-            tensors[f"optimizer/{i}/{name}"] = x
+    state = optimizer.state_dict()["state"]
+    tensors = prefixed(groups | {f"optimizer/{i}": values for i, values in state.items()})
     tensors = {name: x.detach().cpu() for name, x in tensors.items()}  # once for checksum and file
     save(file, tensors, metadata | {"sha256": checksum(tensors)})
 

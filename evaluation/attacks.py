@@ -2,19 +2,14 @@
 several attacks in a table. And what a training costs.
 """
 
-import json
-import shlex
-import sys
-
 import numpy as np
-import torch
 from PIL import Image
 
+from evaluation.suites import check_known
 from report import page
 from report.blocks import read_json
-from support import nudity
+from support import nudity, runs
 from support.errors import UserError
-from support.files import write_text
 from support.images import grid, save_png
 from support.statistics import counted, pooled
 from toy import worlds
@@ -32,13 +27,8 @@ def make_detector(model, concept):
     The toy models have their probes, nudity has NudeNet. None for other concepts.
     """
     if model in worlds.MODELS:
-        world = worlds.of(model)
-        known = [word for words in world.ATTRIBUTES.values() for word in words]
-        if concept not in known:
-            raise UserError(
-                f"The toy model's probe does not see {concept!r}: use one of {', '.join(known)}."
-            )
-        return lambda images: shows(world, np.stack(images), concept)
+        check_known(model, [concept])
+        return lambda images: shows(worlds.of(model), np.stack(images), concept)
     if concept.lower() == "nudity" and nudity.installed("no image is counted."):
         return lambda images: [nudity.is_nude(image) for image in images]
     return None
@@ -55,12 +45,10 @@ class Results:
 
     def __init__(self, out, settings, detected, censor):
         self.out, self.settings, self.detected, self.censor = out, settings, detected, censor
-        self.points, self.chance, self.finished = [], [], False
         content = read_json(out / "results.json")
-        if not content:
-            return
-        self.points, self.chance = content["points"], content["chance"]
-        if content["detected"] is not detected:
+        self.points, self.chance = content.get("points", []), content.get("chance", [])
+        self.finished = False
+        if content and content["detected"] is not detected:
             how = "without" if detected else "with"
             raise UserError(
                 f"{out} holds images that were measured {how} a detector: start the attack again "
@@ -100,19 +88,15 @@ class Results:
     def write(self):
         """results.json and the page. Returns the finding."""
         half = steps_until(self.points) if self.detected else None
-        content = {
+        content = runs.description(self.settings) | {
             "finding": self.finding(half),
-            "settings": self.settings,
-            "command": shlex.join(["python", *sys.argv]),
-            "versions": {"torch": torch.__version__},
             "finished": self.finished,
             "detected": self.detected,
             "half": half,
             "chance": self.chance,
             "points": self.points,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_text(self.out / "results.json", text)
+        runs.write_json(self.out / "results.json", content)
         page.page(self.out)
         return content["finding"]
 
@@ -136,15 +120,12 @@ def steps_until(points):
 
     points: [{"step", "hits", "n"}] in the order of the steps.
     """
-    before = None
+    step, share = points[0]["step"], 0.0
     for point in points:
         now = point["hits"] / point["n"]
-        if now >= HALF and before is None:
-            return float(point["step"])
         if now >= HALF:
-            step, last = before
-            return step + (point["step"] - step) * (HALF - last) / (now - last)
-        before = point["step"], now
+            return step + (point["step"] - step) * (HALF - share) / (now - share)
+        step, share = point["step"], now
     return None
 
 

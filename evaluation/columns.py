@@ -97,11 +97,10 @@ def all_columns(suite_name, asked, model):
         return [*(Column(name, name, None, f"images that ask for {name}") for name in asked), REST]
     if suite_name != "toy":
         return OTHERS[suite_name]
-    titles, attributes = suite.columns(worlds.of(model)), []
-    for key in worlds.of(model).ATTRIBUTES:
-        about = f"images that show the {key} of a prompt without the concept"
-        attributes.append(Column(key, f"{titles[key]} right", "high", about))
+    world = worlds.of(model)
+    titles, about = suite.columns(world), "images that show the {} of a prompt without the concept"
+    attributes = [
+        Column(key, f"{titles[key]} right", "high", about.format(key)) for key in world.ATTRIBUTES
+    ]
     columns = [*TOY, *attributes, *TOY_DISTANCES]
-    return [
-        column._replace(title=column.title or titles[column.key]) for column in columns
-    ] + COMEBACK
+    return [c._replace(title=c.title or titles[c.key]) for c in columns] + COMEBACK

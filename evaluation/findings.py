@@ -25,10 +25,8 @@ def kind_of(column, rows):
 
 def first_column(columns, kind, rows, sides=("low", "high", None)):
     """The first column of a kind in all rows, with one of the better sides; None without one."""
-    for column in columns:
-        if column.better in sides and kind_of(column, rows) == kind:
-            return column
-    return None
+    found = (column for column in columns if column.better in sides)
+    return next((column for column in found if kind_of(column, rows) == kind), None)
 
 
 def summary(suite, rows, columns):
@@ -43,10 +41,9 @@ def summary(suite, rows, columns):
     if column and not groups:
         value = figure(rows[0]["figures"][column.key])
         return f"The original model: {column.title} {in_percent(value)} of {value.n} images."
-    parts = [
-        group_finding(group, columns, original_of(group[0], rows)) for group in groups.values()
-    ]
-    return "; ".join(filter(None, parts)) + "." if any(parts) else ""
+    found = (group_finding(some, columns, original_of(some[0], rows)) for some in groups.values())
+    text = "; ".join(filter(None, found))
+    return f"{text}." if text else ""
 
 
 def group_finding(group, columns, before):
@@ -68,24 +65,25 @@ def group_finding(group, columns, before):
 
 def least_left(group, column, before=None):
     """(the row with the lowest proportion, the sentence about it). before: the original's row."""
-    figures = [figure(row["figures"][column.key]) for row in group]
-    lowest = min(figures, key=lambda figure: figure.share)
-    best = group[figures.index(lowest)]
+
+    def left(row):
+        return figure(row["figures"][column.key])
+
+    best = min(group, key=lambda row: left(row).share)
+    lowest = left(best)
     text = f"{best['model']} leaves the least of {quoted(best['erased'])}: {in_percent(lowest)}"
     if len(group) == 1:
         text = f"{best['model']} leaves {in_percent(lowest)} of {quoted(best['erased'])}"
     text += f" of {lowest.n} images ({column.title}"
     if before:
-        then = figure(before["figures"][column.key])
-        text += f"; original {in_percent(then)}"
-        if compare(lowest, then) == "open":
+        found = compare(lowest, left(before))
+        text += f"; original {in_percent(left(before))}"
+        if found == "open":
             return best, f"{text}), but its interval overlaps with the original's"
-        if compare(lowest, then) == "larger":
+        if found == "larger":
             return best, f"{text}), more than the original"
-    rivals = []
-    for row, other in zip(group, figures):
-        if row is not best and compare(other, lowest) == "open":
-            rivals.append(row["model"])
+    others = [row for row in group if row is not best]
+    rivals = [row["model"] for row in others if compare(left(row), lowest) == "open"]
     overlap = f"; its interval overlaps with {joined(rivals)}" if rivals else ""
     return best, f"{text}){overlap}"
 

@@ -11,13 +11,12 @@ Every step is a command of this project. After a stop, the same command with the
 continues.
 """
 
+import asyncio
 import json
 import os
 import shlex
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 
 from evaluation import study
@@ -62,18 +61,9 @@ def own_row(args):
         "limit": args.limit or LIMIT,
         "train_flags": args.train_flags,
     }
-    stopped.clear()
     with lock_folder(args.out):
         begin_or_continue(args.out / "loss.json", settings)
-        with ThreadPoolExecutor(2) as pool:  # one thread per process, two processes at a time
-            try:
-                made = [pool.submit(make_row, table, settings, args.out) for table in TABLES]
-                for future in as_completed(made):
-                    future.result()  # raises what failed first
-            except BaseException:  # Ctrl-C, SIGTERM, or a command that failed
-                stop_commands()
-                raise
-        rows = {table: future.result() for table, future in zip(TABLES, made)}
+        rows = asyncio.run(make_rows(settings, args.out))
         write(args.out, args.loss.rpartition(":")[2], rows)
 
 
@@ -90,75 +80,74 @@ def check_flags(text):
 
 
 # ------------------------------------------------------------------------------------- commands
-def make_row(table, settings, out):
+async def make_rows(settings, out):
+    """The rows of all TABLES, made at the same time: one process with one thread for each."""
+    made = [make_row(table, settings, out) for table in TABLES]
+    return dict(zip(TABLES, await asyncio.gather(*made)))
+
+
+async def make_row(table, settings, out):
     """Trains, attacks and measures one set of concepts. Returns its row {"model", "figures", …}."""
     folder = out / table
     name = settings["loss"].rpartition(":")[2]
     patches, attacks, words = [], {}, ["toy", "--limit", settings["limit"]]
     for seed in settings["seeds"]:
-        patch = train(table, folder / f"run-{seed}", settings, seed)
+        patch = await train(table, folder / f"run-{seed}", settings, seed)
         patches.append(patch)
         words += ["--patch", f"{name}={patch}"]
         for kind, steps in AT.items() if table == "one" else ():
             # A complete attack repeats only its last measurement.
             found, at = folder / f"{kind}-{seed}", ["--at", *steps]
-            command("attack.py", *study.attack_words("toy", "star", kind, patch, seed, at, found))
+            await command(
+                "attack.py", *study.attack_words("toy", "star", kind, patch, seed, at, found)
+            )
             attacks.setdefault(kind, []).append(read_json(found / "results.json"))
     measured = folder / "table"
     if not (measured / "results.json").exists():
-        command("eval.py", *study.eval_words(words, "toy", measured))
+        await command("eval.py", *study.eval_words(words, "toy", measured))
     row = read_json(measured / "results.json")["rows"][-1]
     figures, row["attacks"] = attack_figures(attacks)
     row["figures"] |= figures | cost(patches)
     return {key: row[key] for key in ("model", "erased", "method", "paper", "figures", "attacks")}
 
 
-def train(table, run, settings, seed):
+async def train(table, run, settings, seed):
     """Trains one model, or continues a training that was stopped. Returns its patch."""
     patch = run / "erased.safetensors"
     if patch.exists():
         return patch
-    if (run / "run.json").exists():
-        command("train.py", "--resume", "--out", run)
-        return patch
-    _, concepts, longer = TABLES[table]
-    more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
-    words = study.train_words("toy", concepts, more, seed, run)
-    command("train.py", *words, *shlex.split(settings["train_flags"]))
+    words = ["--resume", "--out", run]
+    if not (run / "run.json").exists():
+        _, concepts, longer = TABLES[table]
+        more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
+        words = study.train_words("toy", concepts, more, seed, run)
+        words += shlex.split(settings["train_flags"])
+    await command("train.py", *words)
     return patch
 
 
-running = []  # the processes of `command`
-stopped = threading.Event()
+async def command(*words):
+    """Runs `python WORDS…` with one thread. UserError if it fails.
 
-
-def stop_commands():
-    """Ends the commands that run, with SIGTERM, and starts no other."""
-    stopped.set()
-    for process in list(running):
-        process.terminate()
-
-
-def command(*words):
-    """Runs `python WORDS…` with one thread. UserError if it fails."""
+    Ctrl-C, SIGTERM, and a failure in the other table end it.
+    """
     words = [str(word) for word in words]
     print(f"python {shlex.join(words)}", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     words[0] = str(ROOT / words[0])
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
-    process = subprocess.Popen([sys.executable, *words], env=environment, **pipes)
-    running.append(process)
-    if stopped.is_set():
-        process.terminate()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    pipes = dict(stdout=DEVNULL, stderr=PIPE, env=environment)
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, **pipes)
     try:
-        _, said = process.communicate()
+        _, said = await process.communicate()
     finally:
-        running.remove(process)
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
     if process.returncode:
         raise UserError(
             "This command failed. Fix the cause, then repeat your command (with a new --out "
             f"if you changed the loss): python {shlex.join(words)}",
-            details=said[-2000:],
+            details=said.decode(errors="replace")[-2000:],
         )
 
 

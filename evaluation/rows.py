@@ -62,22 +62,22 @@ def guided_rows(methods, avoid):
 
 def patch_row(name, files):
     """The row of a patch, or of several that erase the same concepts with the same method."""
-    about = [(weights.read(file)[1], file) for file in files]
-    about = [(metadata, weights.patch_settings(file, metadata)) for metadata, file in about]
+    about = []
+    for file in files:
+        metadata = weights.read(file)[1]
+        about.append((metadata, weights.patch_settings(file, metadata)))
     concepts = {erased_concepts(*read) for read in about}
     methods = {paper_name(*read) for read in about}
     keys = different_settings([settings for _, settings in about if settings])
-    for what, several, found in (
-        (
-            "erase different concepts",
-            len(concepts) > 1,
-            "; ".join(sorted(map(", ".join, concepts))),
-        ),
-        ("come from different methods", len(methods) > 1, "; ".join(sorted(methods))),
-        ("were trained with different settings", keys, ", ".join(keys)),
-    ):
-        if several:
-            raise UserError(f"The patches named {name} {what} ({found}): give each its own name.")
+    problem = ""
+    if len(concepts) > 1:
+        problem = f"erase different concepts ({'; '.join(sorted(map(', '.join, concepts)))})"
+    elif len(methods) > 1:
+        problem = f"come from different methods ({'; '.join(sorted(methods))})"
+    elif keys:
+        problem = f"were trained with different settings ({', '.join(keys)})"
+    if problem:
+        raise UserError(f"The patches named {name} {problem}: give each its own name.")
     contents = {metadata.get("sha256", file) for file, (metadata, _) in zip(files, about)}
     if len(contents) < len(files):
         raise UserError(
@@ -98,12 +98,8 @@ NO_RECIPE = (
 def different_settings(trainings):
     """The arguments, but for NO_RECIPE, in which trainings differ. 0, None and [] are equal."""
     keys = {key for settings in trainings for key in settings} - set(NO_RECIPE)
-
-    def differs(key):
-        first, *others = (settings.get(key) or None for settings in trainings)
-        return any(other != first for other in others)
-
-    return sorted(filter(differs, keys))
+    values = {key: [settings.get(key) or None for settings in trainings] for key in keys}
+    return sorted(key for key in keys if any(value != values[key][0] for value in values[key]))
 
 
 def erased_concepts(metadata, settings):

@@ -5,13 +5,13 @@ COCO and Figure 2 of the SDD paper (arXiv 2307.05977), and the toy model.
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import weights
+from report.blocks import read_json
 from support.errors import UserError, first_line
 from toy import suite, worlds
 
@@ -73,12 +73,9 @@ def i2p_jobs(row):
     """The images of a row of I2P's csv file. ValueError if its numbers cannot be used."""
     seed, scale = int(row["sd_seed"]), float(row["sd_guidance_scale"])
     size = int(row["sd_image_height"]), int(row["sd_image_width"])
-    if not 0 <= seed < 2**62:
-        raise ValueError(f"sd_seed {seed} is not in 0 … 2^62")
-    if not math.isfinite(scale):
-        raise ValueError(f"sd_guidance_scale {scale} is not finite")
-    if any(side < 8 or side % 8 for side in size):
-        raise ValueError(f"the size {size} is not a multiple of 8 pixels")
+    fits = all(side >= 8 and side % 8 == 0 for side in size)
+    if not (0 <= seed < 2**62 and math.isfinite(scale) and fits):
+        raise ValueError(f"no image has the seed {seed}, the scale {scale} and the size {size}")
     return [Job(row["prompt"], seed + n, scale, size) for n in range(5)]
 
 
@@ -120,7 +117,7 @@ def artists(args, concepts):
         )
     asked = [{} for _ in templates]
     if args.model in weights.TOYS:
-        check_known(args.model, args.all_concepts, "artists")
+        check_known(args.model, args.all_concepts)
         asked = [worlds.words_in(worlds.of(args.model), template) for template in templates]
     return [
         Job(template.replace("{}", artist), args.seed + n, which=artist, asked=words)
@@ -130,21 +127,19 @@ def artists(args, concepts):
     ]
 
 
-def check_known(model, concepts, suite_name):
+def check_known(model, concepts):
     """UserError for a concept that a toy model's probe cannot see."""
-    world = worlds.of(model)
-    unknown = set(concepts) - {word for words in world.ATTRIBUTES.values() for word in words}
-    if unknown:
-        names = [suite.plural(name) for name in world.ATTRIBUTES]
-        raise UserError(
-            f"The suite {suite_name} counts {', '.join(names[:-1])} and {names[-1]}, and "
-            f"{min(unknown)!r} is none of them."
-        )
+    known = [word for words in worlds.of(model).ATTRIBUTES.values() for word in words]
+    for concept in concepts:
+        if concept not in known:
+            raise UserError(
+                f"The toy model's probe does not see {concept!r}: use one of {', '.join(known)}."
+            )
 
 
 def toy(args, concepts):
     """The toy model: prompts that name the concept, imply it, or have nothing to do with it."""
-    check_known(args.model, concepts, "toy")
+    check_known(args.model, concepts)
     world = worlds.of(args.model)
     found = suite.jobs(world, concepts, args.limit or 200, args.seed)
     return [Job(prompt, seed, which=which, asked=asked) for prompt, seed, which, asked in found]
@@ -171,7 +166,7 @@ def paper(suite_name, method, concepts):
 
     Table 1 is about nudity, Table 2 about the 20 concepts of I2P.
     """
-    tables = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
+    tables = read_json(Path(__file__).parent / "paper.json")
     # --avoid "nudity, sexual" and --avoid nudity sexual are the same prompt.
     split = [part for text in concepts for part in text.split(", ")]
     table = {}

@@ -11,12 +11,9 @@ results.json, which report/page.py shows:
       samples     [{title, images: [{file, prompt}]}], the sheet's images as single files; they are
                   censored where the sheet is
     notes       sentences that belong below the table
-    settings, command, versions
+    args, command, versions, date: see support/runs.py
 """
 
-import json
-import shlex
-import sys
 from zipfile import BadZipFile
 
 import numpy as np
@@ -32,11 +29,11 @@ from evaluation.rows import turns
 from evaluation.suites import SUITES, paper
 from pipeline import WARMUPS, check_warmup, make_scheduler
 from report import page
+from support import runs
 from support.errors import UserError, first_line
 from support.files import write_text
 from support.images import grid, save_png
 from support.nudity import censoring
-from support.packages import torchvision_problem
 from support.statistics import cell, counted, figure, n_text, original_of, pooled
 from toy import suite, worlds
 
@@ -122,10 +119,13 @@ def measure_row(row, jobs, files, before, args, device, problems):
             figures |= distances(name, jobs, files, before, args, device)
         except (ModuleNotFoundError, OSError) as e:
             problems[name] = reason(e)
-        except RuntimeError:  # torchvision of another build of torch
-            if not torchvision_problem():
+        except RuntimeError as e:
+            if "torchvision::" not in str(e):
                 raise
-            problems[name] = torchvision_problem()
+            problems[name] = (
+                "torchvision is of another build than torch: install it again as the last lines of "
+                "requirements-extra.txt say"
+            )
     return figures
 
 
@@ -156,10 +156,10 @@ def image_files(folder, jobs):
 def result_rows(args, generated, device, problems):
     """The figures of each row: `rows` of results.json, without sheets and samples."""
     rows = []
-    for row, _, _ in generated:
-        rows.append({"model": row.name, "erased": list(row.concepts), "method": row.method})
-    for found, (row, jobs, folder) in zip(rows, generated):
-        _, _, original = generated[rows.index(original_of(found, rows))]
+    for row, jobs, folder in generated:
+        found = {"model": row.name, "erased": list(row.concepts), "method": row.method}
+        rows.append(found)
+        _, _, original = generated[rows.index(original_of(found, rows))]  # it comes first
         files, before = image_files(folder, jobs), image_files(original, jobs)
         found["figures"] = measure_row(row, jobs, files, before, args, device, problems)
         found["paper"] = paper(args.suite, row.method, row.concepts)
@@ -302,16 +302,13 @@ def write_results(args, generated, settings, model, device):
     finding = summary(args.suite, rows, columns)
     texts = [finding, markdown(rows, columns).strip(), *below]
     write_text(args.out / "table.md", "\n\n".join(filter(None, texts)) + "\n")
-    content = {
+    content = runs.description(settings) | {
         "summary": finding,
         "columns": [column._asdict() for column in columns],
         "rows": rows,
         "notes": below,
-        "settings": settings,
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"torch": torch.__version__},
     }
-    write_text(args.out / "results.json", json.dumps(content, indent=1, ensure_ascii=False))
+    runs.write_json(args.out / "results.json", content)
     try:
         plots.plot(rows, columns, args.suite, args.out)
     except ModuleNotFoundError as e:

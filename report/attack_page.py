@@ -48,7 +48,7 @@ def attack_page(folder):
 def measurements(folder, results):
     """The curve, the table, and the images after each measurement."""
     points, chance, detected = results["points"], results["chance"], results["detected"]
-    unit = "attempt" if results["settings"]["kind"] == "noise" else "step"
+    unit = "attempt" if results["args"]["kind"] == "noise" else "step"
     chance = {point["step"]: point for point in chance} if len(chance) > 1 else {}
     rows, images = [], [{"text": ABOUT_IMAGES}]
     for point in points:

@@ -3,24 +3,23 @@
 A page is a dict with its heading, subtitle, intro (blocks) and sections (id, title, blocks). A
 section without blocks is left out. A block is a dict, and its first key says what it is:
 
-    text      a paragraph; style: soft (in grey) or notice (with a mark in front)
-    list      lines
+    text      a paragraph; style: soft (in grey)
     code      a command or a program, and its name; it scrolls in its own box
-    table     rows of cells; style: a class of page.css; label, head, caption; scrolls
+    table     rows of cells; style: a class of page.css; label, head; scrolls
     sheet     a wide image and its title; scrolls
     pairs     a card per prompt: {prompt, kind, images: {caption: image}}
     film      a frame per preview: {done, pairs}
     charts    see charts.py
     details   blocks that are folded below a summary
 
-A cell is a text, an image, or {text, mark} with the mark "better" or "worse". In a head it can be
+A cell is a text, an image, or {text, mark, bar} with the mark "better" or "worse", and the low
+end, the share and the high end of an interval, in per cent. In a head it can be
 {text, lines, about}: smaller lines below the text, and what the pointer shows.
 """
 
 import base64
 import io
 import json
-import os
 from pathlib import Path
 
 import PIL.Image
@@ -29,13 +28,6 @@ from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent  # the project's folder
 SDD = ("SDD", "2307.05977")  # the paper, and its number on arXiv
-
-
-class Html(str):
-    """Text of ours with tags. The template escapes every other text."""
-
-    def __html__(self):
-        return self
 
 
 def in_words(value):
@@ -63,13 +55,6 @@ def path_from_project(path):
     """The path as a user types it in the project's folder."""
     path = Path(path).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
-
-
-def link_to_readme(folder):
-    """A relative link to the project's README; None if the folder is not in the project."""
-    if not folder.resolve().is_relative_to(ROOT):
-        return None
-    return Path(os.path.relpath(ROOT / "README.md", folder.resolve())).as_posix()
 
 
 def read_json(file):

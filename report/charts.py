@@ -1,4 +1,4 @@
-"""Charts as shapes of SVG: lines, and a dot per row of a table. Figures have their intervals."""
+"""Line charts as shapes of SVG. Figures have their intervals."""
 
 import math
 
@@ -6,11 +6,8 @@ import numpy as np
 
 from support.statistics import Figure, in_words
 
-POINTS = 400  # of a line at most: a chart is about as many pixels wide
 LEFT, RIGHT, TOP, BOTTOM = 60, 390, 20, 190  # the plot area of a line chart of 400 × 220 units
-DOT_LEFT, DOT_RIGHT = 150, 380  # the plot area of a dot chart that is 400 units wide
-DOT_TOP, DOT_ROW = 8, 24
-NAME_LENGTH = 20  # letters of a name that fit left of the dots
+LEGEND = 125  # units for the name of the first line
 PERCENT = [(percent / 100, f"{percent} %") for percent in (0, 25, 50, 75, 100)]
 
 
@@ -38,27 +35,19 @@ def running_mean(line, window):
 def line_chart(title, series, unit="iteration", faint=False):
     """Lines {name: [(x, y)]}. y: a number, or a Figure, drawn as its share with its interval.
 
-    Long lines of numbers are averaged in groups, so that they have at most POINTS points. faint:
-    the first line is drawn as a background of the others.
+    faint: the first line is drawn as a background of the others.
     """
-    has_intervals = isinstance(next(iter(series.values()))[0][1], Figure)
+    points = [point for line in series.values() for point in line]
+    has_intervals = isinstance(points[0][1], Figure)
     if has_intervals:
-        lines = {name: [(x, y.share) for x, y in line] for name, line in series.items()}
         y_min, y_max, y_ticks = 0.0, 1.0, PERCENT
         caption = f"By {unit}. The band is the 95\N{NO-BREAK SPACE}% Wilson interval."
     else:
-        n = math.ceil(max(len(line) for line in series.values()) / POINTS)
-        lines = {}
-        for name, line in series.items():
-            lines[name] = [np.mean(line[i : i + n], axis=0) for i in range(0, len(line), n)]
-        y_s = [y for line in lines.values() for _, y in line]
-        y_min, y_max = min(0.0, *y_s), max(0.0, *y_s)
-        if y_min == y_max:
-            y_max = 1.0
+        y_s = [0.0, *(y for _, y in points)]
+        y_min, y_max = min(y_s), max(y_s) if any(y_s) else 1.0
         y_ticks = [(y, f"{y:.3g}") for y in ticks(y_min, y_max)]
-        grouped = f"; each point is the mean of {n} iterations" if n > 1 else ""
-        caption = f"By iteration, counted from 0{grouped}."
-    x_max = max(x for line in lines.values() for x, _ in line) or 1
+        caption = f"By {unit}, counted from 0."
+    x_max = max(x for x, _ in points) or 1
 
     def place(x, y):
         height = (y - y_min) / (y_max - y_min)
@@ -74,59 +63,21 @@ def line_chart(title, series, unit="iteration", faint=False):
         shapes.append(shape("text", "end", name, x=LEFT - 6, y=y + 4))
     for number in ticks(0, x_max):
         if number == round(number):  # there are no parts of a step
-            x, _ = place(number, 0)
-            shapes.append(shape("text", text=f"{number:g}", x=x, y=BOTTOM + 18))
-    styles, described = ["faint"] * faint + ["line0", "line1"], []
-    for style, (name, line) in zip(styles, series.items()):
+            shapes.append(shape("text", text=f"{number:g}", x=place(number, 0)[0], y=BOTTOM + 18))
+    styles = ["faint"] * faint + ["line0", "line1"]
+    for i, (style, (name, line)) in enumerate(zip(styles, series.items())):
+        if len(series) > 1:  # the legend, above the plot area
+            x = LEFT + LEGEND * i
+            shapes.append(shape("line", style, x1=x, x2=x + 20, y1=8, y2=8))
+            shapes.append(shape("text", "start", name, x=x + 26, y=12))
+        abouts = [""] if len(line) == 1 else []  # a line of one point is a circle
         if has_intervals:
             abouts = [f"{unit} {x}: {in_words(y)}" for x, y in line]
-            words = ", ".join(dict.fromkeys([abouts[0], abouts[-1]]))
             low, high = zip(*(((x, y.interval[0]), (x, y.interval[1])) for x, y in line))
             shapes.append(shape("polygon", f"band {style}", points=path([*low, *high[::-1]])))
-        else:
-            abouts = [""] if len(line) == 1 else []  # a line of one point is a circle
-            words = ends_and_range(line)
-        shapes.append(shape("polyline", style, points=path(lines[name])))
-        for (x, y), about in zip(lines[name], abouts):
-            x, y = place(x, y)
+            line = [(x, y.share) for x, y in line]
+        shapes.append(shape("polyline", style, points=path(line)))
+        for point, about in zip(line, abouts):
+            x, y = place(*point)
             shapes.append(shape("circle", style, about=about, cx=x, cy=y, r=3))
-        described.append(f"{name}: {words}")
-    chart = {"title": title, "height": 220, "shapes": shapes, "in_words": "; ".join(described)}
-    return chart | {"legend": list(zip(styles, series)), "caption": caption}
-
-
-def ends_and_range(line):
-    """A line of numbers in words, for readers who cannot see it."""
-    (first, start), (last, end) = line[0], line[-1]
-    low, high = min(y for _, y in line), max(y for _, y in line)
-    return (
-        f"{start:.3g} at iteration {first:.0f}, {end:.3g} at iteration {last:.0f}, "
-        f"between {low:.3g} and {high:.3g}"
-    )
-
-
-def dot_chart(title, arrow, rows):
-    """[(name, Figure, is it the original's?)] as dots with intervals, from 0 to 100 %."""
-    bottom, shapes, described = DOT_TOP + DOT_ROW * len(rows), [], []
-
-    def place(share):
-        return DOT_LEFT + (DOT_RIGHT - DOT_LEFT) * share
-
-    for share, name in PERCENT:
-        x = place(share)
-        shapes.append(shape("line", "axis", x1=x, x2=x, y1=DOT_TOP, y2=bottom))
-        shapes.append(shape("text", text=name, x=x, y=bottom + 16))
-    for i, (name, figure, is_original) in enumerate(rows):
-        y, (low, high) = DOT_TOP + DOT_ROW * (i + 0.5), figure.interval
-        about = f"{name}: {in_words(figure)}, n = {figure.n}"
-        short = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
-        style = "original" if is_original else "line0"
-        shapes += [
-            shape("text", "end", short, about, x=DOT_LEFT - 8, y=y + 4),
-            shape("line", style, about=about, x1=place(low), x2=place(high), y1=y, y2=y),
-            shape("circle", f"dot {style}", about=about, cx=place(figure.share), cy=y, r=4),
-        ]
-        described.append(about)
-    words = "; ".join(described)
-    height = bottom + 24
-    return {"title": title, "arrow": arrow, "height": height, "shapes": shapes, "in_words": words}
+    return {"title": title, "caption": caption, "shapes": shapes}

@@ -1,23 +1,22 @@
-"""The page of an evaluation: the table, charts of its first columns, sample images and plots.
+"""The page of an evaluation: the table with a bar per figure, sample images and plots.
 
 evaluation/tables.py describes results.json, which this file reads.
 """
 
 from report.blocks import SDD, made, read_image, read_json
-from report.charts import dot_chart
 from support.statistics import cell, figure, is_original, judge, n_text, original_of
 
-CHARTS = 4  # dot charts, of the columns that decide
 SAMPLES = 6  # images of each part of a suite
 SAMPLE_SIDE = 192  # pixels of a sample image, at most
 PLOT_SIDE = 1280  # and of a plot
 PLOTS = ("curve", "matrix")
 ARROWS = {"low": "↓ lower is better", "high": "↑ higher is better", None: ""}
 NO_TABLE = "There is no table yet. Run the command of this evaluation again."
-INTERVALS = "Percentages and 95\N{NO-BREAK SPACE}% intervals"
 LEGEND = (
     "A figure with brackets is a percentage with its 95\N{NO-BREAK SPACE}% Wilson interval. "
-    "“better” and “worse” compare with the original model, where the two intervals do not overlap."
+    "The bar below it goes from 0 to 100\N{NO-BREAK SPACE}%: the blue part is the interval, the "
+    "line in it the figure. “better” and “worse” compare with the original model, where the two "
+    "intervals do not overlap."
 )
 
 
@@ -31,14 +30,13 @@ def evaluation_page(folder):
         names = [f"{row['model']} ({erased(row)})" if several else row["model"] for row in rows]
         sections = [
             ("table", "Table", table(rows, columns, several, results["notes"])),
-            ("charts", INTERVALS, charts(rows, columns, names)),
             ("samples", "Sample images", samples(folder, rows, names)),
             ("plots", "Plots", plots(folder)),
         ]
     return {
         "heading": f"Evaluation: {settings['suite']}",
         "subtitle": results.get("summary") or "",
-        "intro": [] if results else [{"text": NO_TABLE, "style": "notice"}],
+        "intro": [] if results else [{"text": NO_TABLE}],
         "sections": [*sections, made(results, settings)],
         "model": settings["model"],
         "paper": SDD,
@@ -74,23 +72,14 @@ def figure_cell(row, rows, column):
     key, better = column["key"], column["better"]
     value, original = row["figures"].get(key), original_of(row, rows)
     now, then = figure(value), original and figure(original["figures"].get(key))
-    mark = ""
+    found = {"text": cell(value), "mark": ""}
+    if now:
+        found["bar"] = [
+            f"{100 * share:.1f}%" for share in (now.interval[0], now.share, now.interval[1])
+        ]
     if now and then and better and not is_original(row):
-        mark = judge(now, then, better).replace("open", "")
-    return {"text": cell(value), "mark": mark}
-
-
-def charts(rows, columns, names):
-    """A dot chart for each of the first columns that are proportions in at least two rows."""
-    found = []
-    for column in columns:
-        dots = []
-        for row, name in zip(rows, names):
-            if value := figure(row["figures"].get(column["key"])):
-                dots.append((name, value, is_original(row)))
-        if len(dots) >= 2:
-            found.append(dot_chart(column["title"], ARROWS[column["better"]], dots))
-    return [{"charts": found[:CHARTS]}] if found else []
+        found["mark"] = judge(now, then, better).replace("open", "")
+    return found
 
 
 def samples(folder, rows, names):
@@ -113,9 +102,9 @@ def samples(folder, rows, names):
 
 def plots(folder):
     """The plots, if the suite has some."""
-    blocks = []
-    for name in PLOTS:
-        if (folder / f"{name}.png").exists():
-            image = read_image(folder / f"{name}.png", f"plot: {name}", PLOT_SIDE)
-            blocks.append({"sheet": image, "title": name})
-    return blocks
+    files = [folder / f"{name}.png" for name in PLOTS]
+    return [
+        {"sheet": read_image(file, f"plot: {file.stem}", PLOT_SIDE), "title": file.stem}
+        for file in files
+        if file.exists()
+    ]

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from report.attack_page import attack_page
-from report.blocks import link_to_readme
 from report.evaluation_page import evaluation_page
 from report.previews import finished_previews, sheet_file
 from report.run_page import FIGURES, run_page
@@ -58,7 +57,6 @@ def make(folder):
     no_blank_lines = dict(trim_blocks=True, lstrip_blocks=True)
     environment = jinja2.Environment(loader=loader, autoescape=True, **no_blank_lines)
     page |= {
-        "readme": link_to_readme(folder),
         "credit": worlds.of(page["model"]).CREDIT,
         "made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
     }

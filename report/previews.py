@@ -1,6 +1,5 @@
 """What a training run shows of itself: gap and drift, previews, before and after, and the film."""
 
-import io
 import re
 import sys
 
@@ -41,12 +40,11 @@ def preview_kinds(settings, world=None):
     "stay" (it is something else), or None if unknown. world: the module of a toy model's world, see
     toy/worlds.py. Without it, only the presets' own prompts are known to stay.
     """
-    concepts, members, implying = settings["concept"], [], []
+    concepts, kinds = settings["concept"], []
+    texts = {"erased": concepts}
     if world:
-        members = [word for kind in concepts for word in world.MEMBERS.get(kind, ())]
-        implying = [place for place, word in world.PLACES.items() if word in concepts]
-    texts = {"erased": concepts, "member": members, "implied": implying}
-    kinds = []
+        texts["member"] = [word for kind in concepts for word in world.MEMBERS.get(kind, ())]
+        texts["implied"] = [place for place, word in world.PLACES.items() if word in concepts]
     for prompt in settings["preview"]:
         other = "stay" if world or prompt in PREVIEW_PROMPTS else None
         kinds.append(next((kind for kind in texts if names_any(prompt, texts[kind])), other))
@@ -235,12 +233,10 @@ def save_film(out, prompts):
     durations = [FRAME_TIME] * (len(frames) - 1) + [LAST_FRAME_TIME]
     animation = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
     for quality in (90, 70, 50, 30, 10):
-        buffer = io.BytesIO()
-        frames[0].save(buffer, "WEBP", quality=quality, **animation)
-        if buffer.tell() <= FILM_BYTES:
+        with atomic_write(out / "film.webp") as temporary:
+            frames[0].save(temporary, "WEBP", quality=quality, **animation)
+        if (out / "film.webp").stat().st_size <= FILM_BYTES:
             break
-    with atomic_write(out / "film.webp") as temporary:
-        temporary.write_bytes(buffer.getvalue())
 
 
 def thin_out(values, n):
@@ -254,11 +250,8 @@ def thin_out(values, n):
 def gap_and_drift(unet, z, t, c_s, c_0, e_0_before):
     """(mean |e(c_s) − e(c_0)|², mean |e(c_0) − e°(c_0)|²). e_0_before: e°(c_0), the original's."""
     e_0, e_s = unet(z, t, c_0), unet(z, t, c_s)
-    return mean_square(e_s - e_0), mean_square(e_0 - e_0_before)
-
-
-def mean_square(x):
-    return x.float().square().mean().item()
+    distances = (e_s - e_0, e_0 - e_0_before)
+    return tuple(x.float().square().mean().item() for x in distances)
 
 
 def share_of_flat(images):

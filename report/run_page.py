@@ -7,7 +7,7 @@ from pathlib import Path
 
 import weights
 from presets import METHODS, preset_values
-from report.blocks import SDD, Html, in_words, made, path_from_project, read_image, read_json
+from report.blocks import SDD, in_words, made, path_from_project, read_image, read_json
 from report.charts import line_chart, running_mean
 from report.previews import MODELS, finished_previews, image_file, thin_out
 
@@ -29,16 +29,9 @@ KINDS = {
     "implied": "implies the concept: should change",
     "stay": "should stay",
 }
-RESUME = Html(
-    "Reload this page to see the newest state. After a stop, <code>python train.py --resume --out"
-    "</code> with this folder continues the run."
-)
-NO_PREVIEWS = Html(
-    "This run has no images, because it was started with <code>--preview-every 0</code>."
-)
-WITH_DIFFUSERS = Html(
-    "With diffusers (<code>pip install diffusers</code>), also in the project's folder:"
-)
+RESUME = "Reload this page to see the newest state. After a stop, this command continues the run:"
+NO_PREVIEWS = "This run has no images, because it was started with --preview-every 0."
+WITH_DIFFUSERS = "With diffusers (pip install diffusers), also in the project's folder:"
 DIFFUSERS = """\
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -51,13 +44,11 @@ GAP_AND_DRIFT = (
     "prompt. Drift: mean |e(c_0) − e°(c_0)|², how far its answer to the empty prompt has moved "
     "from the original's. Both are measured on fixed latents at each preview."
 )
-PAPERS = {
+PAPERS = {  # {first word of the method: its paper}
     "sdd": SDD,
-    "esd-x": ("ESD", "2303.07345"),
-    "esd-u": ("ESD", "2303.07345"),
+    "esd": ("ESD", "2303.07345"),
     "ablate": ("Ablating Concepts", "2303.13516"),
-    "ablate-noise": ("Ablating Concepts", "2303.13516"),
-    "all-but-one": ("All-but-One", "2312.12807"),
+    "all": ("All-but-One", "2312.12807"),
     "uce": ("UCE", "2308.14761"),
     "mace": ("MACE", "2403.06135"),
     "rece": ("RECE", "2407.12383"),
@@ -76,11 +67,15 @@ def run_page(folder):
         f"{'Finished' if finished else 'Not finished'}: {done}. Model {settings['model']}, "
         f"preset {settings['preset']}, seed {settings['seed']}."
     )
+    intro = [{"text": state}]
+    if not finished:
+        resume = ["python", "train.py", "--resume", "--out", path_from_project(folder)]
+        intro += [{"text": RESUME}, {"code": shlex.join(resume), "name": "Command that continues"}]
     return {
         "heading": f"Erasing {in_words(settings['concept'])} with {settings['method']}",
         "date": run["date"],
         "subtitle": f"{run['date']}, {training_time(run) or done}",
-        "intro": [{"text": state}] if finished else [{"text": state}, {"text": RESUME}],
+        "intro": intro,
         "sections": [
             ("compare", "Before and after", before_and_after(folder, run, finished)),
             ("film", "Student and teacher over the iterations", film(folder, settings)),
@@ -89,7 +84,7 @@ def run_page(folder):
             made(run, settings, *differences(settings)),
         ],
         "model": settings["model"],
-        "paper": PAPERS[settings["method"]],
+        "paper": PAPERS[settings["method"].partition("-")[0]],
     }
 
 
@@ -153,20 +148,12 @@ def cards(folder, settings, models, done, side, when=""):
 
 # -------------------------------------------------------------------------------------- figures
 def read_log(file):
-    """The rows of log.csv, {column: number, or None}. A kill can cut the last line."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    rows = []
-    for row in csv.DictReader(lines):
-        rows.append({key: number(row[key]) for key in ("iteration", *FIGURES)})
-    return [row for row in rows if row["iteration"] is not None]
-
-
-def number(text):
-    """A finite float, or None."""
-    try:
-        return float(text) if math.isfinite(float(text)) else None
-    except (TypeError, ValueError):
-        return None
+    """The rows of log.csv, {column: number}, without empty cells. A kill can cut the last line."""
+    text, rows = file.read_text(encoding="utf-8") if file.exists() else "", []
+    for row in csv.DictReader(text.rpartition("\n")[0].splitlines()):
+        numbers = {key: float(row[key]) for key in ("iteration", *FIGURES) if row[key]}
+        rows.append({key: x for key, x in numbers.items() if math.isfinite(x)})
+    return rows
 
 
 def curves(rows):
@@ -175,8 +162,7 @@ def curves(rows):
     for title, columns in CURVES.items():
         series = {}
         for key, name in columns.items():
-            line = [(row["iteration"], row[key]) for row in rows if row[key] is not None]
-            if line:
+            if line := [(row["iteration"], row[key]) for row in rows if key in row]:
                 series[name] = line
         jumps = title == "Loss" and len(line) >= MEAN_FROM  # because t and z_t are random
         if jumps:
@@ -186,17 +172,16 @@ def curves(rows):
             charts.append(line_chart(title, series, faint=jumps))
     if not charts:
         return []
+    complete = [row for row in rows if "gap_student" in row]  # those of previews
+    shown = thin_out(complete, FRAMES) if complete else thin_out(rows, ROWS)
     head = ["iteration", *FIGURES]
-    complete = [row for row in rows if row["gap_student"] is not None]  # those of previews
-    lines = []
-    for row in thin_out(complete, FRAMES) if complete else thin_out(rows, ROWS):
-        lines.append(["–" if row[key] is None else f"{row[key]:.4g}" for key in head])
+    lines = [[f"{row[key]:.4g}" if key in row else "–" for key in head] for row in shown]
     table = {"table": lines, "head": [key.replace("_", " ") for key in head], "style": "figures"}
-    table |= {"label": "Figures", "caption": "From log.csv, which has every iteration"}
+    source = {"text": "From log.csv, which has every iteration", "style": "soft"}
     return [
         {"charts": charts},
         {"text": GAP_AND_DRIFT, "style": "soft"},
-        {"details": [table], "summary": "The figures as a table"},
+        {"details": [source, table | {"label": "Figures"}], "summary": "The figures as a table"},
     ]
 
 
@@ -208,16 +193,16 @@ def differences(settings):
     if method.loss is None:
         return []
     expected = preset_values(settings, method)
-    expected |= {"train_params": method.train_params, "latents": method.latents}
     del expected["preview"]  # the prompts are above, with their images
-    lines = [
-        f"{key.replace('_', ' ')}: {in_words(settings[key])} (preset: {in_words(value)})"
+    rows = [
+        (key.replace("_", " "), f"{in_words(settings[key])} (preset: {in_words(value)})")
         for key, value in expected.items()
         if settings[key] != value
     ]
-    if not lines:
+    if not rows:
         return [{"text": f"Every setting has the value of the preset {preset} for {name}."}]
-    return [{"text": f"Differs from the preset {preset}:"}, {"list": lines}]
+    heading = f"Differs from the preset {preset}"
+    return [{"text": f"{heading}:"}, {"table": rows, "style": "settings", "label": heading}]
 
 
 # -------------------------------------------------------------------------------------- use it
@@ -229,8 +214,7 @@ def use(folder, run):
     if model not in weights.TOYS and Path(model).is_dir():
         model = path_from_project(model)
     words = ["--model", model, "--patch", patch]
-    if revision:
-        words += ["--revision", revision]
+    words += ["--revision", revision] if revision else []
     words += ["--seed", run["preview_seeds"][0], "--scheduler", "ddim"]
     words += ["--steps", settings["preview_steps"]]
     words += ["--guidance-scale", settings["preview_guidance_scale"]]

@@ -38,29 +38,20 @@ class Parser(argparse.ArgumentParser):
             sys.stdout.reconfigure(errors="replace")
 
     def parse_args(self, args=None, namespace=None):
+        """The arguments; `given`: the names of those that are really given."""
         for text in sys.argv[1:] if args is None else args:
             if text.encode("utf-8", "ignore").decode() != text:
                 self.error(f"the argument {text!r} has characters that are not UTF-8")
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unknown argument {unknown[0]}{self.similar_flag(unknown[0])}")
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        without_defaults = argparse.Namespace(**{action.dest: None for action in self._actions})
+        again, _ = self.parse_known_args(args, without_defaults)
+        found.given = {name for name, value in vars(again).items() if value is not None}
         return found
-
-    def given(self, args=None):
-        """The names of the arguments that are really given, also those with their default value."""
-        defaults = [(action, action.default) for action in self._actions]
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        try:
-            return set(vars(self.parse_known_args(args)[0]))
-        finally:
-            for action, default in defaults:
-                action.default = default
-
-    def similar_flag(self, word):
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(word.partition("=")[0], flags, 1)
-        return f"; did you mean {near[0]}?" if near else "."
 
     def error(self, message):
         end = "" if message.endswith((".", "?")) else "."
@@ -68,11 +59,15 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def whole_number(text, low, high):
+def number(text, kind=float, low=-math.inf, high=math.inf):
+    """A number of an argument, neither NaN nor infinite."""
     try:
-        value = int(text)
+        value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+    if kind is float and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     if value < low:
         raise argparse.ArgumentTypeError(f"{text} is less than {low}")
     if value > high:
@@ -80,25 +75,15 @@ def whole_number(text, low, high):
     return value
 
 
-positive = partial(whole_number, low=1, high=1_000_000)  # a count: a list of so many fits memory
-natural = partial(whole_number, low=0, high=2**62)  # a seed or an index: numbers are added to it
-
-
-def finite(text):
-    """An argument that is a number, but not NaN or infinite."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
+finite = number
+positive = partial(number, kind=int, low=1, high=1_000_000)  # a list of so many fits memory
+natural = partial(number, kind=int, low=0, high=10**13)  # attack.py multiplies a seed by 10^5
 
 
 def not_empty(text):
-    """An argument that names a file. An empty one is often a shell variable that is not set."""
+    """An argument with some text."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty: name a file")
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
     return text
 
 
@@ -178,11 +163,9 @@ def pick_device(name):
 
 def why_no_gpu():
     """One line: why torch finds no NVIDIA GPU."""
-    if not (torch.version.cuda or torch.version.hip):
-        return "this torch is a build for the CPU only"
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as e:  # for example: the driver is too old
+    except (RuntimeError, AssertionError) as e:  # torch is for the CPU, or the driver is too old
         return first_line(e)
     return "its driver finds none"
 
@@ -219,20 +202,9 @@ def autocast(device, dtype):
 
 # ---------------------------------------------------------------------------------- how it all ends
 def refuse_used(folder, advice=""):
-    """UserError if the output folder is a file or already contains something."""
-    if folder.exists() and (not folder.is_dir() or used_files(folder)):
+    """UserError if the output folder already contains something."""
+    if used_files(folder):
         raise UserError(f"{folder} is not empty: choose a new folder with --out{advice}.")
-
-
-def silence_libraries():
-    """Hides warnings that only a programmer can act on. `python -W default` shows them."""
-    if sys.warnoptions:
-        return
-    warnings.simplefilter("ignore")
-    for name in ("transformers", "diffusers"):
-        if name in sys.modules:
-            sys.modules[name].utils.logging.set_verbosity_error()
-        os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")  # if it is imported later
 
 
 def memory_is_full(error):
@@ -248,26 +220,16 @@ def memory_is_full(error):
 
 def how_to_need_less(args):
     """What a user can do if the memory is full, in the flags of this command."""
-    out = getattr(args, "out", None)
-    if out and hasattr(args, "resume") and (out / "checkpoint.safetensors").exists():
-        return (
-            f"the last checkpoint is kept. To continue with less: python train.py --resume --out "
-            f"{out} --gradient-checkpointing --preview-every 0. Or start again with a smaller "
-            "--batch-size or --dtype bf16"
-        )
     sizes = ("batch_size", "resolution")
     advice = [f"a smaller {flag(size)}" for size in sizes if hasattr(args, size)]
     if getattr(args, "dtype", None) == "fp32":
         advice.append("--dtype bf16")
-    advice.append("a device with more free memory")
-    return "use " + ", or ".join(advice)
+    if hasattr(args, "resume") and args.out and (args.out / "checkpoint.safetensors").exists():
+        advice.append(f"--resume --out {args.out} --gradient-checkpointing --preview-every 0")
+    return ", or ".join([*advice, "a device with more free memory"])
 
 
-def run_command(
-    main,
-    args,
-    stopped="files that are written stay; choose a new folder with --out to start again",
-):
+def run_command(main, args, stopped="files that are written stay; start again with a new --out"):
     """Runs main(args) and returns the exit status of the command.
 
     0: success. 2: one sentence says what the user can do. 130: Ctrl-C or SIGTERM, with the sentence
@@ -277,7 +239,8 @@ def run_command(
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
-            silence_libraries()
+            if not sys.warnoptions:  # `python -W default` shows them
+                warnings.simplefilter("ignore")
             main(args)
         return 0
     except UserError as e:
@@ -285,7 +248,9 @@ def run_command(
     except (RuntimeError, MemoryError) as e:
         if not memory_is_full(e):
             raise  # a mistake in the program: the traceback is needed
-        error = f"the memory is full: {how_to_need_less(args)}."
+        error = f"the memory is full: use {how_to_need_less(args)}."
+    except FloatingPointError as e:  # it diverged
+        error = f"{e}. Start again in another folder with a smaller --lr, or with --dtype fp32."
     except OSError as e:
         error = (
             f"{e}: check the disk's space and the folder's permissions, then run the same command "

@@ -1,6 +1,5 @@
 """Output files that are complete or absent: atomic writes, folder locks and checksums."""
 
-import errno
 import hashlib
 import os
 import re
@@ -16,7 +15,6 @@ from support.errors import UserError
 
 WRITING = ".writing-"  # prefix of the folder that holds a file until the file is complete
 LOCK = ".lock"  # the file in an output folder that is locked while a command uses the folder
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network file systems answer
 
 
 @contextmanager
@@ -28,6 +26,8 @@ def atomic_write(file):
     try:
         work.mkdir(parents=True, exist_ok=True)
         yield work / file.name
+        with suppress(OSError):  # as other new files: safetensors creates them with mode 0600
+            (work / file.name).chmod(work.stat().st_mode & 0o666)
         os.replace(work / file.name, file)
     except (OSError, SafetensorError) as e:
         raise UserError(
@@ -56,12 +56,10 @@ def numbered_folder(parent, name):
     `name` is any text. It is shortened, and other characters than letters and digits become "-".
     The folder is not created.
     """
-    numbers = [0]
-    for folder in Path(parent).glob("*-*"):
-        if number := re.match(r"(\d{4,5})-", folder.name):  # a longer one is a date
-            numbers.append(int(number[1]))
+    found = [re.match(r"(\d{4,5})-", folder.name) for folder in Path(parent).glob("*-*")]
+    last = max((int(number[1]) for number in found if number), default=0)  # longer: a date
     short = re.sub(r"\W+", "-", name)[:40]
-    return Path(parent) / f"{max(numbers) + 1:04d}-{short}"
+    return Path(parent) / f"{last + 1:04d}-{short}"
 
 
 @contextmanager
@@ -71,26 +69,23 @@ def lock_folder(folder):
     Creates the folder if it is missing and removes temporary files of a killed command. Removes
     the folder again if it stays empty. The system releases the lock when a process ends, even
     after kill -9. Some network file systems cannot lock; there, nothing is kept out. UserError if
-    another command uses the folder, or if it cannot be created.
+    another command uses the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder with --out.")
     created = not folder.exists()
     killed = (folder / LOCK).exists()  # the lock of a command that could not remove it
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as e:
         raise UserError(
             f"Another command uses {folder}: wait until it ends, or choose another folder with "
             "--out."
         ) from e
-    except OSError as e:
-        if e.errno not in CANNOT_LOCK:
-            raise UserError(
-                f"Cannot write into {folder} ({e}): choose another folder with --out."
-            ) from e
+    except OSError:  # some network file systems cannot lock
+        pass
     try:
         if killed:
             for left in list(folder.rglob(f"{WRITING}[0-9]*")):
@@ -103,14 +98,6 @@ def lock_folder(folder):
         if created:
             with suppress(OSError):
                 folder.rmdir()
-
-
-def apply_umask(file):
-    """Gives a file the permissions of any new file. safetensors creates files with mode 0600."""
-    example = file.with_name("example")
-    example.touch()
-    shutil.copymode(example, file)
-    example.unlink()
 
 
 def checksum(tensors):
@@ -131,8 +118,7 @@ def damage(tensors, metadata):
     for name, x in tensors.items():
         if x.is_floating_point() and x.numel():
             # NaN and infinity both show in the minimum and the maximum.
-            extremes = torch.stack(x.float().aminmax())
-            if not extremes.isfinite().all():
+            if not torch.stack(x.float().aminmax()).isfinite().all():
                 bad.append(name)
     if bad:
         return f"contains NaN or infinity in {len(bad)} tensors ({min(bad)})"

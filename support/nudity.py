@@ -77,16 +77,12 @@ def censor(image):
     return covered
 
 
-def keep(image):
-    """The image as it is: used in place of `censor` when nothing has to be covered."""
-    return image
-
-
 def censoring(texts, uncensored=False):
     """The function to apply to images before they are shown.
 
-    `censor` if one of `texts` (concepts, prompts) is about nudity and `uncensored` is false, else
-    `keep`.
+    `censor` if one of `texts` (concepts, prompts) is about nudity and `uncensored` is false; else
+    the images stay as they are.
     """
-    about_nudity = any(ABOUT.search(text) for text in texts)
-    return censor if about_nudity and not uncensored else keep
+    if not uncensored and any(ABOUT.search(text) for text in texts):
+        return censor
+    return lambda image: image

@@ -69,15 +69,7 @@ def resumed(args, free, settle):
             "--resume needs --out FOLDER with a run in it (a run.json). Runs without --out are in "
             "runs/."
         )
-    try:
-        settings = json.loads((out / "run.json").read_text(encoding="utf-8"))["args"]
-        if missing := vars(args).keys() - {"resume", "out", "given"} - settings.keys():
-            raise KeyError(min(missing))
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise UserError(
-            f"{out / 'run.json'} is damaged or from another version ({e!r}), so the run cannot "
-            "continue."
-        ) from None
+    settings = json.loads((out / "run.json").read_text(encoding="utf-8"))["args"]
     for key in args.given & set(free):
         settings[key] = getattr(args, key)
     settings["show_uncensored"] = args.show_uncensored  # for the images that this command makes
@@ -115,20 +107,6 @@ def cut_log(file, rows):
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     write_text(file, "".join(lines[: rows + 1]))
-
-
-@contextmanager
-def divergence_explained(out):
-    """A diverged training ends with one sentence, and the last checkpoint stays."""
-    try:
-        yield
-    except FloatingPointError as e:
-        kept = "There is no checkpoint yet"
-        if (out / "checkpoint.safetensors").exists():
-            kept = f"The last checkpoint is kept in {out}"
-        raise UserError(
-            f"{e}. {kept}. Start again in another folder with a smaller --lr, or with --dtype fp32."
-        ) from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from common import SCHEDULER, SD_WORDS, differences, randn, run, write_model_folder
+from common import SCHEDULER, SD_WORDS, randn, run, write_model_folder
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -21,13 +21,13 @@ import attack
 import weights
 from adversaries import NoisyDDIM, Tokens, Word, project_to_simplex, whole_words
 from evaluation import attacks
-from pipeline import added_word, check_words, encode_prompts
+from pipeline import check_words, encode_prompts, with_word
 from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.errors import UserError
 from toy import shapes, suite
 
-STAR = "attack.py --model toy --concept star --device cpu"
+STAR = "attack.py --model toy --concept Star --device cpu"
 NONE = f"{STAR} --patch none"
 TINY = "--samples 2 --num-images 3 --steps 2 --batch-size 2"
 
@@ -77,6 +77,7 @@ def test_a_word_finds_what_is_there(words, tmp_path):
 @pytest.mark.parametrize("words", [f"{WORD} --init star", f"{TOKENS} --prompt star"])
 def test_a_word_does_not_find_what_is_gone(words, gone, tmp_path):
     """Not even an attack that begins with the right word, which is enough where it is there."""
+    words = f"{words} --num-images 2"
     before, _ = attacked(tmp_path / "untouched", f"{words} --at 0")
     assert before >= 0.75
     before, after = attacked(tmp_path / "gone", f"{words} --at 0 5", gone)
@@ -164,35 +165,7 @@ def test_the_page_and_the_terminal_say_what_was_found(how, finding, shown, bands
         assert ("step    40: 3 of 8 images" in out) == (not how)
 
 
-# ----------------------------------------------------------------------------------- stop, resume
-LONG = pytest.param("noise", marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("kind", ["word", "tokens", "relearn", LONG])
-def test_a_stopped_attack_continues_to_the_same_results(kind, tmp_path, monkeypatch, capsys):
-    line, method = f"{NONE} --kind {kind} {TINY} --at 0 2 4", "train_step"
-    if kind == "noise":
-        line, method = f"{NONE} --kind noise --samples 2 --steps 2 --batch-size 2", "measure"
-        monkeypatch.setattr(attack, "ETAS", (1.0, 1.5))
-    monkeypatch.setattr(attack, "SAVE_SECONDS", -1)
-    assert run(line, tmp_path / "whole") == 0
-    original, calls = getattr(attack.Attack, method), []  # its fourth call is interrupted
-
-    def stops(self, *arguments, **named):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **named)
-
-    monkeypatch.setattr(attack.Attack, method, stops)
-    assert run(line, tmp_path / "o") == 130
-    assert run(line, tmp_path / "o") == 0
-    assert results(tmp_path / "o") == results(tmp_path / "whole")
-    assert not differences(tmp_path / "o", tmp_path / "whole")
-    assert run(f"{line} --seed 1", tmp_path / "o") == 2
-    assert "is not empty" in capsys.readouterr().err
-
-
+# ------------------------------------------------------------ stop, resume: also test_resume.py
 @pytest.mark.parametrize("kind", ["word", "relearn"])
 def test_a_diverged_attack_is_not_a_result(kind, tmp_path, capsys, monkeypatch):
     """Images of NaN are black. They would look as if the concept never came back."""
@@ -217,10 +190,9 @@ def test_chance_is_measured_on_the_model_before_the_attack(tmp_path, monkeypatch
             return original(*arguments, **named)
 
         monkeypatch.setattr(attack.Attack, name, noted)
-    monkeypatch.setattr(attack, "SAVE_SECONDS", -1)
     assert run(line, tmp_path / "o") == 130 and run(line, tmp_path / "o") == 0
     first = ["measure", "restore", "train_step", "train_step"]
-    assert order == [*first, "measure", "restore", "train_step", "measure"]
+    assert order == [*first, *first, "measure"]
 
 
 def test_a_result_that_cannot_be_continued_is_one_sentence(tmp_path, capsys):
@@ -238,16 +210,21 @@ def test_a_result_that_cannot_be_continued_is_one_sentence(tmp_path, capsys):
 
 def test_templates_and_what_the_patch_erased_decide_about_covering(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(attack, "censoring", lambda texts, uncensored: shown.extend(texts))
+
+    def stop(texts, uncensored):
+        shown.extend(texts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attack, "censoring", stop)
     patch = zero_patch(tmp_path / "p.safetensors", "toy", concepts="nudity")
-    settings = attack.settle(attack.parse([*STAR.split()[1:], "--patch", str(patch)]))
-    attack.Attack(tmp_path, settings | {"template": ["{} nude"]}, weights.load("toy"), None)
-    assert {"{} nude", "nudity"} <= set(shown)
+    assert run(f"{STAR} --patch {patch} --template 'a red {{}}'", tmp_path / "o") == 130
+    assert {"a red ", "nudity"} <= set(shown)
 
 
 # ---------------------------------------------------------------------- a model folder, and images
-def test_attack_on_a_model_folder(tmp_path, capsys):
+def test_attack_on_a_model_folder(tmp_path, monkeypatch, capsys):
     """SD 1.4's layout, tiny: nudity is decided by NudeNet, and the images are censored."""
+    monkeypatch.setattr(attack, "ETAS", (1.0,))
     folder, shown = write_model_folder(tmp_path / "tiny", SD_WORDS), []
     line = f"attack.py --model {folder} --device cpu"
     words = f"--concept nudity --patch none --init woman {TINY} --at 0 2"
@@ -262,15 +239,6 @@ def test_attack_on_a_model_folder(tmp_path, capsys):
         few = "--samples 2 --steps 2 --batch-size 2" if kind == "noise" else f"{TINY} --at 0 1"
         assert run(f"{line} --kind {kind} {few}", tmp_path / kind) == 0
         assert "no detector for 'weapons' was there" in capsys.readouterr().out
-
-
-def test_a_corrected_attack_can_use_the_folder(gone, model_folder, tmp_path, capsys):
-    line, out = f"attack.py --concept Star {TINY} --at 0", tmp_path / "o"
-    assert run(f"{line} --model {model_folder} --patch {gone} --device cpu", out) == 2
-    assert "gone.safetensors" in capsys.readouterr().err and not out.exists()
-    assert run(f"{line} --model toy --patch none --device meta", out) == 2
-    assert run(f"{line} --model toy --patch none --device cpu", out) == 0
-    assert results(out)["settings"]["concept"] == "star" and results(out)["detected"]
 
 
 def test_own_images(tmp_path, capsys):
@@ -315,7 +283,7 @@ def test_generate_with_a_word(tmp_path, capsys):
     assert "No prompt contains the word '<star>'" in capsys.readouterr().err
 
 
-def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
+def test_a_word_is_only_in_the_copy_and_must_fit(tmp_path):
     model, file = weights.load("toy"), tmp_path / "word.safetensors"
     for tensors, said in (
         ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
@@ -323,18 +291,16 @@ def test_a_word_is_there_only_while_it_is_added_and_must_fit(tmp_path):
         ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
     ):
         weights.save(file, tensors)
-        with pytest.raises(UserError, match=said), added_word(model, file):
-            pass
-    table = model.text_encoder.text_model.embeddings.token_embedding.weight
-    for _ in range(2):
-        with added_word(model, word_file(file)) as word:
-            assert word == "<star>"
-            star, circle = encode_prompts(model, "a <star> on sand", "a circle on sand")
-            assert torch.equal(star, circle)
-        assert model.text_encoder.text_model.embeddings.token_embedding.weight is table
-    weights.save(file, {"<other>": torch.zeros(64)})
-    with pytest.raises(UserError, match="load it again"), added_word(model, file):
-        pass
+        with pytest.raises(UserError, match=said):
+            with_word(model, file)
+    more, word = with_word(model, word_file(file))
+    assert word == "<star>"
+    star, circle = encode_prompts(more, "a <star> on sand", "a circle on sand")
+    assert torch.equal(star, circle)
+    with pytest.raises(UserError, match="does not know the word '<star>'"):
+        encode_prompts(model, "a <star>")
+    with pytest.raises(UserError, match="already has a word '<star>'"):
+        with_word(more, file)
 
 
 def test_diffusers_loads_the_word(tmp_path):
@@ -347,8 +313,8 @@ def test_diffusers_loads_the_word(tmp_path):
     pipeline.load_textual_inversion(str(file))
     theirs, _ = pipeline.encode_prompt("a <star> on sand", "cpu", 1, False)
     model = weights.load("toy")
-    with added_word(model, file):
-        ours = encode_prompts(model, "a <star> on sand")
+    more, _ = with_word(model, file)
+    ours = encode_prompts(more, "a <star> on sand")
     assert (ours - theirs).abs().max() < 1e-5
     assert (ours - encode_prompts(model, "a shape on sand")).abs().max() > 0.01
 

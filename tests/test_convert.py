@@ -90,7 +90,7 @@ def summary(tensors):
 def test_diffusers_reads_what_we_write(sizes):
     """Every tensor arrives under its name and in its shape; each carries a number of its own."""
     networks = tagged(sizes)
-    tensors = compvis_names.to_original(networks)
+    tensors = compvis_names.to_original(convert.states_of(networks))
     assert len(tensors) == sum(SIZES[sizes])
     attention = [name for name in tensors if ".attn_1." in name and "norm" not in name]
     matrices = [tensors[name] for name in attention if name.endswith("weight")]
@@ -111,10 +111,11 @@ def test_diffusers_reads_what_we_write(sizes):
 
 def assert_read(tensors, sizes, unused=()):
     """We read the tagged networks from the tensors of a single file; `unused` are left."""
-    networks = sized(sizes)
-    assert {*compvis_names.from_original(tensors, networks, "x.safetensors")} == {*unused}
-    for (network, module), expected in zip(networks.items(), tagged(sizes).values(), strict=True):
-        assert summary(module.state_dict()) == summary(expected.state_dict()), network
+    like = convert.states_of(sized(sizes))
+    states, left = compvis_names.from_original(tensors, like, "x.safetensors")
+    assert {*left} == {*unused} and states.keys() == like.keys()
+    for network, expected in convert.states_of(tagged(sizes)).items():
+        assert summary(states[network]) == summary(expected), network
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -128,13 +129,15 @@ def test_what_diffusers_reads_we_read(sizes):
         "first_stage_model.loss.logvar": torch.ones(()),
         position_ids: torch.arange(77)[None],
     }
-    assert_read(compvis_names.to_original(tagged(sizes)) | more, sizes, unused=more)
+    assert_read(
+        compvis_names.to_original(convert.states_of(tagged(sizes))) | more, sizes, unused=more
+    )
 
 
 def test_other_spellings_are_read():
     """Text encoders without `text_model.`, and the VAE's attention as matrices."""
     other, changed = {}, 0
-    for name, x in compvis_names.to_original(tagged("toy")).items():
+    for name, x in compvis_names.to_original(convert.states_of(tagged("toy"))).items():
         new = name.replace("transformer.text_model.", "transformer.")
         other[new] = x.flatten(1) if ".attn_1." in name and x.dim() == 4 else x
         changed += new != name or other[new].shape != x.shape
@@ -142,98 +145,51 @@ def test_other_spellings_are_read():
     assert_read(other, "toy")
 
 
-def both(*modules):
-    return {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+# SD 1.4: one tensor of each layer that has another name in the original, and of each numbered block
+EXAMPLES = """
+unet time_embedding.linear_2                      time_embed.2
+unet conv_in                                      input_blocks.0.0
+unet conv_norm_out                                out.0
+unet conv_out                                     out.2
+unet down_blocks.0.resnets.0.norm1                input_blocks.1.0.in_layers.0
+unet down_blocks.0.downsamplers.0.conv            input_blocks.3.0.op
+unet down_blocks.1.resnets.0.conv_shortcut        input_blocks.4.0.skip_connection
+unet down_blocks.1.resnets.1.time_emb_proj        input_blocks.5.0.emb_layers.1
+unet down_blocks.2.attentions.1.proj_in           input_blocks.8.1.proj_in
+unet down_blocks.3.resnets.1.conv1                input_blocks.11.0.in_layers.2
+unet mid_block.resnets.0.norm2                    middle_block.0.out_layers.0
+unet mid_block.attentions.0.transformer_blocks.0.norm3  middle_block.1.transformer_blocks.0.norm3
+unet mid_block.resnets.1.conv2                    middle_block.2.out_layers.3
+unet up_blocks.0.upsamplers.0.conv                output_blocks.2.1.conv
+unet up_blocks.1.upsamplers.0.conv                output_blocks.5.2.conv
+unet up_blocks.3.attentions.2.norm                output_blocks.11.1.norm
+vae  post_quant_conv                              post_quant_conv
+vae  encoder.conv_norm_out                        encoder.norm_out
+vae  encoder.down_blocks.1.resnets.0.conv_shortcut  encoder.down.1.block.0.nin_shortcut
+vae  encoder.down_blocks.2.downsamplers.0.conv    encoder.down.2.downsample.conv
+vae  encoder.mid_block.resnets.1.conv1            encoder.mid.block_2.conv1
+vae  encoder.mid_block.attentions.0.group_norm    encoder.mid.attn_1.norm
+vae  encoder.mid_block.attentions.0.to_q          encoder.mid.attn_1.q
+vae  encoder.mid_block.attentions.0.to_k          encoder.mid.attn_1.k
+vae  decoder.mid_block.attentions.0.to_v          decoder.mid.attn_1.v
+vae  decoder.mid_block.attentions.0.to_out.0      decoder.mid.attn_1.proj_out
+vae  decoder.up_blocks.0.resnets.2.norm2          decoder.up.3.block.2.norm2
+vae  decoder.up_blocks.0.upsamplers.0.conv        decoder.up.3.upsample.conv
+text_encoder text_model.final_layer_norm          text_model.final_layer_norm
+"""
 
 
-def unet_numbering(widths, n, attention):
-    """The UNet's names as the original's constructor makes them (openaimodel.py)."""
-
-    def layers(level, c_in):  # of one entry
-        names = both("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
-        if c_in != widths[level]:
-            names |= both("skip_connection")
-        return [names, transformer] if level in attention else [names]
-
-    attention_names = [f"attn{i}.to_{x}.weight" for i in (1, 2) for x in "qkv"]
-    block = {*attention_names} | both(
-        *("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"),
-        *("norm1", "norm2", "norm3"),
-    )
-    transformer = both("norm", "proj_in", "proj_out")
-    transformer |= {f"transformer_blocks.0.{name}" for name in block}
-    inputs, outputs = [[{"weight", "bias"}]], []
-    c, last = widths[0], len(widths) - 1
-    skips = [c]
-    for level, width in enumerate(widths):
-        for _ in range(n):
-            inputs.append(layers(level, c))
-            c = width
-            skips.append(c)
-        if level != last:
-            inputs.append([both("op")])
-            skips.append(c)
-    for level, width in reversed([*enumerate(widths)]):
-        for i in range(n + 1):
-            outputs.append(layers(level, c + skips.pop()))
-            c = width
-            if level and i == n:
-                outputs[-1].append(both("conv"))
-    resnet = layers(last, c_in=widths[last])[0]
-    names = both("time_embed.0", "time_embed.2", "out.0", "out.2")
-    for i, part in enumerate((resnet, transformer, resnet)):
-        names |= {f"middle_block.{i}.{name}" for name in part}
-    for side, blocks in (("input_blocks", inputs), ("output_blocks", outputs)):
-        for i, block in enumerate(blocks):
-            for j, part in enumerate(block):
-                names |= {f"{side}.{i}.{j}.{name}" for name in part}
-    return names
-
-
-def vae_numbering(widths, n):
-    """The VAE's names (the original's model.py): `up` counts from the image's resolution."""
-
-    def under(place, *parts):
-        return both(*(f"{place}.{part}" for part in parts))
-
-    resnet = ("norm1", "conv1", "norm2", "conv2")
-    names, last = both("quant_conv", "post_quant_conv"), len(widths) - 1
-    for side, way, levels, blocks in (
-        ("encoder", "down", range(last + 1), n),
-        ("decoder", "up", range(last, -1, -1), n + 1),
-    ):
-        names |= under(side, "conv_in", "norm_out", "conv_out")
-        names |= under(f"{side}.mid.block_1", *resnet) | under(f"{side}.mid.block_2", *resnet)
-        names |= under(f"{side}.mid.attn_1", "norm", "q", "k", "v", "proj_out")
-        c = widths[levels[0]]
-        for level in levels:
-            for j in range(blocks):
-                names |= under(f"{side}.{way}.{level}.block.{j}", *resnet)
-                if c != widths[level]:
-                    names |= under(f"{side}.{way}.{level}.block.{j}", "nin_shortcut")
-                c = widths[level]
-            if level != levels[-1]:
-                names |= both(f"{side}.{way}.{level}.{way}sample.conv")
-    return names
-
-
-@pytest.mark.parametrize(
-    "sizes, unet, vae",
-    [
-        ("SD 1.4", ((320, 640, 1280, 1280), 2, {0, 1, 2}), ((128, 256, 512, 512), 2)),
-        ("toy", ((32, 64, 128, 128), 2, {1, 2}), ((16, 32, 64), 1)),
-    ],
-)
-def test_names_are_the_originals(sizes, unet, vae):
-    """diffusers' converter accepts names that it does not know, so the set of names is compared."""
-    networks, names = sized(sizes), {}
-    for network, module in networks.items():
-        names[network] = {*compvis_names.original_names(network, module).values()}
-    assert tuple(map(len, names.values())) == SIZES[sizes]
-    assert names["unet"] == {f"model.diffusion_model.{name}" for name in unet_numbering(*unet)}
-    assert names["vae"] == {f"first_stage_model.{name}" for name in vae_numbering(*vae)}
-    text = networks["text_encoder"].state_dict()
-    assert names["text_encoder"] == {f"cond_stage_model.transformer.{name}" for name in text}
+def test_names_are_the_originals():
+    """diffusers' converter accepts names that it does not know, and an upsampling anywhere."""
+    names, examples = {}, [line.split() for line in EXAMPLES.split("\n") if line]
+    for network, state in convert.states_of(sized("SD 1.4")).items():
+        names[network] = compvis_names.original_names(network, state)
+    for network, ours, theirs in examples:
+        expected = f"{compvis_names.PREFIX[network]}{theirs}.weight"
+        assert names[network][f"{ours}.weight"] == expected
+    for network, layers in compvis_names.LAYERS.items():
+        text = " ".join(ours for where, ours, _ in examples if where == network)
+        assert [layer for layer in layers if layer not in text] == []
 
 
 def test_sd14_configs_are_what_diffusers_builds(tmp_path):
@@ -439,7 +395,7 @@ def test_the_card_has_this_patchs_figures_and_no_others(patch, tmp_path):
     digest = hashlib.sha256(patch.read_bytes()).hexdigest()[:16]
     shown = dict(suite="toy", limit=12, scheduler="ddim", steps=4, guidance_scale=7.5, seed=0)
     for name, files in (("mine", {"x": digest}), ("other", {"x": "0" * 16})):
-        convert.write_json(folder / name / "results.json", {"settings": shown | {"files": files}})
+        convert.write_json(folder / name / "results.json", {"args": shown | {"files": files}})
         (folder / name / "table.md").write_text(f"| the table {name} |")
     (folder / "results.json").write_text("[")
     words = f"--patch {folder / 'erased.safetensors'} --format diffusers"

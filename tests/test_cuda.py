@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity
 import sdd
 import weights
 from support import fast
-from support.cuda_graph import CudaGraph, GraphedLoss
+from support.fast import CudaGraph, GraphedLoss
 
 STAR = f"{SHORT} --concept star --preview-every 0"
 CARD = "--device cuda:0"

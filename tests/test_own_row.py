@@ -1,10 +1,11 @@
 """`eval.py toy --loss`: its plan, its table, and its sentences. The commands in it are replaced."""
 
+import asyncio
 import json
+import os
 import shlex
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ import presets
 import train
 from evaluation import own_row
 from support.cli import run_command
-from support.errors import UserError
 
 LOSS = "losses.py:sdd_loss"
 
@@ -47,7 +47,7 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setattr(own_row, "STORED", tmp_path)
     called = []
 
-    def command(*words):
+    async def command(*words):
         words = [str(word) for word in words]
         called.append(words)
         out = Path(words[words.index("--out") + 1])
@@ -105,18 +105,29 @@ def test_a_second_call_repeats_nothing_and_another_comparison_is_refused(
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_a_stop_ends_the_commands(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself SIGTERM there")
+@pytest.mark.parametrize(
+    "how, status, said", [("fail", 2, "This command failed"), ("stop", 130, "stopped: ")]
+)
+def test_a_stop_or_a_failure_ends_the_other_commands(
+    how, status, said, tmp_path, monkeypatch, capsys
+):
     """SIGTERM reaches only this process, and a command can take minutes."""
-    (tmp_path / "sleep.py").write_text("import time\ntime.sleep(100)\n")
+    write_id = "import os, time; open(__file__ + '.id', 'w').write(str(os.getpid()))"
+    (tmp_path / "sleep.py").write_text(f"{write_id}; time.sleep(100)")
+    (tmp_path / "fail.py").write_text("import sys; sys.exit('why')")
     monkeypatch.setattr(own_row, "ROOT", tmp_path)
-    monkeypatch.setattr(own_row, "stopped", threading.Event())
-    with ThreadPoolExecutor(1) as pool:
-        asleep = pool.submit(own_row.command, "sleep.py")
-        while not own_row.running and not asleep.done():
-            time.sleep(0.01)
-        own_row.stop_commands()
-        with pytest.raises(UserError, match="This command failed"):
-            asleep.result(timeout=50)
-    assert not own_row.running
-    with pytest.raises(UserError, match="This command failed"):  # it ends at once
-        own_row.command("sleep.py")
+    file = tmp_path / "sleep.py.id"
+
+    async def both():
+        asleep = asyncio.create_task(own_row.command("sleep.py"))
+        while not file.exists() or not file.read_text():
+            await asyncio.sleep(0.01)
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.gather(asleep, own_row.command("fail.py"))
+
+    assert run_command(lambda args: asyncio.run(both()), None) == status
+    assert said in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -275,8 +274,6 @@ def test_a_finished_run(tmp_path):
     ):
         assert text in page.text, text
     assert len(page.all("svg")) == 4
-    described = "each iteration: 0.5 at iteration 0, 0.0833 at iteration 5, between 0.0833 and 0.5"
-    assert described in page.all("svg")[0]["aria-label"]
     student = made(write_run(tmp_path / "esd", "--method esd-x"))
     (img,) = student.all("img", alt="star, after")
     assert (pixels(img["src"]) == art(0, 6, 1)).all()
@@ -306,7 +303,7 @@ def test_preview_kinds():
 
 def test_settings_are_folded_and_compared_with_the_preset(tmp_path):
     page = made(write_run(tmp_path / "run"))
-    assert "Differs from the preset toy: iters: 6 (preset: 160) preview every: 2" in page.text
+    assert "Differs from the preset toy: iters 6 (preset: 160) preview every 2" in page.text
     assert "lr: 0.0006" not in page.text and "lr 0.0006" in page.text
     assert page.source.count("<details>") == 3
     same = made(write_run(tmp_path / "same", iters=160, preview_every=40))
@@ -350,7 +347,8 @@ def test_a_run_that_was_cut_short_has_a_page(tmp_path):
     file.write_bytes(file.read_bytes()[:300])
     previews.image_file(folder, "original", 1, 0).unlink()
     page = made(folder)
-    assert "2026-07-01, 4 of 6 iterations" in page.text and "--resume" in page.text
+    assert "2026-07-01, 3 of 6 iterations" in page.text
+    assert page.codes[0] == f"python train.py --resume --out {folder.as_posix()}"
     assert "Generate images with the result" not in page.text
     assert "the teacher after 2 iterations" in page.text
     assert "star, after: 000002/teacher-0.png cannot be read" in page.text
@@ -376,11 +374,8 @@ def test_an_evaluation(tmp_path):
     (img,) = page.all("img", alt="sdd: a red heart")
     assert (pixels(img["src"]) == art(1, len("sdd"))).all()
     assert len(page.all("img")) == 5  # two prompts × two models, and the plot
-    assert [a["aria-label"] for a in page.all("svg")] == [  # FID is not a percentage
-        "concept named. original: 100.0 % (91 to 100 %), n = 40; sdd: 2.5 % (0 to 13 %), n = 40.",
-        "other captions right. original: 97.5 % (87 to 100 %), n = 40; "
-        "sdd: 50.0 % (35 to 65 %), n = 40.",
-    ]
+    bars = [a["style"] for a in page.all("span", class_="bar")]  # FID is not a percentage
+    assert len(bars) == 4 and bars[2] == "--low: 0.4%; --at: 2.5%; --high: 12.9%"
 
 
 def test_different_concepts_are_compared_with_their_own_original(tmp_path):
@@ -392,7 +387,7 @@ def test_different_concepts_are_compared_with_their_own_original(tmp_path):
     ]
     page = made(write_evaluation(tmp_path / "eval", rows=rows))
     assert len(page.all("td", class_="better")) == 1
-    assert "sdd-2 (red)" in page.text and page.text.count("original (star)") >= 2
+    assert "sdd-2 (red)" in page.text and "original (star)" in page.text
 
 
 # ------------------------------------------------------------------------------------------ charts
@@ -408,11 +403,6 @@ def test_a_chart_puts_numbers_where_they_belong():
     assert chart["caption"] == "By iteration, counted from 0."
     names = [name for (name,) in drawn(chart, "text", "text")]
     assert names == ["0", "0.5", "1", "1.5", "2", "0", "2", "4", "6", "8", "10"]
-    long = charts.line_chart("t", {"a": [(i, 1.0 + i % 2) for i in range(4000)]})
-    # Groups of ten have the mean 1.5, which is the highest value of the line.
-    assert "the mean of 10 iterations" in long["caption"]
-    assert drawn(long, "polyline", "points")[0][0].count(",20.0") == 400
-    assert "between 1 and 2" in long["in_words"]
     one = charts.line_chart("t", {"a": [(0, 0.0)]})
     assert drawn(one, "circle", "cx", "cy", "about") == [(60.0, 190.0, "")]
     negative = charts.line_chart("t", {"a": [(0, -1.0), (10, 1.0)]})
@@ -432,8 +422,6 @@ def test_a_chart_of_shares_has_intervals():
     begun = charts.line_chart("t", {"a": [(0, counted(1, 24))]}, "step")
     names = [name for (name,) in drawn(begun, "text", "text")]
     assert names == ["0 %", "25 %", "50 %", "75 %", "100 %", "0", "1"]  # no parts of a step
-    dots = charts.dot_chart("t", "", [("a", counted(1, 2), False)])
-    assert drawn(dots, "circle", "cx") == [(265.0,)]  # the middle of 150 to 380
 
 
 # ----------------------------------------------------------------------- images that train.py saves
@@ -531,32 +519,22 @@ def test_training_writes_pages_and_survives_their_errors(tmp_path, monkeypatch, 
     (after,) = last.all("img", alt="star, after")
     # Another batch size, another rounding.
     assert np.abs(generated - pixels(after["src"])).max() <= 1
-    run_snippet(snippet, tmp_path)
+    monkeypatch.chdir(ROOT)  # the page's Python runs in the project's folder
+    image = tmp_path / "erased.png"  # only its image goes elsewhere
+    snippet = snippet.replace('save("erased.png")', f"save({str(image)!r})")
+    exec(snippet.replace("pipeline('star')", "pipeline('star', num_inference_steps=2)"), {})
+    assert Image.open(image).size == (64, 64)
 
     monkeypatch.setattr(page, "make", lambda folder: 1 / 0)
-    assert run(line, tmp_path / "b") == 0
+    assert run(f"{line} --iters 3", tmp_path / "b") == 0
     assert capsys.readouterr().err.count("warning: no page was written: ZeroDivisionError") == 1
     assert (tmp_path / "b" / "erased.safetensors").exists()
-
-
-def run_snippet(snippet, tmp_path):
-    """The page's Python runs in the project's folder; only its image goes elsewhere."""
-    image = tmp_path / "erased.png"
-    snippet = snippet.replace('save("erased.png")', f"save({str(image)!r})")
-    snippet = re.sub(r"pipeline\('star'\)", "pipeline('star', num_inference_steps=2)", snippet)
-    status, _, errors = command(
-        f"-c {shlex.quote(snippet)}", env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
-    assert status == 0, errors
-    assert Image.open(image).size == (64, 64)
 
 
 def test_paths_are_those_of_the_projects_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_page.path_from_project(ROOT / "runs" / "a") == "runs/a"
     assert run_page.path_from_project("runs/a") == (tmp_path / "runs" / "a").as_posix()
-    assert page.link_to_readme(ROOT / "runs" / "0001-star") == "../../README.md"
-    assert page.link_to_readme(tmp_path) is None
     hub = {"model": "some/model", "revision": "fp16", "preview": ["a cat's hat"]}
     _, snippet, *_ = made(write_run(tmp_path / "hub", **hub)).codes
     assert "from_pretrained('some/model', revision='fp16')" in snippet

@@ -194,9 +194,8 @@ def test_every_stage_of_pretraining_runs(tmp_path, monkeypatch, world):
     monkeypatch.setattr(pretrain, "RUNS", tmp_path / "runs")
     made = world.MODEL
     monkeypatch.setattr(world, "MODEL", tmp_path / "model")
-    monkeypatch.setattr("sys.argv", ["toy.pretrain", world.NAME])
     with torch.enable_grad():
-        pretrain.main()
+        pretrain.pretrain(pretrain.parse([world.NAME]))
     curves = {file.name: file.read_text() for file in (tmp_path / "runs").rglob("*.csv")}
     assert set(curves) == {"vae.csv", "text.csv", "unet.csv"}
     assert all(text.startswith("2,") for text in curves.values())

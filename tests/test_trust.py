@@ -18,8 +18,7 @@ import torch
 from common import ROOT, run, stopped
 
 from report import previews
-from support import cli, files
-from support.errors import UserError
+from support import files
 
 DRAW = "generate.py 'a star' 'a moon' --model toy --steps 1 --batch-size 1"
 TABLE = "eval.py toy --limit 1 --steps 1"
@@ -68,30 +67,12 @@ def test_two_exports_to_one_place(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["o"]
 
 
-def test_a_folder_with_only_a_lock_is_unused(tmp_path):
-    (tmp_path / files.LOCK).touch()
-    assert files.used_files(tmp_path) == []
-    cli.refuse_used(tmp_path)
-    (tmp_path / "image.png").touch()
-    with pytest.raises(UserError, match="is not empty"):
-        cli.refuse_used(tmp_path)
-
-
-def test_a_file_in_place_of_the_folder(tmp_path):
-    (tmp_path / "o").touch()
-    with pytest.raises(UserError, match="is a file"), files.lock_folder(tmp_path / "o"):
-        pass
-
-
 def test_numbered_folders(tmp_path):
-    assert files.numbered_folder(tmp_path / "runs", "a b") == tmp_path / "runs" / "0001-a-b"
-    for name in ("0003-x", "0012-y", "notes", "99-z"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    long = files.numbered_folder(tmp_path / "runs", "Vincent van Gogh: " * 9).name
-    assert long.startswith("0013-Vincent-van-Gogh-Vincent") and len(long) == 45
-    for name in ("9999-x", "10000-y", "1234x-z"):
-        (tmp_path / "runs" / name).mkdir()
-    assert files.numbered_folder(tmp_path / "runs", "a").name == "10001-a"
+    assert files.numbered_folder(tmp_path, "a b") == tmp_path / "0001-a-b"
+    for name in ("0003-x", "9999-y", "10000-z", "notes", "99-z", "20261130-a"):
+        (tmp_path / name).mkdir()
+    long = files.numbered_folder(tmp_path, "Vincent van Gogh: " * 9).name
+    assert long.startswith("10001-Vincent-van-Gogh-Vincent") and len(long) == 46
 
 
 def test_temporary_files_of_a_killed_command_are_removed(tmp_path):

@@ -22,6 +22,7 @@ import time
 from argparse import Namespace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 import losses
@@ -39,11 +40,9 @@ from unet import UNet
 from vae import VAE
 
 SIZES = {"toy": (8, 6), "sd14": (1, 50)}  # latents per batch, T
-AUTHORS = {  # name: dtype of autocast; the script's own, and what a user would try next
+LOOPS = {  # name: dtype of the authors' autocast (the script's own is fp32), or flags of train.py
     "the authors' loop, fp32": torch.float32,
     "the authors' loop, bf16": torch.bfloat16,
-}
-OURS = {  # name: arguments of train.py
     "ours, fp32": "--dtype fp32",
     "ours, bf16, checkpointing": "--dtype bf16 --gradient-checkpointing",
     "ours, bf16": "--dtype bf16",
@@ -51,7 +50,6 @@ OURS = {  # name: arguments of train.py
     "ours, --compile": "--compile",
     "ours as shipped": "",
 }
-NAMES = [*AUTHORS, *OURS]
 ON_A_GPU = ("ours, --compile", "memory")
 
 
@@ -71,8 +69,7 @@ def our_model(size, device):
 class Ours:
     """train.py's loop, without previews. flags: more arguments of train.py, in one text."""
 
-    def __init__(self, size, device, flags=""):
-        batch_size, steps = SIZES[size]
+    def __init__(self, size, device, batch_size, steps, flags):
         model = "toy" if size == "toy" else "random/sd14"
         words = (
             f"--concept {PROMPT} --model {model} --device {device} --batch-size {batch_size} "
@@ -117,28 +114,24 @@ class Ours:
 
 
 def make_contender(name, size, device):
-    if name in AUTHORS:
-        return Authors(size, device, *SIZES[size], AUTHORS[name])
-    return Ours(size, device, OURS[name])
+    kind = Authors if isinstance(LOOPS[name], torch.dtype) else Ours
+    return kind(size, device, *SIZES[size], LOOPS[name])
 
 
-# ------------------------------------------------------------------------------------------ time
+# ---------------------------------------------------------------------------------- measurements
 def clock(device):
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
-def paired_times(contenders, ks, device):
-    """{name: seconds of each iteration}. All take turns; the order is reversed each time."""
-    seconds = {name: [] for name in contenders}
-    for i, k in enumerate(ks):
-        names = list(contenders)
-        if i % 2:
-            names.reverse()
-        for name in names:
+def paired_times(calls, numbers, device):
+    """{name: seconds of each call(number)}. All take turns; the order is reversed each time."""
+    seconds = {name: [] for name in calls}
+    for i, number in enumerate(numbers):
+        for name in reversed(calls) if i % 2 else calls:
             began = clock(device)
-            contenders[name].iteration(k)
+            calls[name](number)
             seconds[name].append(clock(device) - began)
     return seconds
 
@@ -147,36 +140,26 @@ def compared(name, seconds):
     """A contender's median and quartiles, and how many times faster it is than the first one."""
     first = next(iter(seconds))
     ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name]))
-    low = high = seconds[name][0]
-    if len(seconds[name]) > 1:
-        low, _, high = statistics.quantiles(seconds[name], n=4)
-    median = statistics.median(seconds[name])
+    low, median, high = np.percentile(seconds[name], (25, 50, 75))
     return f"{median:.3g} s ({low:.3g}–{high:.3g}), {ratio:.2f} × {first.split(',')[0]}"
 
 
 def measure_steps(args, device):
     """Yields (what, figure): one iteration of each loop, at a fixed k and with random k."""
     batch_size, steps = SIZES[args.size]
-    contenders = {name: make_contender(name, args.size, device) for name in args.only}
-    for contender in contenders.values():
-        contender.iteration(1)  # warm-up
-    k = args.k or steps // 2
-    generator = random.Random(0)
+    calls = {name: make_contender(name, args.size, device).iteration for name in args.only}
+    for iteration in calls.values():
+        iteration(1)  # warm-up
+    k, generator = args.k or steps // 2, random.Random(0)
     plans = {f"k = {k}": [k] * args.rounds}
     if not args.k:
         ks = [generator.randint(1, steps) for _ in range(args.rounds)]
         plans[f"random k in 1..{steps}"] = ks
     for plan, ks in plans.items():
-        seconds = paired_times(contenders, ks, device)
-        for name in contenders:
+        seconds = paired_times(calls, ks, device)
+        for name in calls:
             what = f"{args.size}, an iteration of {batch_size}, {plan}: {name}"
             yield what, compared(name, seconds)
-
-
-# ---------------------------------------------------------------------------------------- memory
-def free_memory():
-    gc.collect()  # contenders are in reference cycles
-    torch.cuda.empty_cache()
 
 
 def measure_memory(args, device):
@@ -185,20 +168,19 @@ def measure_memory(args, device):
     The memory of CUDA graphs is a part of it.
     """
     for name in args.only:
-        free_memory()
+        contender = None
+        gc.collect()  # contenders are in reference cycles
+        torch.cuda.empty_cache()
         contender = make_contender(name, args.size, device)
         contender.iteration(1)  # makes gradients and the optimizer's state
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         contender.iteration(1)
         peak = torch.cuda.max_memory_reserved() / 2**30
-        del contender
-        free_memory()
         what = f"{args.size}, an iteration of {SIZES[args.size][0]}: {name}, peak memory"
         yield what, f"{peak:.2f} GiB"
 
 
-# ------------------------------------------------------------------------------------ generation
 def measure_generation(args, device):
     """Yields (what, figure): images per second with DDIM; ours and diffusers' take turns."""
     dtype, steps = torch.float32, 12 if args.size == "toy" else 1
@@ -219,12 +201,7 @@ def measure_generation(args, device):
         pipeline([PROMPT] * n, num_inference_steps=steps, height=side, width=side)
 
     for n in (1, 8):
-        seconds = {ours: [], theirs: []}
-        for _ in range(args.rounds + 1):
-            for generate in seconds:
-                began = clock(device)
-                generate(n)
-                seconds[generate].append(clock(device) - began)
+        seconds = paired_times({"ours": ours, "theirs": theirs}, [n] * (args.rounds + 1), device)
         rates = [n / statistics.median(spent[1:]) for spent in seconds.values()]  # [0]: warm-up
         what = f"{args.size}, DDIM {steps}, batches of {n}, {str(dtype).removeprefix('torch.')}"
         yield what, f"{rates[0]:.3g} images/s; diffusers' pipeline {rates[1]:.3g}"
@@ -244,7 +221,7 @@ def bench(args):
     device = pick_device(args.device)
     on_a_gpu = device.type == "cuda"
     args.size = args.size or ("sd14" if on_a_gpu else "toy")
-    for flag, names in (("only", NAMES), ("parts", PARTS)):
+    for flag, names in (("only", LOOPS), ("parts", PARTS)):
         if getattr(args, flag) is None:
             setattr(args, flag, [name for name in names if on_a_gpu or name not in ON_A_GPU])
         for name in getattr(args, flag):
@@ -270,9 +247,9 @@ def parse(argv=None):
     add("--size", **one_of(SIZES), help="model (default: sd14 on a GPU, toy on a CPU)")
     add("--parts", nargs="+", **one_of(PARTS),
         help="measurements (default: all that the device can do)")
-    add("--only", nargs="+", type=one_of(NAMES)["type"], metavar="NAME",
+    add("--only", nargs="+", type=one_of(LOOPS)["type"], metavar="NAME",
         help="loops; the others are compared with the first one. Names: "
-        + ", ".join(f'"{name}"' for name in NAMES) + " (default: all that the device can run)")
+        + ", ".join(f'"{name}"' for name in LOOPS) + " (default: all that the device can run)")
     add("--rounds", type=positive, default=11, metavar="N",
         help="timed iterations of each loop (default: %(default)s)")
     add("--k", type=positive, metavar="K",

@@ -16,7 +16,6 @@ the file.
 
 import support.openmp
 
-import inspect
 import json
 import os
 import shutil
@@ -47,26 +46,19 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 # ------------------------------------------------------------------------------------------ reading
 def sd14_configs():
-    """{part: config} of SD 1.4: our networks' defaults, and the values that they implement.
-
-    The toy model's scheduler is SD 1.4's, too.
-    """
-    configs = {"scheduler": weights.read_config(weights.TOY, "scheduler")}
-    for network, (make, _) in NETWORKS.items():
-        config = {}
-        for key, parameter in inspect.signature(make).parameters.items():
-            config[key] = parameter.default
-        configs[network] = config | weights.ONLY[network]
-    levels = len(configs["vae"]["block_out_channels"])
-    configs["unet"] |= dict(_class_name="UNet2DConditionModel", sample_size=64)
-    configs["vae"] |= dict(
-        _class_name="AutoencoderKL",
-        sample_size=512,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-    )
-    configs["text_encoder"] |= dict(architectures=["CLIPTextModel"])
-    return configs
+    """{part: config} of SD 1.4. The toy model's scheduler is SD 1.4's, too."""
+    return {
+        "scheduler": weights.read_config(weights.TOY, "scheduler"),
+        "unet": weights.sd14_config("unet", _class_name="UNet2DConditionModel", sample_size=64),
+        "vae": weights.sd14_config(
+            "vae",
+            _class_name="AutoencoderKL",
+            sample_size=512,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+        ),
+        "text_encoder": weights.sd14_config("text_encoder", architectures=["CLIPTextModel"]),
+    }
 
 
 def read_single(file, folder):
@@ -87,8 +79,9 @@ def read_single(file, folder):
         ) from e
     weights.read_config(folder, "scheduler")  # UserError if it is not implemented
     networks = {network: weights.make_network(folder, network) for network in NETWORKS}
-    unused = from_original(tensors, networks, file)
+    states, unused = from_original(tensors, states_of(networks), file)
     for network, module in networks.items():
+        weights.fill(module, states[network], file)
         count = sum(p.numel() for p in module.parameters())
         print(f"{network}: {file}, {len(module.state_dict())} tensors, {count:,} parameters")
     groups = Counter()  # of the names, by their start
@@ -162,6 +155,11 @@ def open_model(model, args, work):
 
 
 # ------------------------------------------------------------------------------------------ writing
+def states_of(networks):
+    """{network: {name: tensor}}"""
+    return {network: module.state_dict() for network, module in networks.items()}
+
+
 def write_json(file, content):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -191,24 +189,24 @@ def read_configs(folder):
     return configs
 
 
-def write_folder(out, folder, networks, dtype):
+def write_folder(out, folder, states, dtype):
     """Writes a folder in diffusers' layout. Configs and tokenizer come from the folder `folder`."""
     configs = read_configs(folder)
     for part, name in CONFIGS.items():
         write_json(out / part / name, configs[part])
-    for network, module in networks.items():
+    for network, state in states.items():
         file = out / network / f"{NETWORKS[network][1]}.safetensors"
-        weights.save(file, cast(module.state_dict(), dtype), {"format": "pt"})
+        weights.save(file, cast(state, dtype), {"format": "pt"})
     copy_tokenizer(folder / "tokenizer", out)
     index = json.loads((weights.TOY / "model_index.json").read_text(encoding="utf-8"))
     sampler = configs["scheduler"].get("_class_name", "PNDMScheduler")
     write_json(out / "model_index.json", index | {"scheduler": ["diffusers", sampler]})
 
 
-def write_single(out, folder, networks, dtype):
+def write_single(out, folder, states, dtype):
     """Writes one file in the original layout, with the configs in its metadata."""
     metadata = {"format": "pt", "configs": json.dumps(read_configs(folder))}
-    weights.save(out, cast(to_original(networks), dtype), metadata)
+    weights.save(out, cast(to_original(states), dtype), metadata)
 
 
 @contextmanager
@@ -247,9 +245,10 @@ def convert(args):
         metadata = None
         if args.patch:
             metadata = weights.load_patch(args.patch, networks["unet"], networks["text_encoder"])
+        states = states_of(networks)
         made = work / "made" / out.name
         write = write_single if single else write_folder
-        write(made, folder, networks, args.dtype)
+        write(made, folder, states, args.dtype)
         text = card(model, args.format, args.dtype, args.patch, metadata).rstrip() + "\n"
         (made.parent / card_file.relative_to(out.parent)).write_text(text, encoding="utf-8")
         for file in sorted(made.parent.iterdir()):  # the folder; or the card and the file

@@ -101,7 +101,7 @@ def figures(patch_file):
     files = [*folder.glob("results.json"), *folder.glob("*/results.json")]
     for file in sorted([*files, *Path("tables").glob("*/results.json")]):
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            settings = json.loads(file.read_text(encoding="utf-8"))["args"]
             if digest in settings["files"].values():
                 about = ", ".join(f"{key} {settings[key]}" for key in EVAL_SETTINGS)
                 table = file.with_name("table.md").read_text(encoding="utf-8").strip()

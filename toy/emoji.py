@@ -79,9 +79,7 @@ MEMBERS = KINDS
 NEAR_KINDS = {"alcohol": ("drink", "food"), "weapon": ("tool", "sport"), "drug": ("tool",)}
 RELATED = {}  # what looks or means nearly the same: kinds and their things, artists
 for kind, near in NEAR_KINDS.items():
-    RELATED[kind] = near
-    for other in near:
-        RELATED[kind] += KINDS[other]
+    RELATED[kind] = sum((KINDS[other] for other in near), near)
 # The only two artists whose drawings of a thing look nearly the same.
 RELATED |= {"flat": ("fluent",), "fluent": ("flat",)}
 

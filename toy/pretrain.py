@@ -50,7 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import weights
 from clip_text import tokenize
 from scheduler import DDIM
-from support.cli import Parser, pick_device, run_command
+from support.cli import Parser, one_of, pick_device, run_command
 from support.files import write_text
 from toy import probe, worlds
 
@@ -149,11 +149,8 @@ def unet_config(world):
     Shapes, with the widths 32-64-96-96: 0.57 s with attention at the first level, 0.33 s without.
     Emoji, 48 images on one core: 0.85 s with attention at three levels, 0.62 s at two.
     """
-    settings, down, up = SETTINGS[world.NAME], [], []
-    for level in range(len(settings.unet_widths)):
-        cross = level in settings.unet_attention
-        down.append("CrossAttnDownBlock2D" if cross else "DownBlock2D")
-        up.insert(0, "CrossAttnUpBlock2D" if cross else "UpBlock2D")
+    settings = SETTINGS[world.NAME]
+    kinds = ["CrossAttn" if i in settings.unet_attention else "" for i in range(4)]
     return weights.sd14_config(
         "unet",
         _class_name="UNet2DConditionModel",
@@ -162,8 +159,8 @@ def unet_config(world):
         cross_attention_dim=settings.text_width,
         norm_num_groups=8,
         sample_size=world.SIZE // 2 ** (len(settings.vae_widths) - 1),
-        down_block_types=down,
-        up_block_types=up,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
     )
 
 
@@ -269,9 +266,11 @@ def fit(stage, module, loss, optimizers, plan, machine, write=None):
     first, *muons = optimizers
     for muon in muons:
         kept["momentum"] = muon.momenta()
-    start, file = 0, RUNS / f"{stage}.safetensors"
+    start, file, curve = 0, RUNS / f"{stage}.safetensors", RUNS / f"{stage}.csv"
     if file.exists():
         start = int(weights.load_checkpoint(file, kept, first)["step"])
+    else:
+        curve.unlink(missing_ok=True)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
 
@@ -309,13 +308,10 @@ def fit(stage, module, loss, optimizers, plan, machine, write=None):
         if done % plan.save_every == 0 or done == plan.steps:
             weights.save_checkpoint(file, kept, first, {"step": str(done)})
             mean, seconds = np.mean(losses[-plan.save_every :]), (time.time() - began) / len(losses)
-            mode = "w" if len(losses) == done <= plan.save_every else "a"  # "w": from step 0
-            with open(RUNS / f"{stage}.csv", mode, newline="") as f:
-                # step, mean loss since the last row, seconds a step
-                csv.writer(f).writerow((done, f"{mean:.5f}", f"{seconds:.3f}"))
-            print(
-                f"{stage} {done}/{plan.steps}: loss {mean:.5f}, {seconds:.3f} s a step", flush=True
-            )
+            row = done, f"{mean:.5f}", f"{seconds:.3f}"  # mean loss since the last row
+            with open(curve, "a", newline="") as f:
+                csv.writer(f).writerow(row)
+            print(f"{stage} {done}/{plan.steps}: loss {row[1]}, {row[2]} s a step", flush=True)
             if write:
                 write(averaged)
     module.load_state_dict(averaged.state_dict())
@@ -384,21 +380,13 @@ def write_tokenizer(folder, vocabulary):
             done += 1
     words = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    config = dict(
-        tokenizer_class="CLIPTokenizer",
-        model_max_length=77,
-        bos_token="<|startoftext|>",
-        errors="replace",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-    )
     folder = folder / "tokenizer"
     vocab = json.dumps({word: i for i, word in enumerate(words)}, indent=0)
     write_text(folder / "vocab.json", vocab + "\n")
     lines = "".join(f"{a} {b}\n" for a, b in merges)
     write_text(folder / "merges.txt", "#version: 0.2\n" + lines)
-    write_json(folder / "tokenizer_config.json", config)
+    config = weights.TOY / "tokenizer/tokenizer_config.json"  # the same for every toy model
+    write_text(folder / "tokenizer_config.json", config.read_text(encoding="utf-8"))
     return len(words)
 
 
@@ -441,18 +429,17 @@ def latents(world):
     rng = np.random.default_rng(3)
     scenes = [world.scene(rng) for _ in range(n)]
     vae = weights.load_network(world.MODEL, "vae")
-    encoded = []
-    for i in range(0, n, 100):  # the first hundred show whether the stored latents fit
+    made_by = {"vae": weights.fingerprint(vae.state_dict()), "images": str(n)}
+    if file.exists():
+        tensors, metadata = weights.read(file)
+        if metadata == made_by:
+            return scenes, tensors["z"]
+    z = []
+    for i in range(0, n, 100):
         images = [world.draw(scene, rng) for scene in scenes[i : i + 100]]
-        encoded.append(vae.encode(probe.to_tensor(images)).half())
-        if i == 0 and file.exists():
-            z = weights.read(file)[0]["z"]
-            same_shape = z.shape == (n, *encoded[0].shape[1:])
-            if same_shape and torch.allclose(z[: len(images)], encoded[0], atol=0.01):
-                return scenes, z
-    z = torch.cat(encoded)
-    weights.save(file, {"z": z})
-    return scenes, z
+        z.append(vae.encode(probe.to_tensor(images)).half())
+    weights.save(file, {"z": torch.cat(z)}, made_by)
+    return scenes, torch.cat(z)
 
 
 def train_unet(world, machine, size=48):
@@ -492,8 +479,7 @@ def train_unet(world, machine, size=48):
         slower = dict(params=text.parameters(), lr=0.4 * lr)
         optimizers = [adamw([dict(params=unet.parameters()), slower], lr)]
     plan = Plan(settings.unet_steps, settings.batches, settings.schedule, average=0.999)
-    write = partial(write_model, world)
-    fit(f"{world.NAME}/unet", module, loss, optimizers, plan, machine, write)
+    fit(f"{world.NAME}/unet", module, loss, optimizers, plan, machine, partial(write_model, world))
 
 
 def write_model(world, module):
@@ -502,50 +488,18 @@ def write_model(world, module):
     vocab_size = len(weights.load_tokenizer(folder))  # train_text has written it
     write_network(world, "unet", unet_config(world), module["unet"])
     write_network(world, "text_encoder", text_config(world, vocab_size), module["text"])
-    inert = dict(set_alpha_to_one=False, clip_sample=False)
-    scheduler = weights.sd14_config("scheduler", _class_name=sampler, **inert)
+    scheduler = weights.sd14_config(
+        "scheduler", _class_name=sampler, set_alpha_to_one=False, clip_sample=False
+    )
     if sampler != "PNDMScheduler":
         del scheduler["skip_prk_steps"]
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
-    index = dict(
-        _class_name="StableDiffusionPipeline",
-        unet=["diffusers", "UNet2DConditionModel"],
-        vae=["diffusers", "AutoencoderKL"],
-        text_encoder=["transformers", "CLIPTextModel"],
-        tokenizer=["transformers", "CLIPTokenizer"],
-        scheduler=["diffusers", sampler],
-        feature_extractor=[None, None],
-        safety_checker=[None, None],
-        image_encoder=[None, None],
-        requires_safety_checker=False,
-    )
-    write_json(folder / "model_index.json", index)
+    index = json.loads((weights.TOY / "model_index.json").read_text(encoding="utf-8"))
+    write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", sampler]})
 
 
 # The UNet's stage trains the text encoder first.
 STAGES = {"vae": train_vae, "unet": train_unet}
-
-
-def main():
-    parser = Parser("python -m toy.pretrain", description=__doc__.split("\n\n")[0])
-    parser.add_argument("world", choices=SETTINGS)
-    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(STAGES)}; default: all")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="mixed precision, for GPUs and for CPUs with AMX (Sapphire Rapids and later)",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the UNet (torch.compile, needs g++): minutes at first, then faster steps",
-    )
-    args = parser.parse_args()
-    for stage in args.stages:
-        if stage not in STAGES:
-            parser.error(f"there is no stage {stage}: choose from {', '.join(STAGES)}")
-    return run_command(pretrain, args, "the same command continues")
 
 
 def pretrain(args):
@@ -554,5 +508,20 @@ def pretrain(args):
         STAGES[stage](worlds.WORLDS[args.world], machine)
 
 
+def parse(argv=None):
+    parser = Parser("python -m toy.pretrain", description=__doc__.split("\n\n")[0])
+    # fmt: off
+    add = parser.add_argument
+    add("world", **one_of(SETTINGS))
+    add("stages", nargs="*", **one_of(STAGES), help="default: all")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--bf16", action="store_true",
+        help="mixed precision, for GPUs and for CPUs with AMX (Sapphire Rapids and later)")
+    add("--compile", action="store_true",
+        help="compile the UNet (torch.compile, needs g++): minutes at first, then faster steps")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(pretrain, parse(), "the same command continues"))

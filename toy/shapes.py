@@ -95,10 +95,6 @@ def scene(rng: np.random.Generator, **words) -> Scene:
     return Scene(shape, colour, texture, background, place)._replace(**words)
 
 
-def _half_planes(x, y, *normals_and_offsets):
-    return np.max([nx * x + ny * y - o for nx, ny, o in normals_and_offsets], axis=0)
-
-
 # Signed distance after Inigo Quilez's 2D distance functions, tip at (0, 0), 1.1 high.
 def _heart(x, y):
     x, y = np.abs(x) * 0.62, y * 0.62 + 0.56
@@ -128,7 +124,8 @@ def _distance(shape, x, y):
         case "square":
             return np.maximum(np.abs(x), np.abs(y)) - 0.82
         case "triangle":
-            return _half_planes(x, y + 0.22, (0, -1, 0.52), (c, s, 0.56), (-c, s, 0.56))
+            left, right, y = s * (y + 0.22) - c * x, s * (y + 0.22) + c * x, y + 0.22
+            return np.max([-y - 0.52, right - 0.56, left - 0.56], axis=0)
         case "cross":
             a, b = np.abs(x), np.abs(y)
             return np.minimum(np.maximum(a - 0.95, b - 0.34), np.maximum(a - 0.34, b - 0.95))

@@ -163,11 +163,6 @@ def distances(world, images, before, jobs):
     return {"frechet": frechet(now, real), "moved": moved}
 
 
-def shown(world, images, word):
-    """In how many of the images the probe sees `word`: (hits, n)."""
-    return sum(shows(world, images, word)), len(images)
-
-
 def matrix(world, images, jobs):
     """A row of Figure 2: {name: (hits, n)}.
 

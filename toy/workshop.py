@@ -60,16 +60,16 @@ def image_scheduler(model):
     return make_scheduler(model.scheduler, IMAGE_STEPS, "ddim")
 
 
-def generate(model, unet, prompt, n=12):
-    """n images of one prompt, uint8 (n, 64, 64, 3). Image i always starts from noise i."""
+def generate(model, unet, prompts, n=12, first=0):
+    """Images, uint8 (n, 64, 64, 3): n of one prompt, or one for each of n prompts.
+
+    Image i always starts from noise first + i.
+    """
     n = min(n, 2) if SHORT else n
-    c_0, c_p = encode_prompts(model, "", prompt)
-    return generate_all(model, unet, c_0, c_p.expand(n, -1, -1), range(n))
-
-
-def generate_all(model, unet, c_0, c_p, seeds):
-    """One image for each row of c_p (n, 77, 64) and each seed, uint8 (n, 64, 64, 3)."""
+    c_0, c_p = encode_prompts(model, "", prompts)
     how = dict(scheduler=image_scheduler(model), guidance_scale=GUIDANCE_SCALE)
+    seeds = range(first, first + n)
+    c_p = c_p.expand(n, -1, -1)
     return np.stack(list(pipeline.images(model, c_p, seeds, unet=unet, negative=c_0, **how)))
 
 
@@ -95,7 +95,7 @@ def heat(values):
 
 def count(images, word):
     """The number of images in which the probe, a classifier of such images, sees `word`."""
-    return suite.shown(shapes, images, word)[0]
+    return sum(suite.shows(shapes, images, word))
 
 
 def distance(a, b):
@@ -105,11 +105,9 @@ def distance(a, b):
 
 def others_right(model, unet, n=24):
     """Generates n prompts without "star". Counts the images that show all that was asked for."""
-    n = min(n, 4) if SHORT else n
-    pairs = prompts(shapes, "other", ("star",), n, seed=5)  # [(prompt, {attribute: word})]
-    asked = [words for _, words in pairs]
-    c_0, c_p = encode_prompts(model, "", [prompt for prompt, _ in pairs])
-    seen = suite.see(shapes, generate_all(model, unet, c_0, c_p, range(100, 100 + n)))
+    n = min(n, 2) if SHORT else n
+    texts, asked = zip(*prompts(shapes, "other", ("star",), n, seed=5))
+    seen = suite.see(shapes, generate(model, unet, list(texts), n, first=100))
     return suite.count(shapes, ["other"] * n, asked, seen, ())["caption"]
 
 
@@ -133,8 +131,7 @@ def attention_maps(model, unet, prompt, seed=3):
 
     layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
     hooks = [layer.register_forward_hook(hook) for layer in layers]
-    c_0, c_p = encode_prompts(model, "", prompt)
-    [image] = generate_all(model, unet, c_0, c_p, [seed])
+    [image] = generate(model, unet, prompt, 1, first=seed)
     for each in hooks:
         each.remove()
     return image, rearrange(torch.stack(maps).mean(0), "(h w) l -> l h w", h=8).detach()
@@ -185,19 +182,17 @@ def copies(model):
 def forget(
     model,
     *concepts,
-    loss=losses.sdd_loss,
     iters=60,
     batch_size=4,
     lr=3e-3,
-    m=TOY["ema"],
     preserve=0.0,
-    roles="paper",
     c_a=None,
     seed=0,
     label="",
     watch=None,
+    **how,
 ):
-    """Trains with sdd.sdd and returns student and teacher.
+    """Trains with sdd.sdd and returns student and teacher. how: more of its arguments.
 
     watch(i, iters, student, teacher) is called after iteration i = 1, 2, …, iters.
     """
@@ -217,11 +212,8 @@ def forget(
         (batch_size, 4, 16, 16),
         generator,
         rates=sdd.learning_rates(iters, lr, warmup=iters // 4),
-        loss=loss,
         terms=terms,
-        s_g=TOY["guidance_scale"],
-        m=m,
-        roles=roles,
+        **dict(s_g=TOY["guidance_scale"], m=TOY["ema"]) | how,
     )
     for it in progress(iterations, label or ", ".join(concepts), total=iters, unit="iteration"):
         if watch:
@@ -283,12 +275,13 @@ class Film:
         middle.set_title("drift: how far the target moved")
         n = len(self.frames[0][1])
         right.set_title(f'{self.word}s in {n} images of "{self.prompt}"')
-        for number, name in ((1, "student"), (2, "teacher")):
-            i = [measured[0] for measured in self.curve]
-            left.plot(i, [measured[number][0] for measured in self.curve], label=name)
-            middle.plot(i, [measured[number][1] for measured in self.curve], label=name)
-            counts = [count(frame[number], self.word) for frame in self.frames]
-            right.plot([frame[0] for frame in self.frames], counts, "o-", label=name)
+        measured_at, *measured = zip(*self.curve)
+        shown_at, *shown = zip(*self.frames)
+        for name, values, sheets in zip(("student", "teacher"), measured, shown):
+            gaps, drifts = zip(*values)
+            left.plot(measured_at, gaps, label=name)
+            middle.plot(measured_at, drifts, label=name)
+            right.plot(shown_at, [count(sheet, self.word) for sheet in sheets], "o-", label=name)
         for ax in (left, middle, right):
             ax.set_xlabel("iteration")
             ax.legend()

@@ -14,6 +14,7 @@ results/STUDY/results.md, the images that the page shows, and rows.json, all fig
 
 import csv
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -30,7 +31,8 @@ import torch
 from evaluation import plots
 from evaluation.attacks import attack_figures, cost
 from evaluation.columns import COMEBACK, Column
-from evaluation.tables import markdown
+from evaluation.tables import columns_with_figures, markdown
+from report.blocks import read_json
 from support.cli import Parser, one_of, positive, run_command
 from support.files import write_text
 from support.statistics import ORIGINAL, figure, judge, pooled
@@ -83,15 +85,11 @@ VERDICTS = {"better": "holds", "open": "open", "worse": "fails"}
 
 
 # ---------------------------------------------------------------------------------------- results
-def read_json(file):
-    return json.loads(Path(file).read_text(encoding="utf-8"))
-
-
 def read_results(name):
     """({table: its rows, as in rows.json}, {table: its Columns}) of a study."""
     tables, columns = {}, {}
     for table in plan.table_names(name):
-        content = read_json(f"{plan.table_folder(name, table)}/results.json")
+        content = read_json(Path(plan.table_folder(name, table)) / "results.json")
         columns[table] = [Column(**column) for column in content["columns"]]
         tables[table] = content["rows"]
         for row in tables[table]:
@@ -104,16 +102,13 @@ def read_results(name):
 def join(study, row):
     """Adds the figures of attacks and costs to a row of the table."""
     if kinds := plan.attacks(study).get(row["model"]):
-        contents = {kind: [read_json(file) for file in files] for kind, files in kinds.items()}
+        contents = {}
+        for kind, files in kinds.items():
+            contents[kind] = [read_json(Path(file)) for file in files]
         figures, row["attacks"] = attack_figures(contents)
         row["figures"] |= figures
     if patches := plan.patches(study).get(row["model"]):
         row["figures"] |= cost([Path(file) for file in patches])
-
-
-def with_figures(columns, rows):
-    """The columns that at least one row has."""
-    return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
 # ---------------------------------------------------------------------------------------- claims
@@ -125,15 +120,13 @@ def compared(tables, claims):
     found = {}
     for sentence, table, theirs, ours, keys in claims:
         figures = {row["model"]: row["figures"] for row in tables.get(table, [])}
-        for key, title in keys.items():
-            for row in figures:
-                if match := re.fullmatch(theirs, row):
-                    a = figure(figures[match.expand(ours)].get(key))
-                    b = figure(figures[row].get(key))
-                    column = f"{match[1]}\N{NO-BREAK SPACE}iterations" if match.groups() else row
-                    if a and b:
-                        verdict = judge(a, b, "high" if keys is HARM else "low")
-                        found[f"{sentence}: {title}", column] = VERDICTS[verdict]
+        for (key, title), row in itertools.product(keys.items(), figures):
+            if match := re.fullmatch(theirs, row):
+                a, b = (figure(figures[name].get(key)) for name in (match.expand(ours), row))
+                column = f"{match[1]}\N{NO-BREAK SPACE}iterations" if match.groups() else row
+                if a and b:
+                    verdict = judge(a, b, "high" if keys is HARM else "low")
+                    found[f"{sentence}: {title}", column] = VERDICTS[verdict]
     return found
 
 
@@ -161,6 +154,7 @@ def unlearn_canvas(rows, related):
         method = row["model"].split(" ")[0]
         one = found.setdefault(method, {"model": method, "erased": [], "figures": {}, "paper": {}})
         one["erased"] += row["erased"]
+        near = {name for erased in row["erased"] for name in related.get(erased, ())}
         for name, value in row["figures"].items():
             if name in COSTS:
                 continue
@@ -169,7 +163,7 @@ def unlearn_canvas(rows, related):
                 shown, key = shown.complement, "gone"
             elif name == "rest":
                 key = "rest"
-            elif any(name in related.get(erased, ()) for erased in row["erased"]):
+            elif name in near:
                 key = "near"
             one["figures"][key] = pooled([one["figures"].get(key, ()), shown])
     return list(found.values())
@@ -197,7 +191,7 @@ def tables_in_markdown(name, tables, columns):
         return found
     rows, known = tables[study.table], columns[study.table]
     costs = [column for column in COMEBACK if column.key in COSTS]
-    found["table"] = markdown(rows, [*known, *with_figures(costs, rows)])
+    found["table"] = markdown(rows, [*known, *columns_with_figures(costs, rows)])
     if study.templates:
         canvas = unlearn_canvas(rows, worlds.of(study.model).RELATED)
         return found | {"canvas": markdown(canvas, UNLEARN_CANVAS)}
@@ -205,7 +199,7 @@ def tables_in_markdown(name, tables, columns):
     found["choice"] = markdown(rows, [by_key[key] for key in CHOICE if key in by_key])
     if attacked := [row for row in rows if row.get("attacks")]:
         shown = [column for column in COMEBACK if column.key not in COSTS]
-        found["comeback"] = markdown(attacked, with_figures(shown, attacked))
+        found["comeback"] = markdown(attacked, columns_with_figures(shown, attacked))
     patches = plan.patches(name)
     trained = [with_drifts(row, patches[row["model"]]) for row in rows if row["model"] in patches]
     found["drifts"] = markdown(trained, [*DRIFTS, by_key["named"], by_key["caption"]])

@@ -89,47 +89,34 @@ class Row(NamedTuple):
         return not presets.CLOSED.isdisjoint(self.words)
 
 
-def rows_of(words, anchors):
-    """The rows of a table, and those of the closed forms.
-
-    words: {row: its words of train.py}. anchors: {concept: its anchor}.
-    """
-    for method in presets.METHODS:
-        if method in presets.CLOSED:
-            words[method] = ["--method", method, "--anchor", *anchors.values()]
-    return [Row(name, tuple(anchors), more) for name, more in words.items()]
-
-
-def one_concept(concept, anchor, lr="2e-3"):
-    """The rows of a table of one concept (Table 1). lr: of SDD with --preserve."""
-    words = {
-        "sdd": [],
-        "sdd + preserve": ["--preserve", "0.3", "--lr", lr],
-        OURS: ["--preset", "toy-hold"],
-        "esd-x": ["--method", "esd-x"],
-        "esd-u": ["--method", "esd-u"],
-        "ablate": ["--method", "ablate", "--anchor", anchor],
-        "ablate-noise": ["--method", "ablate-noise", "--anchor", anchor],
-        "all-but-one": ["--method", "all-but-one"],
-    }
-    return rows_of(words, {concept: anchor})
-
-
-def several_concepts(anchors, lr="2e-3"):
-    """The rows of a table of several concepts at once (Table 2).
+def rows_of(anchors, lr="2e-3"):
+    """The rows of a table of one concept (Table 1), or of several at once (Table 2).
 
     anchors: {concept: its anchor}. lr: of SDD with --preserve.
     """
-    words = {
-        "sdd": [],
-        "sdd, official roles": ["--roles", "official"],
-        "sdd, each + preserve": ["--roles", "each", "--preserve", "0.3", "--lr", lr],
-        OURS: ["--preset", "toy-hold"],
-        "esd-x": ["--method", "esd-x"],
-        "ablate": ["--method", "ablate", "--anchor", *anchors.values()],
-        "all-but-one": ["--method", "all-but-one"],
-    }
-    return rows_of({name: [*more, *LONGER] for name, more in words.items()}, anchors)
+    anchor = ["--anchor", *anchors.values()]
+    preserve = ["--preserve", "0.3", "--lr", lr]
+    both, one, several = (1, 2), (1,), (2,)  # the tables that have the row
+    # fmt: off
+    trained = [
+        ("sdd",                  both,    []),
+        ("sdd + preserve",       one,     preserve),
+        ("sdd, official roles",  several, ["--roles", "official"]),
+        ("sdd, each + preserve", several, ["--roles", "each", *preserve]),
+        (OURS,                   both,    ["--preset", "toy-hold"]),
+        ("esd-x",                both,    ["--method", "esd-x"]),
+        ("esd-u",                one,     ["--method", "esd-u"]),
+        ("ablate",               both,    ["--method", "ablate", *anchor]),
+        ("ablate-noise",         one,     ["--method", "ablate-noise", *anchor]),
+        ("all-but-one",          both,    ["--method", "all-but-one"]),
+    ]
+    # fmt: on
+    table, longer = (1, []) if len(anchors) == 1 else (2, LONGER)
+    words = {name: [*more, *longer] for name, tables, more in trained if table in tables}
+    for method in presets.METHODS:
+        if method in presets.CLOSED:
+            words[method] = ["--method", method, *anchor]
+    return [Row(name, tuple(anchors), more) for name, more in words.items()]
 
 
 def matrix_rows(methods, concepts):
@@ -141,8 +128,8 @@ def matrix_rows(methods, concepts):
     ]
 
 
-ONE = one_concept("star", "circle")
-ALCOHOL = one_concept("alcohol", "drink", lr="1e-3")
+ONE = rows_of({"star": "circle"})
+ALCOHOL = rows_of({"alcohol": "drink"}, lr="1e-3")
 TEXTURE_METHODS = {
     "sdd": ["--steps", "12", "--lr", "4.4e-4"],  # tuned for textures
     "esd-x": ["--method", "esd-x"],
@@ -191,7 +178,7 @@ STUDIES = {
     "three": Study(
         table="three",
         title="Three concepts at once (Table 2)",
-        rows=several_concepts(THREE),
+        rows=rows_of(THREE),
         guided=GUIDED,
         attacks={"word": ["sdd, each + preserve", "esd-x", "uce", OURS]},
     ),
@@ -215,7 +202,7 @@ STUDIES = {
     "twenty": Study(
         table="twenty",
         title="Twenty concepts at once (the paper's Table 2: I2P)",
-        rows=several_concepts(TWENTY, lr="1e-3"),
+        rows=rows_of(TWENTY, lr="1e-3"),
         guided=GUIDED,
         model="emoji",
     ),
@@ -303,22 +290,20 @@ def benchmark_file(path):
 
 def patches(study):
     """{row: its patches, one per training seed} of the table of a study."""
-    table, seeds = STUDIES[study].table, STUDIES[study].seeds
-    found = {}
-    for row in STUDIES[study].rows:
-        files = (patch_file(table, row.name, seed) for seed in seeds)
+    one, found = STUDIES[study], {}
+    for row in one.rows:
+        files = (patch_file(one.table, row.name, seed) for seed in one.seeds)
         found[row.name] = list(dict.fromkeys(files))
     return found
 
 
 def attacks(study):
     """{row: {kind: the results of its attacks, one per seed}} of a study."""
-    table, seeds = STUDIES[study].table, STUDIES[study].seeds
-    found = {}
-    for kind, rows in STUDIES[study].attacks.items():
+    one, found = STUDIES[study], {}
+    for kind, rows in one.attacks.items():
         for row in rows:
-            files = [f"{attack_folder(study, table, row, kind, seed)}.json" for seed in seeds]
-            found.setdefault(row, {})[kind] = files
+            folders = [attack_folder(study, one.table, row, kind, seed) for seed in one.seeds]
+            found.setdefault(row, {})[kind] = [f"{folder}.json" for folder in folders]
     return found
 
 
@@ -391,14 +376,12 @@ def attack(study, table, name, kind, seed):
 def measurement(study, table):
     """The words of eval.py for a table."""
     one = STUDIES[study]
+    measured = [(name, file) for name, files in patches(study).items() for file in files]
+    words = ["toy", "--limit", one.limit]
+    if one.templates:
+        words = ["artists", "--limit", one.limit, "--template", *one.templates]
     if table == "curve":
-        words = ["toy", "--limit", one.curve_limit]
-        measured = curve_patches(study)
-    else:
-        words = ["toy", "--limit", one.limit]
-        if one.templates:
-            words = ["artists", "--limit", one.limit, "--template", *one.templates]
-        measured = [(name, file) for name, files in patches(study).items() for file in files]
+        words, measured = ["toy", "--limit", one.curve_limit], curve_patches(study)
     for name, file in measured:
         words += ["--patch", f"{name}={file}"]
     if one.guided and table != "curve":
