@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from clip_text import TOKEN_EMBEDDING, tokenize
-from pipeline import saved_latents
+from pipeline import saved_latents, without_prompt
 from support.errors import UserError
 
 
@@ -103,7 +103,7 @@ def noised_images(out, a, original, student, c, scheduler, generator, dtype):
         c.anchors,
         a.anchor_images,
         a.seed,
-        negative=c.c_0,
+        negative=without_prompt(original, c.c_0),
         scheduler=scheduler,
         guidance_scale=a.guidance_scale,
         dtype=dtype,

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import weights
 from clip_text import TOKEN_EMBEDDING, tokenize
 from losses import mean_squared_error
-from pipeline import check_words, known_words
+from pipeline import check_words, known_words, token_ids
 from presets import TRAIN_PARAMS
 from scheduler import DDIM
 from support.errors import UserError
@@ -166,7 +166,7 @@ class Relearn:
         self.model = model
         self.prompts = [text.replace("{}", settings["concept"]) for text in settings["template"]]
         check_words(model, self.prompts)
-        self.ids = tokenize(model.tokenizer, self.prompts)[0].to(device)
+        self.ids, _ = token_ids(model, self.prompts, device)
         parameters = dict(model.unet.named_parameters())
         parameters |= dict(model.text_encoder.named_parameters())
         names = [name for name in parameters if TRAIN_PARAMS["xattn"](name)]
@@ -176,7 +176,7 @@ class Relearn:
         self.optimizer = torch.optim.AdamW(self.tensors.values(), settings["lr"])
 
     def states(self, generator=None):
-        return self.model.text_encoder(self.ids)
+        return self.model.text_encoder(*self.ids)
 
     def step(self):
         self.optimizer.step()

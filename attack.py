@@ -44,7 +44,9 @@ from pipeline import (
     make_scheduler,
     noise_schedule,
     patched,
+    refuse_words,
     saved_latents,
+    without_prompt,
 )
 from support import cli, runs
 from support.errors import UserError
@@ -114,7 +116,7 @@ class Attack:
             c,
             a["num_images"],
             a["seed"] * 100_000,
-            negative=c_0,
+            negative=without_prompt(model, c_0),
             scheduler=self.scheduler,
             guidance_scale=a["guidance_scale"],
             dtype=self.dtype,
@@ -284,6 +286,8 @@ def attack(args):
     args.out = args.out or Path("attacks") / short
     with lock_folder(args.out):
         model = weights.load(a["model"], args.revision)
+        if args.kind in ("word", "tokens"):
+            refuse_words(model, f"--kind {args.kind}")
         texts = [text.replace("{}", "") for text in a.get("template", [])]
         texts += [a["concept"], a.get("prompt", "")]
         check_words(model, [*texts, a.get("init", "")])

@@ -111,7 +111,8 @@ def encode(model, prompts):
     """Prompts -> states (n, 77, D) in float64; (0, 77, D) for no prompt."""
     if not prompts:
         return encode(model, [""])[:0]
-    return encode_prompts(model, prompts).cpu().double()  # on the CPU: not every GPU has float64
+    states = encode_prompts(model, prompts)[:, :MAX_TOKENS]  # without SDXL's pooled state
+    return states.cpu().double()  # on the CPU: not every GPU has float64
 
 
 def lengths(model, prompts):

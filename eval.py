@@ -44,6 +44,7 @@ from pipeline import (
     images,
     make_scheduler,
     patched,
+    without_prompt,
 )
 from support import cli, runs
 from support.errors import UserError
@@ -293,6 +294,7 @@ def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dt
                     some = [jobs[i] for i in batch]
                     prompts = [job.prompt for job in some]
                     c_0, c_S, c_p = encode_prompts(model, "", avoided, prompts, warn=False)
+                    c_0 = without_prompt(model, c_0)
                     scale = a.guidance_scale if some[0].scale is None else some[0].scale
                     how |= dict(guidance_scale=scale, size=some[0].size, batch_size=len(some))
                     seeds = [job.seed for job in some]

@@ -25,6 +25,7 @@ from pipeline import (
     make_scheduler,
     patched,
     with_word,
+    without_prompt,
 )
 from scheduler import SAMPLERS
 from support import cli
@@ -175,6 +176,7 @@ def images_of(model, patch, name, args, how):
                 f"No prompt contains the word {word!r} of {args.word}: write it into one."
             )
         c_0, c_p, c_S = encode_prompts(model, args.negative_prompt, args.prompts, avoid)
+        c_0 = c_0 if args.negative_prompt else without_prompt(model, c_0)
         c_p = c_p.repeat_interleave(args.num_images, 0)
         seeds = [seed for _, seed in jobs]
         made = images(model, c_p, seeds, negative=c_0, avoid=c_S, bar=name, **how)

@@ -24,7 +24,19 @@ from support.cli import autocast, refuse_unused
 from support.errors import UserError, warning
 from support.fast import InferenceUNet
 
-SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
+SAMPLER_NAMES = {  # in scheduler_config.json
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+}
+EULER = dict(  # what our Euler implements. An absent key means this value, too
+    interpolation_type="linear",
+    final_sigmas_type="zero",
+    timestep_type="discrete",
+    use_karras_sigmas=False,
+    use_exponential_sigmas=False,
+    use_beta_sigmas=False,
+)
 SAVED = 64  # latents between two writes: whole batches, so a stopped run generates the same images
 DECODED = 2**18  # pixels that the VAE decodes at once: an image of 512 x 512. 32 need tens of GB
 # Evaluations before a method acts, by its paper.
@@ -40,10 +52,16 @@ def noise_schedule(config):
 def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
     name = config.get("_class_name")
-    kind = kind or SAMPLER_NAMES.get(name)
+    own = SAMPLER_NAMES.get(name)
+    if own == "euler" and not (
+        config.get("timestep_spacing") == "leading" and EULER.items() <= (EULER | config).items()
+    ):
+        own = None
+    kind = kind or own
     if kind is None:
         raise UserError(
-            f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
+            f"The model's own sampler, {name}, is not implemented with its settings: use "
+            "--scheduler ddim or pndm."
         )
     if kind not in SAMPLERS:
         raise UserError(f"There is no sampler {kind!r}: use ddim or pndm.")
@@ -88,9 +106,18 @@ def check_words(model, prompts):
             )
 
 
+def token_ids(model, prompts, device):
+    """([ids (n, 77) of each of the model's tokenizers], which prompts are cut)."""
+    tokenizers = [model.tokenizer, model.tokenizer_2][: 2 if model.tokenizer_2 else 1]
+    found = [tokenize(tokenizer, prompts) for tokenizer in tokenizers]
+    return [ids.to(device) for ids, _ in found], found[0][1]
+
+
 @torch.no_grad()
 def encode_prompts(model, *groups, warn=True):
     """Prompts -> embeddings, on the text encoder's device: one tensor (n, 77, D) per group.
+
+    SDXL's have 78 rows (sdxl.py).
 
     A group is a list of n prompts, or one prompt. With one group the result is its tensor. So
     `c_0, c_p = encode_prompts(model, "", ["a star", "a moon"])` has (1, 77, D) and (2, 77, D).
@@ -104,17 +131,28 @@ def encode_prompts(model, *groups, warn=True):
     if not prompts:
         return groups
     check_words(model, prompts)
-    tokens, cut = tokenize(model.tokenizer, prompts)
+    tokens, cut = token_ids(model, prompts, next(model.text_encoder.parameters()).device)
     if warn and any(cut):
         warning(
             f"{sum(cut)} of {len(cut)} prompts are longer than {MAX_TOKENS} tokens; the rest is "
             f"not read: {prompts[cut.index(True)][:60]!r}…"
         )
-    device = next(model.text_encoder.parameters()).device
-    states = torch.cat([model.text_encoder(part.to(device)) for part in tokens.split(64)])
+    parts = zip(*(ids.split(64) for ids in tokens))
+    states = torch.cat([model.text_encoder(*part) for part in parts])
     states = iter(states.split([len(group) for group in texts]))
     found = [group if isinstance(group, torch.Tensor) else next(states) for group in groups]
     return found[0] if len(found) == 1 else found
+
+
+def without_prompt(model, c_0):
+    """What images without a negative prompt use in the place of c_0: for SDXL zeros."""
+    return torch.zeros_like(c_0) if model.zeros else c_0
+
+
+def refuse_words(model, what):
+    """UserError for words that are learned or searched: SDXL has two tables of words."""
+    if model.tokenizer_2:
+        raise UserError(f"{what} needs a model with one text encoder, and {model.name} has two.")
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -176,6 +214,8 @@ def generate_latents(
     if not isinstance(avoid, torch.Tensor):
         avoid = avoided_prompts(guidance, avoid)
     c_0, c_S, c_p = encode_prompts(model, negative, avoid, prompts)
+    if isinstance(negative, str) and not negative:
+        c_0 = without_prompt(model, c_0)
     if scheduler is None or isinstance(scheduler, str):
         scheduler = make_scheduler(model.scheduler, steps, scheduler)
     unet = unet or InferenceUNet(model.unet, c_p.device, dtype)
@@ -229,7 +269,7 @@ def images(model, prompts, seeds=None, *, dtype=torch.float32, **how):
     for z in generate_latents(model, prompts, seeds, dtype=dtype, **how):
         pixels = model.vae.factor**2 * z.shape[2] * z.shape[3]
         few = max(1, DECODED // pixels)
-        with autocast(z.device, dtype):
+        with autocast(z.device, torch.float32 if model.float32_vae else dtype):
             decoded = torch.cat([model.vae.decode(part) for part in z.split(few)])
         decoded = (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         yield from (decoded * 255).round().astype("uint8")
@@ -298,6 +338,7 @@ def with_word(model, file):
     """
     if not file:
         return model, None
+    refuse_words(model, f"The word of {file}")
     tensors, _ = weights.read(file)
     text_encoder, tokenizer = copy.deepcopy((model.text_encoder, model.tokenizer))
     embedding = text_encoder.text_model.embeddings.token_embedding

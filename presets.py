@@ -21,7 +21,7 @@ import ablation
 import losses
 import weights
 from clip_text import MAX_TOKENS, TOKEN_EMBEDDING
-from pipeline import check_words, words_of
+from pipeline import check_words, refuse_words, words_of
 from sdd import ROLES
 from support import cli
 from support.errors import UserError, warning
@@ -185,6 +185,11 @@ RECIPES = {
     "rece-hard": ("rece", dict(rho=1e-3)),  # styles, and hard objects
     "speed-nudity": ("speed", dict(ridge=0.7, gamma=0.5, states="all")),
     "speed-celebrities": ("speed", dict(ridge=0.05, threshold=1e-4, filter=False)),
+    # esd_sdxl.py. It samples z_t with zeros for the empty prompt, here the prompt is encoded.
+    "esd-sdxl": (
+        "esd-x",
+        dict(iters=200, lr=2e-4, guidance_scale=2.0, latents="original", max_grad_norm=0.0),
+    ),
     "esd-2025": ("esd-x esd-u", dict(iters=200, lr=5e-5, latents="original", max_grad_norm=0.0)),
 }
 CLOSED = {name for name, method in METHODS.items() if method.loss is None}
@@ -214,7 +219,7 @@ TEMPLATES = {
 }
 
 # Which parameters are trained, by name. The keys are those of ESD's and SDD's scripts. Names that
-# begin with "text_model." belong to the text encoder.
+# begin with "text_" belong to a text encoder.
 TRAIN_PARAMS = {
     "xattn": lambda name: ".attn2." in name,
     "kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
@@ -222,10 +227,9 @@ TRAIN_PARAMS = {
     # ESD-u. Its first script also leaves out conv_norm_out; its newer one trains every Linear and
     # Conv outside attn2.
     "noxattn": lambda name: (
-        ".attn2." not in name
-        and not name.startswith(("time_embedding.", "conv_out.", "text_model."))
+        ".attn2." not in name and not name.startswith(("time_embedding.", "conv_out.", "text_"))
     ),
-    "full": lambda name: not name.startswith("text_model."),
+    "full": lambda name: not name.startswith("text_"),
     # Only the rows of the concepts' tokens move (train.py masks the gradient).
     "embedding": lambda name: name == TOKEN_EMBEDDING,
 }
@@ -456,6 +460,10 @@ def check_prompts(model, a, keep_all):
 
     a: the settings, as attributes. keep_all: keep the preview prompts (the user's own).
     """
+    if a.adversary:
+        refuse_words(model, "--adversary")
+    if a.train_params == "embedding":
+        refuse_words(model, "--train-params embedding")
     for text in [*a.concept, ", ".join(a.concept)]:
         if len(model.tokenizer(text, verbose=False).input_ids) > MAX_TOKENS:
             raise UserError(

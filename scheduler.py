@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x's noise schedule and its two samplers: DDIM, and PNDM (SD 1.4's default).
+"""The noise schedule and the samplers: DDIM, PNDM (SD 1.4's default) and Euler (SDXL's default).
 
 diffusers calls a sampler a *scheduler*. So do this file's name, the variables and --scheduler.
 
@@ -113,4 +113,12 @@ class PNDM(DDIM):
                 return (1 / 24) * (55 * e - 59 * e1 + 37 * e2 - 9 * e3)
 
 
-SAMPLERS = {"ddim": DDIM, "pndm": PNDM}
+class Euler(DDIM):
+    """DDIM that ends at ᾱ = 1, without noise (sdxl.py, point 7)."""
+
+    def alpha(self, t):
+        at_the_end = t < self.timesteps[-2]
+        return torch.ones(()) if at_the_end else self.alphas_cumprod[t]
+
+
+SAMPLERS = {"ddim": DDIM, "pndm": PNDM, "euler": Euler}

@@ -67,7 +67,8 @@ def parse(argv=None):
     add("--method", **cli.one_of(METHODS), default="sdd",
         help="docs/methods.md describes each (default: %(default)s)")
     add("--preset", **cli.one_of([*PRESETS, *RECIPES]),
-        help="defaults of the numbers (default: paper; toy for the toy models). The defaults "
+        help="defaults of the numbers (default: paper; toy for the toy models; SDD's are untested "
+             "on Stable Diffusion XL). The defaults "
              "shown here are SDD's; METHODS and RECIPES in presets.py have those of other methods")
     add("--loss", type=cli.not_empty, metavar="FILE:FUNCTION",
         help="your own loss instead of the method's (see losses.py)")

@@ -24,6 +24,7 @@ from transformers import CLIPTokenizer
 
 from clip_text import CLIPText
 from scheduler import DDIM
+from sdxl import CLIPTextProjection, CLIPTextXL, UNetXL
 from support.errors import UserError, first_line
 from support.files import atomic_write, checksum, damage
 from support.statistics import ORIGINAL
@@ -32,6 +33,7 @@ from unet import UNet
 from vae import VAE
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 # {name: folder} of the models that are part of the project
 TOYS = {name: world.MODEL for name, world in worlds.MODELS.items()}
 TOY = TOYS["toy"]
@@ -40,9 +42,13 @@ NETWORKS = {
     "vae": (VAE, "diffusion_pytorch_model"),
     "text_encoder": (CLIPText, "model"),
 }
+NETWORKS_XL = NETWORKS | {
+    "unet": (UNetXL, "diffusion_pytorch_model"),
+    "text_encoder_2": (CLIPTextProjection, "model"),
+}
 
 # Config keys that change the arithmetic: key -> the value that our modules implement. A list has
-# one value per block.
+# one value per block. SDXL's UNet is "unet_xl".
 # fmt: off
 ONLY = {
     "unet": dict(
@@ -62,6 +68,13 @@ ONLY = {
         timestep_spacing="leading", skip_prk_steps=True,
     ),
 }
+ONLY["unet_xl"] = ONLY["unet"] | dict(
+    addition_embed_type="text_time", use_linear_projection=True,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+)
+del ONLY["unet_xl"]["transformer_layers_per_block"]
+ONLY["text_encoder_2"] = ONLY["text_encoder"] | dict(hidden_act="gelu")
 # fmt: on
 # Config keys of what our modules do not have: they are absent, or null, false or 0.
 OFF = """
@@ -75,9 +88,12 @@ OFF = """
 # Config keys that are arguments of our modules: {part: {key: SD 1.4's value, the default}}.
 ARGUMENTS = {
     part: {key: x.default for key, x in inspect.signature(make).parameters.items()}
-    for part, make in dict(unet=UNet, vae=VAE, text_encoder=CLIPText, scheduler=DDIM).items()
+    for part, make in dict(
+        unet=UNet, vae=VAE, text_encoder=CLIPText, scheduler=DDIM, unet_xl=UNetXL
+    ).items()
 }
 del ARGUMENTS["scheduler"]["steps"]
+ARGUMENTS["text_encoder_2"] = ARGUMENTS["text_encoder"] | {"projection_dim": 1280}
 # What diffusers' samplers use for a key that scheduler_config.json does not have.
 SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
 
@@ -94,10 +110,14 @@ class Model(NamedTuple):
     name: str
     unet: UNet
     vae: VAE
-    text_encoder: CLIPText
+    text_encoder: CLIPText | CLIPTextXL
     tokenizer: CLIPTokenizer
     scheduler: dict  # scheduler_config.json, checked
     resolution: int  # pixels per side that the model was trained for
+    # SDXL only
+    tokenizer_2: CLIPTokenizer | None = None
+    zeros: bool = False  # images without a negative prompt: guidance takes zeros for c_0
+    float32_vae: bool = False  # it overflows in float16
 
 
 # ---------------------------------------------------------------------------------- names of models
@@ -202,12 +222,13 @@ def download(model, revision):
     import huggingface_hub as hub
 
     try:
-        folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns="scheduler/*"))
+        first = ["scheduler/*", "model_index.json"]
+        folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns=first))
         try:
             names = {file.path for file in hub.get_cached_repo_tree(model, revision=revision)}
         except hub.errors.CachedRepoTreeNotFoundError:  # an older huggingface_hub downloaded it
             names = file_names(folder)
-        wanted = files_to_download(names, model)
+        wanted = files_to_download(names, model, networks_of(folder, model))
         return Path(hub.snapshot_download(model, revision=revision, allow_patterns=wanted))
     except UserError:
         raise
@@ -219,10 +240,11 @@ def download(model, revision):
         ) from e
 
 
-def files_to_download(names, model):
+def files_to_download(names, model, networks=NETWORKS):
     """What `load` reads of a hub repository, as patterns. names: all its files."""
-    wanted = ["scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/*.txt"]
-    for network in NETWORKS:
+    wanted = ["model_index.json", "scheduler/scheduler_config.json"]
+    wanted += ["tokenizer*/*.json", "tokenizer*/*.txt"]
+    for network in networks:
         wanted += [weights_file(names, network, model), f"{network}/config.json"]
     return wanted
 
@@ -234,7 +256,7 @@ def file_names(folder):
 
 def weights_file(names, network, model):
     """Which of `names` has the network's weights; a file with full precision comes first."""
-    stem = f"{network}/{NETWORKS[network][1]}"
+    stem = f"{network}/{NETWORKS_XL[network][1]}"
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if name in names:
             return name
@@ -252,10 +274,34 @@ def weights_file(names, network, model):
 
 
 # ------------------------------------------------------------------------------------------ configs
+def read_index(folder):
+    """model_index.json, which names the pipeline of a folder; {} without a readable one."""
+    try:
+        return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def networks_of(folder, model=None):
+    """NETWORKS, or NETWORKS_XL for Stable Diffusion XL. UserError for refiners and inpainting."""
+    pipeline = str(read_index(folder).get("_class_name"))
+    if "XL" in pipeline and pipeline != "StableDiffusionXLPipeline":
+        raise UserError(
+            f"{model or folder} is for diffusers' {pipeline}, and of Stable Diffusion XL only the "
+            f"base model is implemented: use {SDXL}."
+        )
+    return NETWORKS_XL if "XL" in pipeline else NETWORKS
+
+
+def kind_of(folder, part):
+    """The part's key in ONLY and ARGUMENTS."""
+    return "unet_xl" if part == "unet" and networks_of(folder) is NETWORKS_XL else part
+
+
 def read_config(folder, part):
     """The part's config.json as a dict. UserError for a value that our modules do not implement.
 
-    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults.
+    part: one of NETWORKS_XL, or "scheduler". A sampler's missing keys get diffusers' defaults.
     """
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     try:
@@ -268,11 +314,13 @@ def read_config(folder, part):
         raise UserError(f"{file} is not a readable JSON object ({e}): fetch it again.") from e
     if part == "scheduler":
         config = SCHEDULER_DEFAULTS | config
+    xl = networks_of(folder) is NETWORKS_XL  # XL Turbo has another timestep_spacing
+    family, advice = ("XL's base model", f": use {SDXL}") if xl else ("1.x", "")
     for key, value in config.items():
-        if not is_implemented(part, key, value):
+        if not is_implemented(kind_of(folder, part), key, value):
             raise UserError(
-                f"{file}: {key} = {value!r:.60} is not what Stable Diffusion 1.x computes, and is "
-                "not implemented."
+                f"{file}: {key} = {value!r:.60} is not what Stable Diffusion {family} computes, "
+                f"and is not implemented{advice}."
             )
     return config
 
@@ -282,7 +330,7 @@ def is_implemented(part, key, value):
     values = value if isinstance(value, list) else [value]
     default = ARGUMENTS[part].get(key)
     if key in ONLY[part]:
-        return all(x == ONLY[part][key] for x in values)
+        return value == ONLY[part][key] or all(x == ONLY[part][key] for x in values)
     if default is None:
         return key not in OFF or not any(values)
     return isinstance(default, tuple) or type(value) in (int, type(default))  # never a bool
@@ -319,10 +367,10 @@ def rename(network, tensors):
     """
     renamed = {}
     for name, x in tensors.items():
-        if network == "text_encoder":
+        if network.startswith("text_encoder"):
             if name.endswith("position_ids"):  # 0..76, in files of 2022
                 continue
-            if not name.startswith("text_model."):  # transformers 5 omits it
+            if not name.startswith("text_"):  # transformers 5 omits text_model
                 name = f"text_model.{name}"
         elif network == "vae" and ".attentions." in name:
             stem, leaf, kind = name.rsplit(".", 2)
@@ -357,8 +405,8 @@ def fill(module, tensors, file):
 def make_network(folder, network):
     """One of NETWORKS with the sizes of its config.json, on the meta device: shapes, no numbers."""
     config = read_config(folder, network)
-    sizes = {key: config[key] for key in ARGUMENTS[network] if key in config}
-    make, _ = NETWORKS[network]
+    sizes = {key: config[key] for key in ARGUMENTS[kind_of(folder, network)] if key in config}
+    make, _ = networks_of(folder)[network]
     try:
         with torch.device("meta"):
             return make(**sizes)
@@ -379,28 +427,42 @@ def load_network(folder, network):
     return module.eval().requires_grad_(False)
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder, name="tokenizer"):
     try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        return CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
     except Exception as e:  # each parser behind it has its own exceptions
-        raise UserError(
-            f"{folder / 'tokenizer'} cannot be read ({first_line(e)}): fetch it again."
-        ) from e
+        raise UserError(f"{folder / name} cannot be read ({first_line(e)}): fetch it again.") from e
 
 
 def load(model=DEFAULT_MODEL, revision=None):
     """A Model: three networks (float32, on the CPU, in eval mode), tokenizer and sampler's config.
 
     All parameters are frozen (requires_grad is False): whoever trains some switches these on.
-    UserError if a file is missing, damaged, or not what Stable Diffusion 1.x computes.
+    SDXL has a second tokenizer, and both text encoders in one CLIPTextXL.
+    UserError if a file is missing, damaged, or not what Stable Diffusion computes.
     """
     folder = find(model, revision)
     scheduler = read_config(folder, "scheduler")
     tokenizer = load_tokenizer(folder)
-    networks = {network: load_network(folder, network) for network in NETWORKS}
+    networks = {network: load_network(folder, network) for network in networks_of(folder)}
     resolution = read_latent_size(folder) * networks["vae"].factor
+    xl = {}
+    if "text_encoder_2" in networks:
+        second = networks.pop("text_encoder_2")
+        networks["text_encoder"] = CLIPTextXL(networks["text_encoder"], second).eval()
+        networks["unet"].factor = networks["vae"].factor
+        xl = dict(
+            tokenizer_2=load_tokenizer(folder, "tokenizer_2"),
+            zeros=bool(read_index(folder).get("force_zeros_for_empty_prompt", True)),
+            float32_vae=bool(read_config(folder, "vae").get("force_upcast", True)),
+        )
     return Model(
-        str(model), **networks, tokenizer=tokenizer, scheduler=scheduler, resolution=resolution
+        str(model),
+        **networks,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        resolution=resolution,
+        **xl,
     )
 
 

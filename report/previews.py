@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import pipeline
 from guidance import cfg, sample
-from pipeline import encode_prompts, initial_noise, latent_shape, make_scheduler
+from pipeline import encode_prompts, initial_noise, latent_shape, make_scheduler, without_prompt
 from presets import PREVIEW_PROMPTS
 from support.files import atomic_write
 from support.images import grid, save_png
@@ -108,7 +108,7 @@ class Previews:
             model,
             self.embed(model, self.a.preview, self.c.previews),
             preview_seeds(vars(self.a)),
-            negative=self.c.c_0,
+            negative=without_prompt(model, self.c.c_0),
             scheduler="ddim",
             steps=self.a.preview_steps,
             guidance_scale=self.a.preview_guidance_scale,

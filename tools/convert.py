@@ -121,11 +121,11 @@ def fetch_tokenizer(where, folder, vocab_size):
         )
 
 
-def copy_tokenizer(source, folder):
-    (folder / "tokenizer").mkdir(parents=True)
+def copy_tokenizer(source, folder, to="tokenizer"):
+    (folder / to).mkdir(parents=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / "tokenizer" / name)
+            shutil.copyfile(source / name, folder / to / name)
 
 
 def open_model(model, args, work):
@@ -140,8 +140,15 @@ def open_model(model, args, work):
                 f"--tokenizer is for a single file: {model} has a tokenizer of its own."
             )
         folder = weights.find(model, args.revision)
+        if args.format == "single-file" and weights.networks_of(folder) is weights.NETWORKS_XL:
+            raise UserError(
+                f"{model} is Stable Diffusion XL, for which only --format diffusers is implemented."
+            )
         loaded = weights.load(folder)
-        return folder, {network: getattr(loaded, network) for network in NETWORKS}
+        networks = {network: getattr(loaded, network) for network in NETWORKS}
+        if loaded.tokenizer_2:
+            networks |= dict(loaded.text_encoder.named_children())
+        return folder, networks
     if args.revision:
         raise UserError(f"--revision is for models from the hub; {model} is a file.")
     folder = work / file.name
@@ -178,27 +185,32 @@ def cast(tensors, dtype):
 
 
 def read_configs(folder):
-    """{part: its config}. The text encoder's says float32.
+    """{part: its config}. The text encoders' say float32.
 
     With float16 in it, transformers 5 would load the text encoder as float16, next to diffusers'
     UNet in float32.
     """
-    configs = {part: weights.read_config(folder, part) for part in CONFIGS}
-    configs["text_encoder"].pop("torch_dtype", None)  # the older name of dtype
-    configs["text_encoder"]["dtype"] = "float32"
+    parts = [*weights.networks_of(folder), "scheduler"]
+    configs = {part: weights.read_config(folder, part) for part in parts}
+    for part in parts:
+        if part.startswith("text_encoder"):
+            configs[part].pop("torch_dtype", None)  # the older name of dtype
+            configs[part]["dtype"] = "float32"
     return configs
 
 
 def write_folder(out, folder, states, dtype):
     """Writes a folder in diffusers' layout. Configs and tokenizer come from the folder `folder`."""
     configs = read_configs(folder)
-    for part, name in CONFIGS.items():
-        write_json(out / part / name, configs[part])
+    for part, config in configs.items():
+        write_json(out / part / CONFIGS.get(part, "config.json"), config)
+    networks = weights.networks_of(folder)
     for network, state in states.items():
-        file = out / network / f"{NETWORKS[network][1]}.safetensors"
+        file = out / network / f"{networks[network][1]}.safetensors"
         weights.save(file, cast(state, dtype), {"format": "pt"})
-    copy_tokenizer(folder / "tokenizer", out)
-    index = json.loads((weights.TOY / "model_index.json").read_text(encoding="utf-8"))
+    for tokenizer in sorted(folder.glob("tokenizer*")):
+        copy_tokenizer(tokenizer, out, tokenizer.name)
+    index = weights.read_index(folder if networks is weights.NETWORKS_XL else weights.TOY)
     sampler = configs["scheduler"].get("_class_name", "PNDMScheduler")
     write_json(out / "model_index.json", index | {"scheduler": ["diffusers", sampler]})
 
@@ -249,7 +261,8 @@ def convert(args):
         made = work / "made" / out.name
         write = write_single if single else write_folder
         write(made, folder, states, args.dtype)
-        text = card(model, args.format, args.dtype, args.patch, metadata).rstrip() + "\n"
+        pipeline = weights.read_index(made).get("_class_name")
+        text = card(model, args.format, args.dtype, args.patch, metadata, pipeline).rstrip() + "\n"
         (made.parent / card_file.relative_to(out.parent)).write_text(text, encoding="utf-8")
         for file in sorted(made.parent.iterdir()):  # the folder; or the card and the file
             os.replace(file, out.parent / file.name)

@@ -11,6 +11,7 @@ from toy import worlds
 
 LICENCES = {  # (name on the hub, name for people)
     weights.DEFAULT_MODEL: ("creativeml-openrail-m", "CreativeML OpenRAIL-M"),
+    weights.SDXL: ("openrail++", "CreativeML Open RAIL++-M"),
     **{name: world.LICENCE for name, world in worlds.MODELS.items()},
 }
 LAYOUTS = {
@@ -50,9 +51,9 @@ Written by SDD (safe self-distillation, arXiv 2307.05977).
 
 {% if layout == "diffusers" %}
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {{ pipeline }}
 
-pipeline = StableDiffusionPipeline.from_pretrained("THIS FOLDER")
+pipeline = {{ pipeline }}.from_pretrained("THIS FOLDER")
 pipeline("a prompt").images[0].save("image.png")
 ```
 
@@ -120,11 +121,15 @@ def settings_of(patch_file, metadata):
     return json.dumps(shown, indent=1, ensure_ascii=False)
 
 
-def card(model, layout, dtype, patch_file=None, metadata=None):
-    """The card, in Markdown. layout: a key of LAYOUTS; metadata: the patch's, if there is one."""
+def card(model, layout, dtype, patch_file=None, metadata=None, pipeline=None):
+    """The card, in Markdown. layout: a key of LAYOUTS; metadata: the patch's, if there is one.
+
+    pipeline: diffusers' class that loads the folder.
+    """
     base = Path(model).name if Path(model).exists() else model  # no path of this machine
     tag, licence = LICENCES.get(model, (None, f"That of the base model, {base}"))
     facts = dict(base=base, tag=tag, licence=licence, layout=layout, dtype=dtype, patch=metadata)
+    facts["pipeline"] = pipeline
     if patch_file:
         facts |= dict(settings=settings_of(patch_file, metadata), figures=figures(patch_file))
     template = jinja2.Template(CARD, trim_blocks=True, keep_trailing_newline=True)
