@@ -29,14 +29,11 @@ SAMPLER_NAMES = {  # in scheduler_config.json
     "PNDMScheduler": "pndm",
     "EulerDiscreteScheduler": "euler",
 }
-EULER = dict(  # what our Euler implements. An absent key means this value, too
-    interpolation_type="linear",
-    final_sigmas_type="zero",
-    timestep_type="discrete",
-    use_karras_sigmas=False,
-    use_exponential_sigmas=False,
+EULER = dict(  # what our Euler implements
+    timestep_spacing="leading", interpolation_type="linear", final_sigmas_type="zero",
+    timestep_type="discrete", use_karras_sigmas=False, use_exponential_sigmas=False,
     use_beta_sigmas=False,
-)
+)  # fmt: skip
 SAVED = 64  # latents between two writes: whole batches, so a stopped run generates the same images
 DECODED = 2**18  # pixels that the VAE decodes at once: an image of 512 x 512. 32 need tens of GB
 # Evaluations before a method acts, by its paper.
@@ -53,10 +50,9 @@ def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
     name = config.get("_class_name")
     own = SAMPLER_NAMES.get(name)
-    if own == "euler" and not (
-        config.get("timestep_spacing") == "leading" and EULER.items() <= (EULER | config).items()
-    ):
-        own = None
+    if own == "euler":
+        defaults = EULER | dict(timestep_spacing="linspace")  # diffusers'
+        own = own if EULER.items() <= (defaults | config).items() else None
     kind = kind or own
     if kind is None:
         raise UserError(
@@ -108,8 +104,9 @@ def check_words(model, prompts):
 
 def token_ids(model, prompts, device):
     """([ids (n, 77) of each of the model's tokenizers], which prompts are cut)."""
-    tokenizers = [model.tokenizer, model.tokenizer_2][: 2 if model.tokenizer_2 else 1]
-    found = [tokenize(tokenizer, prompts) for tokenizer in tokenizers]
+    found = [tokenize(model.tokenizer, prompts)]
+    if model.tokenizer_2:
+        found.append(tokenize(model.tokenizer_2, prompts))
     return [ids.to(device) for ids, _ in found], found[0][1]
 
 

@@ -314,10 +314,10 @@ def read_config(folder, part):
         raise UserError(f"{file} is not a readable JSON object ({e}): fetch it again.") from e
     if part == "scheduler":
         config = SCHEDULER_DEFAULTS | config
-    xl = networks_of(folder) is NETWORKS_XL  # XL Turbo has another timestep_spacing
+    kind, xl = kind_of(folder, part), networks_of(folder) is NETWORKS_XL
     family, advice = ("XL's base model", f": use {SDXL}") if xl else ("1.x", "")
     for key, value in config.items():
-        if not is_implemented(kind_of(folder, part), key, value):
+        if not is_implemented(kind, key, value):
             raise UserError(
                 f"{file}: {key} = {value!r:.60} is not what Stable Diffusion {family} computes, "
                 f"and is not implemented{advice}."

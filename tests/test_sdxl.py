@@ -279,7 +279,7 @@ MISTAKES = [  # (what is wrong, our module, {text in its source: the mistake}, c
         unet_error),
     ("the sizes first", sdxl, {"[pooled, self.sizes(z)]": "[self.sizes(z), pooled]"}, unet_error),
     ("padded with the end token", pipeline,
-        {"[model.tokenizer, model.tokenizer_2]": "[model.tokenizer] * 2"}, images_error),
+        {"tokenize(model.tokenizer_2,": "tokenize(model.tokenizer,"}, images_error),
     ("ᾱ_0 at the end", pipeline, {"SAMPLERS[kind](": "SAMPLERS['ddim']("}, images_error),
     ("the encoded empty prompt", pipeline, {"torch.zeros_like(c_0) if": "c_0 if"}, images_error),
 ]
