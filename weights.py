@@ -442,28 +442,19 @@ def load(model=DEFAULT_MODEL, revision=None):
     UserError if a file is missing, damaged, or not what Stable Diffusion computes.
     """
     folder = find(model, revision)
-    scheduler = read_config(folder, "scheduler")
-    tokenizer = load_tokenizer(folder)
+    others = dict(scheduler=read_config(folder, "scheduler"), tokenizer=load_tokenizer(folder))
     networks = {network: load_network(folder, network) for network in networks_of(folder)}
     resolution = read_latent_size(folder) * networks["vae"].factor
-    xl = {}
     if "text_encoder_2" in networks:
         second = networks.pop("text_encoder_2")
         networks["text_encoder"] = CLIPTextXL(networks["text_encoder"], second).eval()
         networks["unet"].factor = networks["vae"].factor
-        xl = dict(
+        others |= dict(
             tokenizer_2=load_tokenizer(folder, "tokenizer_2"),
             zeros=bool(read_index(folder).get("force_zeros_for_empty_prompt", True)),
             float32_vae=bool(read_config(folder, "vae").get("force_upcast", True)),
         )
-    return Model(
-        str(model),
-        **networks,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        resolution=resolution,
-        **xl,
-    )
+    return Model(str(model), **networks, **others, resolution=resolution)
 
 
 def read_latent_size(folder):

@@ -13,6 +13,7 @@ from common import ROOT, SD_WORDS, write_model_folder
 
 from evaluation import own_row
 from evaluation.suites import COUNTRIES
+from weights import SDXL
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -75,7 +76,7 @@ def call(script, words):
 
 def shortened(script, words, model):
     """The words of a command that runs in seconds; `model` stands in for Stable Diffusion."""
-    words = [str(model) if word == "FOLDER" else word for word in words]
+    words = [str(model) if word in ("FOLDER", SDXL) else word for word in words]
     words = [word.replace(":NAME", ":sdd_loss") for word in words]
     if "losses.py:sdd_loss" in words:
         words[words.index("losses.py:sdd_loss")] = f"{ROOT / 'losses.py'}:sdd_loss"

@@ -236,7 +236,8 @@ def test_commands(folder, tmp_path):
         "table": f"eval.py artists --limit 1 --steps 1 --template 'a {{}}' --patch {patch}",
         "relearn": f"{attack} --kind relearn --num-images 2 --at 0 1",
         "uce": f"{train} --method uce --anchor circle --preview-every 0",
-        "esd": f"{train} --method esd-x --preset esd-sdxl --iters 1 --steps 1 --preview-every 0",
+        "esd": f"{train} --method esd-x --preset esd-sdxl --iters 1 --steps 1 --preview-every 0 "
+        "--dtype bf16 --gradient-checkpointing",
         "folder": f"tools.convert --format diffusers --patch {patch}",
     }.items():
         assert common.run(line, tmp_path / name) == 0, name
