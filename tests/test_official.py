@@ -257,7 +257,7 @@ def test_ablating_is_the_authors_script(method, weight, tmp_path, monkeypatch):
     twin.set_attn_processor(DetachStart())
     monkeypatch.setattr(ablation, "saved_latents", lambda *_, **__: IMAGES)
     encoded = Namespace(c_0=C_0, anchors=C_A, targets=C_S)
-    generator, student, scheduler = torch.Generator().manual_seed(2), Namespace(unet=unet), DDIM(4)
+    generator, student, scheduler = torch.Generator().manual_seed(2), Namespace(unet=unet, zeros=False), DDIM(4)
     terms = [lambda **batch: a.prior * losses.prior_loss(**batch)] if a.prior else []
     optimizer, before, gradients = train.make_optimizer(kv(unet), a), {}, {}
 
