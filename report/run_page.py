@@ -193,7 +193,6 @@ def differences(settings):
     if method.loss is None:
         return []
     expected = preset_values(settings, method)
-    expected |= {"train_params": method.train_params, "latents": method.latents}
     del expected["preview"]  # the prompts are above, with their images
     rows = [
         (key.replace("_", " "), f"{in_words(settings[key])} (preset: {in_words(value)})")
