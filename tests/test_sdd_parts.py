@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import randn, relative
+from common import SCHEDULES, randn, relative
 from torch import nn
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 import ema
 import losses
@@ -142,12 +141,6 @@ def test_officials_timestep_is_one_of_the_schedule():
     drawn = {sdd.random_timestep("official", scheduler, 1, 0, generator)[1] for _ in range(3000)}
     assert min(drawn) == 0
     assert max(drawn) == 998
-
-
-SCHEDULES = {
-    "cosine": get_cosine_schedule_with_warmup,
-    "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(optimizer, warmup),
-}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
