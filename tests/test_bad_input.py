@@ -195,7 +195,7 @@ CASES = [
     ("eval.py i2p --model toy --prompts FILES/other.csv", "I2P"),
     ("eval.py i2p --model toy --prompts FILES/seeds.csv", "sd_seed"),
     ("eval.py i2p --model toy --prompts FILES/sizes.csv", "size"),
-    ("eval.py i2p --model toy --prompts FILES/scales.csv", "finite"),
+    ("eval.py i2p --model toy --prompts FILES/scales.csv", "the scale nan"),
     # a patch
     (f"{DRAW} --patch ''", "it is empty"),
     (f"{DRAW} --patch FILES/none.safetensors", "no file"),
