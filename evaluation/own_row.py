@@ -24,11 +24,10 @@ from evaluation.attacks import attack_figures, cost
 from evaluation.columns import all_columns
 from evaluation.findings import joined
 from evaluation.tables import columns_with_figures, markdown
-from report.blocks import read_json
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
-from support.runs import begin_or_continue
+from support.runs import begin_or_continue, read_json
 from support.statistics import figure, is_original, judge
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +91,16 @@ async def make_row(table, settings, out):
     name = settings["loss"].rpartition(":")[2]
     patches, attacks, words = [], {}, ["toy", "--limit", settings["limit"]]
     for seed in settings["seeds"]:
-        patch = await train(table, folder / f"run-{seed}", settings, seed)
+        run = folder / f"run-{seed}"
+        patch = run / "erased.safetensors"
+        training = ["--resume", "--out", run]  # if it was stopped
+        if not (run / "run.json").exists():
+            _, concepts, longer = TABLES[table]
+            more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
+            training = study.train_words("toy", concepts, more, seed, run)
+            training += shlex.split(settings["train_flags"])
+        if not patch.exists():
+            await command("train.py", *training)
         patches.append(patch)
         words += ["--patch", f"{name}={patch}"]
         for kind, steps in AT.items() if table == "one" else ():
@@ -109,21 +117,6 @@ async def make_row(table, settings, out):
     figures, row["attacks"] = attack_figures(attacks)
     row["figures"] |= figures | cost(patches)
     return {key: row[key] for key in ("model", "erased", "method", "paper", "figures", "attacks")}
-
-
-async def train(table, run, settings, seed):
-    """Trains one model, or continues a training that was stopped. Returns its patch."""
-    patch = run / "erased.safetensors"
-    if patch.exists():
-        return patch
-    words = ["--resume", "--out", run]
-    if not (run / "run.json").exists():
-        _, concepts, longer = TABLES[table]
-        more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
-        words = study.train_words("toy", concepts, more, seed, run)
-        words += shlex.split(settings["train_flags"])
-    await command("train.py", *words)
-    return patch
 
 
 async def command(*words):

@@ -3,7 +3,8 @@
 evaluation/tables.py describes results.json, which this file reads.
 """
 
-from report.blocks import SDD, made, read_image, read_json
+from report.blocks import SDD, made, read_image
+from support.runs import read_json
 from support.statistics import cell, figure, is_original, judge, n_text, original_of
 
 SAMPLES = 6  # images of each part of a suite

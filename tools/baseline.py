@@ -4,6 +4,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import weights
 from tools.convert import sd14_configs
@@ -17,25 +18,20 @@ def their_pipeline(size, device):
     size: "toy" for the toy model; "sd14" for random weights with SD 1.4's sizes, and the toy
     model's tokenizer.
     """
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import diffusers
 
     parts = {}
     if size == "sd14":
         configs = sd14_configs()
         with torch.device(device):
             parts = dict(
-                unet=UNet2DConditionModel.from_config(configs["unet"]),
-                vae=AutoencoderKL.from_config(configs["vae"]),
+                unet=diffusers.UNet2DConditionModel.from_config(configs["unet"]),
+                vae=diffusers.AutoencoderKL.from_config(configs["vae"]),
                 text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
             )
-    pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY, **parts).to(device)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(weights.TOY, **parts).to(device)
+    config = pipeline.scheduler.config
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -63,9 +59,7 @@ class Authors:
 
     def encode(self, prompts):
         """Embeddings, each (batch size, 77, D)."""
-        ids = self.tokenizer(
-            prompts, padding="max_length", max_length=77, return_tensors="pt"
-        ).input_ids
+        ids = self.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
         embeddings = self.text_encoder(ids.to(self.device))[0].split(1)
         return [c.expand(self.shape[0], -1, -1) for c in embeddings]
 

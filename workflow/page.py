@@ -32,9 +32,9 @@ from evaluation import plots
 from evaluation.attacks import attack_figures, cost
 from evaluation.columns import COMEBACK, Column
 from evaluation.tables import columns_with_figures, markdown
-from report.blocks import read_json
 from support.cli import Parser, one_of, positive, run_command
 from support.files import write_text
+from support.runs import read_json
 from support.statistics import ORIGINAL, figure, judge, pooled
 from toy import worlds
 from workflow import plan
