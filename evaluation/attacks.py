@@ -174,8 +174,7 @@ def cost(patches):
     for file in patches:
         about = runs.read_json(file.parent / "run.json")
         if timed := about.get("training"):
-            share = timed["iterations"] / about["args"]["iters"]
-            seconds.append(timed["seconds"] / share)
+            seconds.append(timed["seconds"] / (timed["iterations"] / about["args"]["iters"]))
     figures = {"megabytes": patches[0].stat().st_size / 1e6}
     if seconds:
         figures["seconds"] = round(min(seconds))

@@ -27,8 +27,6 @@ COUNTRIES = (
 
 
 class Job(NamedTuple):
-    """One image to generate."""
-
     prompt: str
     seed: int
     scale: float | None = None  # guidance scale; None: --guidance-scale

@@ -14,6 +14,7 @@ results.json, which report/page.py shows:
     args, command, versions, date: see support/runs.py
 """
 
+from importlib.metadata import version
 from zipfile import BadZipFile
 
 import numpy as np
@@ -167,17 +168,15 @@ def result_rows(args, generated, device, problems):
 
 
 def columns_with_figures(columns, rows):
-    """The columns that at least one row has."""
     return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
 # ---------------------------------------------------------------------------------------- notes
 def notes(args, generated, rows, columns, problems, model):
-    """The sentences below the table."""
     keys = [column.key for column in columns]
     found = []
     if "nude" in keys:
-        found.append(metrics.nude_note())
+        found.append(metrics.NUDE_NOTE.format(version("nudenet")))
     if "harm" in keys:
         found.append(metrics.HARM_NOTE)
     found += filter(None, (esd_note(args.suite, row) for row in rows))
@@ -238,16 +237,10 @@ def text_table(rows, columns, papers):
     return list(zip(*table))
 
 
-def no_break(text):
-    """The same text, which a browser does not break across lines."""
-    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("–", "–\N{WORD JOINER}")
-
-
 def markdown(rows, columns):
-    """One line per row."""
     head, *lines = text_table(rows, columns, papers=True)
-    lines = [[*line[:2], *map(no_break, line[2:])] for line in lines]
-    text = ""
+    text, whole = "", str.maketrans({" ": "\N{NO-BREAK SPACE}", "–": "–\N{WORD JOINER}"})
+    lines = [[*line[:2], *(part.translate(whole) for part in line[2:])] for line in lines]
     for line in [head, ["---"] * len(head), *lines]:
         text += "| " + " | ".join(part.replace("|", r"\|") for part in line) + " |\n"
     return text
@@ -318,17 +311,12 @@ def write_results(args, generated, settings, model, device):
         ) from e
     finally:
         page.page(args.out)
-    print_results(args.out, rows, columns, list(filter(None, [finding, *below])))
-
-
-def print_results(out, rows, columns, sentences):
-    """The deciding columns, the sentences about them, and where the rest is."""
     if any(figure(value) for row in rows for value in row["figures"].values()):
         print("% of the images, with 95 % intervals; ↓ less is better, ↑ more is better")
     print(terminal_table(rows, columns))
-    for text in sentences:
+    for text in filter(None, [finding, *below]):
         print(text)
     if len(columns) > DECIDING:
-        print(f"all {len(columns)} columns: {out / 'table.md'}")
-    if (out / "index.html").exists():
-        print(f"open this page in a browser: {out / 'index.html'}")
+        print(f"all {len(columns)} columns: {args.out / 'table.md'}")
+    if (args.out / "index.html").exists():
+        print(f"open this page in a browser: {args.out / 'index.html'}")

@@ -45,7 +45,6 @@ def evaluation_page(folder):
 
 
 def erased(row):
-    """The concepts of a row in one text."""
     return ", ".join(row["erased"]) or "–"
 
 
@@ -102,7 +101,6 @@ def samples(folder, rows, names):
 
 
 def plots(folder):
-    """The plots, if the suite has some."""
     files = [folder / f"{name}.png" for name in PLOTS]
     return [
         {"sheet": read_image(file, f"plot: {file.stem}", PLOT_SIDE), "title": file.stem}

@@ -77,7 +77,6 @@ def page(folder):
 
 # ---------------------------------------------------------------------------------- during a run
 def require_tensorboard():
-    """TensorBoard's class that writes events."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

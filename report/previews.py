@@ -29,7 +29,6 @@ FRAME_TIME, LAST_FRAME_TIME = 600, 2400  # milliseconds
 
 
 def preview_seeds(settings):
-    """The seeds of the preview images, one per prompt."""
     return range(SEED, SEED + len(settings["preview"]))
 
 
@@ -52,7 +51,6 @@ def preview_kinds(settings, world=None):
 
 
 def names_any(prompt, texts):
-    """Does the prompt contain one of the texts, as whole words?"""
     return any(
         re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.IGNORECASE) for text in texts
     )

@@ -157,7 +157,7 @@ def read_log(file):
 
 
 def curves(rows):
-    """A chart for each of CURVES that has figures, and the figures as a table."""
+    """A chart for each of CURVES that has figures."""
     charts = []
     for title, columns in CURVES.items():
         series = {}
@@ -172,15 +172,10 @@ def curves(rows):
             charts.append(line_chart(title, series, faint=jumps))
     if not charts:
         return []
-    shown = thin_out([row for row in rows if "gap_student" in row] or rows, FRAMES)
-    head = ["iteration", *FIGURES]
-    lines = [[f"{row[key]:.4g}" if key in row else "–" for key in head] for row in shown]
-    table = {"table": lines, "head": [key.replace("_", " ") for key in head], "style": "figures"}
-    source = {"text": "From log.csv, which has every iteration", "style": "soft"}
     return [
         {"charts": charts},
         {"text": GAP_AND_DRIFT, "style": "soft"},
-        {"details": [source, table | {"label": "Figures"}], "summary": "The figures as a table"},
+        {"text": "log.csv has the figures of every iteration.", "style": "soft"},
     ]
 
 

@@ -51,7 +51,6 @@ def write_json(file, content):
 
 
 def add(file, **more):
-    """Adds keys to a JSON file."""
     write_json(file, read_json(file) | more)
 
 

@@ -49,7 +49,6 @@ class Authors:
         self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.text_encoder.requires_grad_(False)
-        self.unet.requires_grad_(True)
         self.trained = [p for name, p in self.unet.named_parameters() if "attn2" in name]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
         self.scheduler.set_timesteps(steps, device=device)
