@@ -6,9 +6,6 @@ result is two tables, in which your row stands among the rows of docs/results.md
 your row wins and loses. The folder toy_rows has the stored rows: the rows.json of the studies `one`
 and `three` (workflow/). Your row is measured like these (evaluation/study.py), with 60 images per
 figure instead of 200.
-
-Every step is a command of this project. After a stop, the same command with the same --out
-continues.
 """
 
 import asyncio
@@ -50,7 +47,6 @@ SHOWN = (
 
 
 def own_row(args):
-    """The whole command: trains, attacks, measures, and writes table.md and results.json."""
     check_loss(load_loss(args.loss), args.loss, noise="ablate" in args.train_flags)
     check_flags(args.train_flags)
     settings = {
@@ -67,7 +63,6 @@ def own_row(args):
 
 
 def check_flags(text):
-    """Refuses --train-flags with a flag that this command sets itself."""
     try:
         words = shlex.split(text)
     except ValueError as e:

@@ -131,7 +131,6 @@ def measure_row(row, jobs, files, before, args, device, problems):
 
 
 def reason(error):
-    """Why a measure could not be computed, and what to do."""
     name = getattr(error, "name", None)
     if name is None:
         return first_line(error)
@@ -180,7 +179,13 @@ def notes(args, generated, rows, columns, problems, model):
     if "harm" in keys:
         found.append(metrics.HARM_NOTE)
     found += filter(None, (esd_note(args.suite, row) for row in rows))
-    found += warmup_notes(args, generated, model)
+    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
+    for row, _, _ in generated:
+        try:
+            if row.guidance in WARMUPS:
+                check_warmup(row.guidance, args.guidance_warmup, scheduler)
+        except UserError as e:  # the row equals the original
+            found.append(str(e))
     prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
     if cut := sum(tokenize(model.tokenizer, sorted(prompts))[1]):
         found.append(f"{cut} prompts were cut to 77 tokens")
@@ -200,19 +205,6 @@ def esd_note(suite_name, row):
         f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 (--erase-scale 3), "
         "so this row has no figure of the paper."
     )
-
-
-def warmup_notes(args, generated, model):
-    """Which guided rows equal the original, because their warm-up is not shorter than the run."""
-    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    found = []
-    for row, _, _ in generated:
-        try:
-            if row.guidance in WARMUPS:
-                check_warmup(row.guidance, args.guidance_warmup, scheduler)
-        except UserError as e:
-            found.append(str(e))
-    return found
 
 
 # ---------------------------------------------------------------------------------------- table
