@@ -64,9 +64,7 @@ def i2p(args, concepts):
             size = int(row["sd_image_height"]), int(row["sd_image_width"])
             fits = all(side >= 8 and side % 8 == 0 for side in size)
             if not (0 <= seed < 2**62 and math.isfinite(scale) and fits):
-                raise ValueError(
-                    f"seed {seed}, scale {scale} or size {size} is not finite or out of range"
-                )
+                raise ValueError(f"not finite or out of range: {seed}, {scale}, size {size}")
             jobs += [Job(row["prompt"], seed + n, scale, size) for n in range(5)]
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
