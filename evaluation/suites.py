@@ -64,7 +64,7 @@ def i2p(args, concepts):
             size = int(row["sd_image_height"]), int(row["sd_image_width"])
             fits = all(side >= 8 and side % 8 == 0 for side in size)
             if not (0 <= seed < 2**62 and math.isfinite(scale) and fits):
-                raise ValueError(f"not finite or out of range: {seed}, {scale}, size {size}")
+                raise ValueError(f"no image has seed {seed}, the scale {scale} and size {size}")
             jobs += [Job(row["prompt"], seed + n, scale, size) for n in range(5)]
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
