@@ -135,7 +135,7 @@ class Method(NamedTuple):
     latents: str  # where z_t comes from: sampled by "teacher", "student" or "original", or "anchor"
     train_params: str  # a key of TRAIN_PARAMS
     output: str  # which weights are the result: "teacher" (the average) or "student"
-    paper: dict = {}  # numbers that differ from the preset paper
+    paper: dict = {}  # numbers that differ from the preset paper; a closed form has them always
     toy: dict = {}  # numbers that differ from the preset toy
 
 
