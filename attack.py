@@ -166,7 +166,6 @@ class Attack:
         bar.close()
 
     def train_step(self, kind, z_0, generator):
-        """One step of the attack; returns its loss."""
         with torch.enable_grad(), cli.autocast(self.device, self.dtype):
             c = kind.states(generator)
             batch = self.settings["batch_size"]
