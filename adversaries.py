@@ -19,8 +19,9 @@ Where this file differs from the papers:
    10 to 990 and attacks each prompt and image on its own. Only whole words are used, so the words
    that are printed give the same tokens. The projection to the simplex is exact, not by bisection.
    The code searches 5 words for nudity, violence and illegal activity, and 3 for the others. It
-   samples with LMS and stops when one of its 50 images shows the concept. Here --words is
-   3 by default, the sampler is DDIM, and attack.py counts the images.
+   samples with LMS and stops when one of its 50 images shows the concept. Here --words is 3 by
+   default, the sampler is DDIM, and attack.py counts the images. The weight decay is the code's
+   0.1, but 0.001 for the toy models: with 0.1 the words did not settle there (50 to 160 steps).
 3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name. It
    also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the
@@ -110,7 +111,8 @@ class Tokens:
         simplex = torch.full((k, len(self.words)), 1 / len(self.words), device=device)
         self.simplex = torch.nn.Parameter(simplex)
         self.tensors = {"simplex": self.simplex}
-        self.optimizer = torch.optim.Adam([self.simplex], settings["lr"], weight_decay=0.1)
+        decay = settings["weight_decay"]
+        self.optimizer = torch.optim.Adam([self.simplex], settings["lr"], weight_decay=decay)
 
     def states(self, generator=None):
         """Embeddings (1, 77, D) of randomly drawn words; without a generator of the likeliest."""

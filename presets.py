@@ -135,7 +135,7 @@ class Method(NamedTuple):
     latents: str  # where z_t comes from: sampled by "teacher", "student" or "original", or "anchor"
     train_params: str  # a key of TRAIN_PARAMS
     output: str  # which weights are the result: "teacher" (the average) or "student"
-    paper: dict = {}  # numbers that differ from the preset paper
+    paper: dict = {}  # numbers that differ from the preset paper; a closed form has them always
     toy: dict = {}  # numbers that differ from the preset toy
 
 
@@ -155,6 +155,18 @@ ABLATE = dict(
 ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
 
 # fmt: off
+# Closed forms: closed_form.py. steps, batch_size and guidance_scale measure gap and drift for the
+# log. template: prompts with {} for the concept and for the anchor. The toy models' templates, and
+# what they keep, are in their worlds (toy/worlds.py).
+CLOSED_FORM = dict(
+    iters=1, template=["{}"], roles="", lr_schedule="", lr=0, weight_decay=0, ema=0, warmup=0,
+    max_grad_norm=0, preserve=0, adversary=0,
+)
+MACE = [  # our choice of sentences
+    "{} in a room", "a photo of {}", "a photo of {} outdoors", "a portrait of {}",
+    "an image of {} at night", "a picture of {} on a street", "a painting of {}",
+    "{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper",
+]
 METHODS = {
     #                     loss                        z_t        trained    result     numbers
     "sdd":         Method(losses.sdd_loss,            "teacher", "xattn",   "teacher"),
@@ -169,12 +181,14 @@ METHODS = {
                           toy=dict(lr=4e-3)),
     "all-but-one": Method(losses.all_but_one_loss,    "teacher", "xattn",   "student", ALL_BUT_ONE,
                           toy=dict(lr=3.2e-3, preserve=1.0)),
-    # Without training: closed_form.py
-    "uce":         Method(None,                       "",        "kv",      "student"),
-    "mace":        Method(None,                       "",        "kv",      "student"),
+    "uce":         Method(None,                       "",        "kv",      "student",
+                          CLOSED_FORM | dict(states="last"), toy=dict(states="all")),
+    "mace":        Method(None,                       "",        "kv",      "student",
+                          CLOSED_FORM | dict(template=MACE)),
     "rece":        Method(None,                       "",        "kv",      "student",
-                          dict(iters=2)),
-    "speed":       Method(None,                       "",        "v",       "student"),
+                          CLOSED_FORM | dict(iters=2)),
+    "speed":       Method(None,                       "",        "v",       "student",
+                          CLOSED_FORM | dict(states="last")),
 }
 # fmt: on
 # More published recipes: {--preset: (--method, numbers)}. The other numbers are those of the preset
@@ -205,17 +219,6 @@ USED_BY = {  # {flags: the methods that use them}. Flags that are not here are f
     "states": {"uce", "speed"},
     "rho": {"rece"},
     "gamma threshold filter": {"speed"},
-}
-
-# Closed forms: prompts with {} for the concept and for the anchor. MACE's sentences are our choice.
-# The toy models' templates, and what they keep, are in their worlds (toy/worlds.py).
-TEMPLATES = {
-    "paper": ["{}"],
-    "mace": [
-        *("{} in a room", "a photo of {}", "a photo of {} outdoors", "a portrait of {}"),
-        *("an image of {} at night", "a picture of {} on a street", "a painting of {}"),
-        *("{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper"),
-    ],
 }
 
 # Which parameters are trained, by name. The keys are those of ESD's and SDD's scripts. Names that
@@ -376,26 +379,12 @@ def preset_values(settings, method):
     if name == "toy-hold" and settings["preserve"] != 0:
         values["keep"] = without_concepts(world.KEEP_PROMPTS, concepts)
     if method.loss is None:
-        values |= closed_form_values(settings, method)
+        values |= method.paper
+        values["preview_every"] = settings["iters"] or values["iters"]  # before and after
+        if name == "toy":
+            keep = without_concepts(world.KEEP, concepts)
+            values |= method.toy | dict(template=world.TEMPLATES, keep=keep)
     return values | recipe
-
-
-def closed_form_values(settings, method):
-    """What preset_values gives for UCE, MACE, RECE and SPEED, which have no training loop."""
-    # steps, batch_size and guidance_scale are still used to measure gap and drift for the log.
-    zero = "lr weight_decay ema max_grad_norm warmup preserve adversary".split()
-    values = dict.fromkeys(zero, 0) | dict(roles="", lr_schedule="")
-    values["iters"] = method.paper.get("iters", 1)
-    values["preview_every"] = settings["iters"] or values["iters"]  # before and after
-    toy = settings["preset"].startswith("toy")
-    if settings["method"] in USED_BY["states"]:
-        values["states"] = "all" if toy and settings["method"] == "uce" else "last"
-    values["template"] = TEMPLATES["mace" if settings["method"] == "mace" else "paper"]
-    if toy:
-        world = worlds.of(settings["model"])
-        values["template"] = world.TEMPLATES
-        values["keep"] = without_concepts(world.KEEP, settings["concept"])
-    return values
 
 
 def read_keep(given):

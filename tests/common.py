@@ -34,7 +34,13 @@ from diffusers import (
 )
 from PIL import Image
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
 
 import clip_text
 import guidance
@@ -386,9 +392,7 @@ def same_eps(network):
 def their_scheduler(kind, steps):
     """diffusers' scheduler with SD 1.4's config."""
     theirs = PNDMScheduler(**SCHEDULER)
-    if (
-        kind == "ddim"
-    ):  # SD 1.4's config does not have `clip_sample`, and diffusers' default is True
+    if kind == "ddim":  # SD 1.4's config has no `clip_sample`, and diffusers' default is True
         theirs = DDIMScheduler.from_config(theirs.config, clip_sample=False)
     theirs.set_timesteps(steps)
     return theirs
@@ -416,6 +420,12 @@ def trajectory_error(kind, steps, s=7.5):
         e_0, e_p = theirs(torch.cat([z, z]), t, context).sample.chunk(2)
         z = sampler.step(e_0 + s * (e_p - e_0), t, z).prev_sample
     return relative(result, z)
+
+
+SCHEDULES = {  # of the learning rate: (optimizer, warmup, iterations) -> transformers' scheduler
+    "cosine": get_cosine_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(optimizer, warmup),
+}
 
 
 # ---------------------------------------------------------------------- a model folder

@@ -336,7 +336,7 @@ def test_projection_to_the_simplex():
 @torch.enable_grad()
 def test_hard_words_have_the_gradient_of_their_one_hot_rows():
     model = weights.load("toy")
-    tokens = Tokens(model, dict(words=2, prompt="shape", lr=0.01), "cpu")
+    tokens = Tokens(model, dict(words=2, prompt="shape", lr=0.01, weight_decay=0.1), "cpu")
     generator = torch.Generator().manual_seed(0)
     (1e3 * tokens.states(generator)[..., 0].sum()).backward()
     assert (tokens.one_hot.sum(1) == 1).all() and tokens.one_hot.grad.abs().max() > 1

@@ -182,6 +182,8 @@ CASES = [
     (f"{DRAW} --out FILES/used", "not empty"),
     (f"{DRAW} --out FILES/empty.txt", "empty.txt is a file"),
     ("train.py --resume", "--resume needs --out"),
+    ("train.py --resume --out FILES/used", "run.json cannot be read"),
+    ("report.page FILES/used", "run.json cannot be read"),
     (f"{STAR} --concept moon --resume --out FILES/run", "other arguments"),
     ("train.py --resume --iters 300 --out FILES/run", "--iters has no effect"),
     ("train.py --resume --method sdd --seed 0 --out FILES/run", "--method, --seed have no effect"),
@@ -195,7 +197,7 @@ CASES = [
     ("eval.py i2p --model toy --prompts FILES/other.csv", "I2P"),
     ("eval.py i2p --model toy --prompts FILES/seeds.csv", "sd_seed"),
     ("eval.py i2p --model toy --prompts FILES/sizes.csv", "size"),
-    ("eval.py i2p --model toy --prompts FILES/scales.csv", "finite"),
+    ("eval.py i2p --model toy --prompts FILES/scales.csv", "the scale nan"),
     # a patch
     (f"{DRAW} --patch ''", "it is empty"),
     (f"{DRAW} --patch FILES/none.safetensors", "no file"),
@@ -325,7 +327,8 @@ def check_sentence(error, said):
 @pytest.mark.parametrize("line, said", CASES, ids=[line for line, _ in CASES])
 def test_a_mistake_is_one_sentence(line, said, files, tmp_path, capsys):
     before = sorted(files.rglob("*"))
-    out = None if "--out" in line or "tools.bench" in line else tmp_path / "out" / "o"
+    has_no_out = any(text in line for text in ("--out", "tools.bench", "report.page"))
+    out = None if has_no_out else tmp_path / "out" / "o"
     assert run(line.replace("FILES", str(files)), out) == 2
     check_sentence(capsys.readouterr().err, said)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]

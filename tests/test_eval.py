@@ -314,8 +314,9 @@ def test_the_examples_in_help_are_commands():
     assert len(examples) == 4
     for line in examples:
         args = parsed(line)
-        assert rows.guided_rows(args.guidance, args.avoid) or not args.guidance
         assert len(weights.named_patches(args.patch)) == len(args.patch)
+        args.patch = []
+        assert len(rows.read_rows(args)) == 1 + len(args.guidance)
 
 
 # ---------------------------------------------------------------------------------------- findings

@@ -327,7 +327,7 @@ def test_a_step_of_searched_words_has_its_weight_decay_in_the_gradient():
     projection adds the same to all, so that they sum to 1.
     """
     lr = 0.001
-    settings = dict(words=2, prompt="star", lr=lr)
+    settings = dict(words=2, prompt="star", lr=lr, weight_decay=0.1)
     tokens = Tokens(weights.load("toy"), settings, torch.device("cpu"))
     V = tokens.simplex.shape[1]
     tokens.one_hot = torch.zeros_like(tokens.simplex)

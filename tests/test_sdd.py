@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from common import (
+    SCHEDULES,
     TEXT,
     UNETS,
     padded_tokens,
@@ -26,7 +27,6 @@ from common import (
     their_scheduler,
     unet_twin,
 )
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 import ablation
 import adversaries
@@ -215,7 +215,7 @@ def compare(case, ours=None):
     original.load_state_dict(ours.original.state_dict())
     theta, theta_ema = trained(student, case.trained), trained(teacher, case.trained)
     optimizer = torch.optim.AdamW(theta.values(), lr=case.lr, weight_decay=0.01)
-    schedule = make_schedule(case.schedule, optimizer, WARMUP, ITERS)
+    schedule = SCHEDULES[case.schedule](optimizer, WARMUP, ITERS)
     ddim = their_scheduler("ddim", T)
     generator = torch.Generator().manual_seed(7)
     c_0, concepts, joined = embeddings(case.K)
@@ -294,12 +294,6 @@ def compare(case, ours=None):
         close("the student's step", change[0], change[1], 1e-5)  # 2e-6 measured
         close("the teacher's step", change[2], change[3], 1e-5)
     return iterations
-
-
-def make_schedule(schedule, optimizer, warmup, iters):
-    if schedule == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, warmup, iters)
-    return get_constant_schedule_with_warmup(optimizer, warmup)
 
 
 def draw(case, i, ddim, generator):
