@@ -10,7 +10,7 @@ Podell et al. 2023 (arXiv 2307.01952). What differs from Stable Diffusion 1.4:
    prepares one vector for the comparison with an image. The layer before describes each token.
 3. That vector is the *pooled state*: the second encoder's last layer and LayerNorm, at the end
    token, times a matrix. It describes the whole prompt. It enters the UNet without attention:
-   `add_embedding` makes a bias for each ResNet of it, as `time_embedding` does of the timestep.
+   `add_embedding` turns it into a bias for each ResNet, as `time_embedding` does with the timestep.
 4. Six more numbers enter with the pooled state: height and width of the original image, top and
    left edge of the crop, height and width to generate. SDXL was trained on small and on cropped
    images, too, and on these numbers. So you can ask for a large, whole image.

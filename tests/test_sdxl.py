@@ -105,19 +105,16 @@ def test_names_shapes_and_eps_are_sdxls():
     assert parameters == [2_567_463_684, 694_659_840]
 
 
-@pytest.mark.parametrize("size", [(16, 8), (15, 13)])
+FULL = pytest.param((16, 16, XL, torch.bfloat16), marks=pytest.mark.long)  # 10 GB of memory
+
+
+@pytest.mark.parametrize("size", [(16, 8), (15, 13), FULL])
 def test_unet(size):
     assert unet_error(*size) <= TOLERANCE
 
 
 def test_text_encoders():
     assert text_error() <= TOLERANCE
-
-
-@pytest.mark.long
-def test_full_size_in_bfloat16():
-    """Estimates at SDXL's size with random weights; they need about 10 GB of memory."""
-    assert unet_error(16, 16, XL, torch.bfloat16) <= TOLERANCE
 
 
 # ---------------------------------------------------------------------- a whole model
@@ -150,9 +147,7 @@ def folder(tmp_path_factory):
 
 
 def their_pipeline(folder, kind=None):
-    load = diffusers.StableDiffusionXLPipeline.from_pretrained
-    pipe = load(folder, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     if kind == "ddim":
         config = dict(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
         pipe.scheduler = diffusers.DDIMScheduler.from_config(config)
