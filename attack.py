@@ -278,6 +278,7 @@ def settle(args):
 
 
 def attack(args):
+    cli.check_one_process()
     a = settle(args)
     name = a["patch"] if a["patch"] == "none" else a["name"]
     short = re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]
@@ -291,7 +292,7 @@ def attack(args):
         with patched(model, patch) as about:  # one for another model is refused here
             censor = censoring([*texts, about.get("concepts", "")], args.show_uncensored)
         detect = make_detector(a["model"], a["concept"])
-        runs.begin_or_continue(args.out / "attack.json", a)
+        runs.begin_or_continue(args.out / "attack.json", a | weights.checksums(model))
         run = Attack(args.out, a, model, detect, censor)
         z_0 = run.concept_latents() if args.kind in KINDS else None
         with patched(model, patch):

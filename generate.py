@@ -89,6 +89,7 @@ def parse(argv=None):
 
 # ----------------------------------------------------------------------------------- the command
 def generate(args):
+    cli.check_one_process()
     check_guidance(args)
     patches = one_file_each(args.patch)
     model_name = weights.choose_model(args.model, [file for file in patches.values() if file])
@@ -97,7 +98,7 @@ def generate(args):
         cli.refuse_used(args.out)
         device = cli.pick_device(args.device)
         dtype = cli.pick_dtype(args.dtype, device)
-        model = weights.load(model_name, args.revision)
+        model = weights.load(model_name, args.revision, own=args.scheduler is None)
         scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
         check_warmup(args.guidance, args.guidance_warmup, scheduler)
         concepts = {}  # of each patch; a bad patch ends the command before the first image

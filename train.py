@@ -29,7 +29,16 @@ import weights
 from adversaries import Adversary
 from clip_text import TOKEN_EMBEDDING
 from pipeline import encode_prompts, latent_shape, make_scheduler
-from presets import CLOSED, FLAGS, METHODS, PRESETS, TRAIN_PARAMS, check_prompts, settle
+from presets import (
+    CLOSED,
+    FLAGS,
+    METHODS,
+    PRESETS,
+    TRAIN_PARAMS,
+    check_device,
+    check_prompts,
+    settle,
+)
 from report.page import Reporter, require_tensorboard
 from report.previews import Previews, preview_kinds, preview_seeds
 from sdd import Prompts, adamw_step, learning_rates, sdd
@@ -41,7 +50,7 @@ from support.own_loss import loss_file, own_loss
 from toy import worlds
 
 # These may change with --resume.
-FREE = ("gradient_checkpointing", "show_uncensored", "preview_every", "device")
+FREE = ("gradient_checkpointing", "show_uncensored", "preview_every", "device", "model")
 # gap: mean |e(c_s) − e(c_0)|². drift: mean |e(c_0) − e°(c_0)|². flat: the share of preview images
 # of nearly one colour, a sign of a broken model. See report/previews.py.
 LOG_COLUMNS = (
@@ -195,6 +204,8 @@ def main(args):
             write_run(out, a)
         state = State(out, a, theta, theta_ema, optimizer, scaler, generator, adversary)
         start, began = state.load(), time.monotonic()
+        if args.resume and "model" in args.given:  # it has moved, and is the same
+            runs.add(out / "run.json", args=vars(a))
         previews = Previews(out, a, models, c, device, dtype)
         reporter = Reporter(out, a.report_to, start)
 
@@ -284,8 +295,12 @@ def main(args):
 # ------------------------------------------------------------------------ a new run, or an old one
 def open_run(args):
     """(output folder, its settings): settled arguments, or with --resume those of the run in it."""
+    cli.check_one_process()
+    args.model = weights.absolute(args.model)
     if args.resume:
-        return args.out, Namespace(**runs.resumed(args, FREE, settle))
+        settings = runs.resumed(args, FREE, settle)
+        check_device(settings)
+        return args.out, Namespace(**settings)
     settings = settle(args)
     if args.out is None:
         args.out = numbered_folder("runs", "-".join(settings["concept"]))

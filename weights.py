@@ -17,14 +17,16 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub as hub
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from clip_text import CLIPText
+from clip_text import MAX_TOKENS, CLIPText
 from scheduler import DDIM
-from support.errors import UserError, first_line
+from support.cli import has_gpu
+from support.errors import UserError, first_line, warn_once
 from support.files import atomic_write, checksum, damage
 from support.statistics import ORIGINAL
 from toy import worlds
@@ -80,6 +82,89 @@ ARGUMENTS = {
 del ARGUMENTS["scheduler"]["steps"]
 # What diffusers' samplers use for a key that scheduler_config.json does not have.
 SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
+# Keys that count only for the model's own sampler, and the samplers that we have.
+OWN_SAMPLER = "timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding".split()
+SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# What a file is that begins with these bytes.
+FOREIGN = {b"version ": "is a Git LFS pointer, and not the file itself: run git lfs pull"}
+FOREIGN |= dict.fromkeys((b"<", b"\n<"), "is a web page: sign in and download the file itself")
+FOREIGN |= {
+    b"GGUF": "is a GGUF file, which is not implemented: get the model as a safetensors file"
+}
+FOREIGN |= dict.fromkeys(
+    (b"PK", b"\x80"),
+    "is a pickle, which can run code when it is opened and is never read here: get it as a "
+    "safetensors file, or convert it on a machine without anything valuable",
+)
+# Signs of architectures that are not implemented: a UNet's sizes, or how names of a folder's files
+# or of a file's tensors begin.
+# fmt: off
+OTHERS = {
+    "cross_attention_dim 1024": "Stable Diffusion 2", "cond_stage_model.model.": "Stable Diffusion 2",
+    "cross_attention_dim 2048": "Stable Diffusion XL", "text_encoder_2/": "Stable Diffusion XL",
+    "conditioner.embedders.": "Stable Diffusion XL", "transformer/": "a diffusion transformer",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "in_channels 9": "an inpainting model (9 input channels)",
+    "in_channels 8": "an InstructPix2Pix model (8 input channels)",
+}
+# fmt: on
+
+# Config keys that change the arithmetic: key -> the value that our modules implement. A list has
+# one value per block.
+# fmt: off
+ONLY = {
+    "unet": dict(
+        act_fn="silu", norm_eps=1e-5, downsample_padding=1, conv_in_kernel=3, conv_out_kernel=3,
+        time_embedding_type="positional", flip_sin_to_cos=True, freq_shift=0,
+        mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1,
+        resnet_time_scale_shift="default", resnet_out_scale_factor=1,
+        attention_type="default", transformer_layers_per_block=1,
+    ),
+    "vae": dict(
+        act_fn="silu", mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
+        down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D",
+    ),
+    "text_encoder": dict(hidden_act="quick_gelu", model_type="clip_text_model"),
+    "scheduler": dict(
+        beta_schedule="scaled_linear", prediction_type="epsilon",
+        timestep_spacing="leading", skip_prk_steps=True,
+    ),
+}
+# fmt: on
+# Config keys of what our modules do not have: they are absent, or null, false or 0.
+OFF = """
+    use_linear_projection only_cross_attention dual_cross_attention mid_block_only_cross_attention
+    cross_attention_norm num_attention_heads center_input_sample class_embed_type num_class_embeds
+    class_embeddings_concat addition_embed_type encoder_hid_dim encoder_hid_dim_type
+    time_embedding_dim time_embedding_act_fn timestep_post_act time_cond_proj_dim
+    resnet_skip_time_act shift_factor latents_mean clip_sample set_alpha_to_one thresholding
+    trained_betas rescale_betas_zero_snr
+""".split()
+# Config keys that are arguments of our modules: {part: {key: SD 1.4's value, the default}}.
+ARGUMENTS = {
+    part: {key: x.default for key, x in inspect.signature(make).parameters.items()}
+    for part, make in dict(unet=UNet, vae=VAE, text_encoder=CLIPText, scheduler=DDIM).items()
+}
+del ARGUMENTS["scheduler"]["steps"]
+# What diffusers' samplers use for a key that scheduler_config.json does not have.
+SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
+# Keys that count only for the model's own sampler, and the samplers that we have.
+OWN_SAMPLER = "timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding".split()
+SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# What a file is that begins with these bytes.
+FOREIGN = {b"version ": "is a Git LFS pointer, and not the file itself: run git lfs pull"}
+FOREIGN |= dict.fromkeys((b"<", b"\n<"), "is a web page: sign in and download the file itself")
+FOREIGN |= {
+    b"GGUF": "is a GGUF file, which is not implemented: get the model as a safetensors file"
+}
+FOREIGN |= dict.fromkeys(
+    (b"PK", b"\x80"),
+    "is a pickle, which can run code when it is opened and is never read here: get it as a "
+    "safetensors file, or convert it on a machine without anything valuable",
+)
+OTHER_INPUTS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model"}
 
 
 def sd14_config(part, **changed):
@@ -121,6 +206,16 @@ def check_name(model):
     )
 
 
+def absolute(model):
+    """A model's name that means the same model in every directory."""
+    return os.path.abspath(model) if model not in TOYS and os.path.isdir(model) else model
+
+
+def patch_file(path):
+    """The file of a patch. The folder of a run stands for its erased.safetensors."""
+    return Path(path) / "erased.safetensors" if Path(path).is_dir() else path
+
+
 def name_of_patch(file):
     """The name of a patch: of its folder if it is erased.safetensors, else of the file."""
     file = Path(os.path.abspath(file))  # without "..": the name becomes a folder of generate.py
@@ -139,15 +234,16 @@ def named_patches(texts):
         if text == "none":
             patches[ORIGINAL] = []
             continue
-        if not equals or Path(text).is_file():  # a path may contain "="
-            name, file = name_of_patch(text), text
+        if not equals or Path(text).exists():  # a path may contain "="
+            file = str(patch_file(text))
+            name = name_of_patch(file)
         if not file or not name.strip(" ."):
             raise UserError(f"--patch {text}: write [NAME=]FILE, or none.")
         if name == ORIGINAL:
             raise UserError(
                 f"--patch {text}: the untouched model has this name, choose another: NAME=FILE."
             )
-        patches.setdefault(name, []).append(file)
+        patches.setdefault(name, []).append(str(patch_file(file)))
     return patches
 
 
@@ -155,21 +251,22 @@ def choose_model(given, patches):
     """The model to load: `given`, or the model of the patches, or DEFAULT_MODEL.
 
     given: the value of --model, None without it. patches: files. UserError if two patches are for
-    different models, or if a toy model's patch meets a model from the hub. Downloads nothing.
+    different models, if a toy model's patch meets a model from the hub, or if a machine without a
+    GPU would begin a large download that nobody asked for. Downloads nothing.
     """
-    names = {}  # {model: the first of its patches}
+    names, bases = {}, set()  # {model: the first of its patches}, fingerprints
     for file in patches:
-        names.setdefault(read(file)[1].get("model"), file)
-    names.pop(None, None)  # patches that do not name their model
+        metadata = read(file)[1]
+        if "model" in metadata:
+            names.setdefault(metadata["model"], file)
+            bases.add(metadata.get("base_fingerprint"))
     if given is not None:
         for name, file in names.items():
             if name in TOYS and given not in TOYS and not Path(given).exists():
                 raise UserError(f"{file} was made for the model {name}: use --model {name}.")
-        return given
-    if not names:
-        return DEFAULT_MODEL
-    (name, file), *others = names.items()
-    if others:
+        return absolute(given)
+    (name, file), *others = names.items() or [(DEFAULT_MODEL, None)]
+    if others and len(bases) > 1:  # else these are names of one model
         raise UserError(
             f"{file} was made for the model {name}, and {others[0][1]} for {others[0][0]}: use "
             "patches of one model."
@@ -181,6 +278,12 @@ def choose_model(given, patches):
             f"{file} was made for the model {name}, which is not on this machine: name the model's "
             "folder with --model."
         ) from None
+    if not has_gpu() and not on_disk(name):
+        size = ", a download of 4.3 GB," if name == DEFAULT_MODEL else ""
+        raise UserError(
+            f"{name}{size} is not on this machine, which has no GPU that torch can use: use "
+            f"--model toy, or download it with --model {name}."
+        )
     return name
 
 
@@ -197,10 +300,20 @@ def find(model, revision=None):
     return folder
 
 
+def on_disk(model, revision=None):
+    """The folder of a model, None if it would have to be downloaded. Asks nothing of the hub."""
+    folder = TOYS.get(model) or Path(model)
+    if folder.is_dir():
+        return folder
+    try:
+        kept = dict(local_files_only=True, allow_patterns="scheduler/*")
+        return Path(hub.snapshot_download(model, revision=revision, **kept))
+    except (hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError):
+        return None
+
+
 def download(model, revision):
     """The folder of a model from the hub. Without a network: of a complete earlier download."""
-    import huggingface_hub as hub
-
     try:
         folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns="scheduler/*"))
         try:
@@ -223,7 +336,7 @@ def files_to_download(names, model):
     """What `load` reads of a hub repository, as patterns. names: all its files."""
     wanted = ["scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/*.txt"]
     for network in NETWORKS:
-        wanted += [weights_file(names, network, model), f"{network}/config.json"]
+        wanted += [*weights_files(names, network, model), f"{network}/config.json"]
     return wanted
 
 
@@ -232,32 +345,41 @@ def file_names(folder):
     return {file.relative_to(folder).as_posix() for file in folder.glob("*/*")}
 
 
-def weights_file(names, network, model):
-    """Which of `names` has the network's weights; a file with full precision comes first."""
-    stem = f"{network}/{NETWORKS[network][1]}"
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if name in names:
-            return name
+def weights_files(names, network, model):
+    """Which of `names` have the network's weights; files with full precision come first."""
+    whole = f"{network}/{NETWORKS[network][1]}"
+    for stem in (whole, f"{whole}.fp16"):
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
+        shard = re.compile(re.escape(stem) + r"-\d+-of-0*(\d+)\.safetensors")
+        shards = {name: int(found[1]) for name in names if (found := shard.fullmatch(name))}
+        if shards:
+            n = max(shards.values())
+            if len(shards) < n:
+                raise UserError(
+                    f"{model} lacks {n - len(shards)} of {n} files {stem}-….safetensors."
+                )
+            return sorted(shards)
     for name in sorted(names):
-        if name.startswith(f"{network}/") and name.endswith((".bin", ".ckpt", ".pt")):
+        if name.startswith(f"{network}/") and name.endswith(PICKLES):
             raise UserError(
                 f"{model} has {network} only as a pickle ({name}), which can run code when it is "
                 "opened and is never read here: get the .safetensors files, or convert it with "
                 "diffusers."
             )
     raise UserError(
-        f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout "
+        f"{model} has no {whole}.safetensors: it should be a folder in diffusers' layout "
         "(docs/stable-diffusion.md)."
     )
 
 
 # ------------------------------------------------------------------------------------------ configs
-def read_config(folder, part):
-    """The part's config.json as a dict. UserError for a value that our modules do not implement.
+def config_file(folder, part):
+    return folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
 
-    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults.
-    """
-    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+
+def read_json(file):
+    """The object in a JSON file of a model."""
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad begins with a BOM
         if not isinstance(config, dict):
@@ -265,16 +387,47 @@ def read_config(folder, part):
     except FileNotFoundError:
         raise UserError(f"{file} is missing: a model is a folder in diffusers' layout.") from None
     except (OSError, ValueError) as e:
-        raise UserError(f"{file} is not a readable JSON object ({e}): fetch it again.") from e
+        why = foreign(file) or f"is not a readable JSON object ({e}): fetch it again"
+        raise UserError(f"{file} {why}.") from e
+    return config
+
+
+def read_config(folder, part):
+    """The part's config.json as a dict. UserError for a value that our modules do not implement.
+
+    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults. The
+    keys of OWN_SAMPLER are not checked.
+    """
+    file = config_file(folder, part)
+    config = read_json(file)
     if part == "scheduler":
         config = SCHEDULER_DEFAULTS | config
     for key, value in config.items():
-        if not is_implemented(part, key, value):
+        if isinstance(ARGUMENTS[part].get(key), int) and isinstance(value, list):
+            if value and value.count(value[0]) == len(value):  # the same for each block
+                value = config[key] = value[0]
+        if key not in OWN_SAMPLER and not is_implemented(part, key, value):
             raise UserError(
                 f"{file}: {key} = {value!r:.60} is not what Stable Diffusion 1.x computes, and is "
                 "not implemented."
             )
     return config
+
+
+def own_sampler(config):
+    """The sampler that a scheduler_config.json asks for. UserError if it is not one of ours."""
+    name = config.get("_class_name")
+    asked = {key: config[key] for key in OWN_SAMPLER if key in config}
+    if name == "PNDMScheduler":  # without the key, diffusers begins with Runge-Kutta steps
+        asked.setdefault("skip_prk_steps", False)
+    for key, value in asked.items():
+        if not is_implemented("scheduler", key, value):
+            name = f"{name} with {key} = {value!r:.60}"
+    if name not in SAMPLER_NAMES:
+        raise UserError(
+            f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
+        )
+    return SAMPLER_NAMES[name]
 
 
 def is_implemented(part, key, value):
@@ -289,8 +442,22 @@ def is_implemented(part, key, value):
 
 
 # ------------------------------------------------------------------------------------------ tensors
+def foreign(file):
+    """What a file is whose content is of another kind, in words that follow its name; else None."""
+    if not Path(file).is_file():
+        return None
+    with open(file, "rb") as f:
+        start = f.read(9)
+    if start[8:] == b"{":  # safetensors, after the length of the header
+        return None
+    kind = next((text for mark, text in FOREIGN.items() if start.startswith(mark)), None)
+    return kind or (FOREIGN[b"PK"] if Path(file).suffix in PICKLES else None)
+
+
 def read(file):
     """({name: tensor}, metadata) of a safetensors file. UserError if it is cut off or damaged."""
+    if what := foreign(file):
+        raise UserError(f"{file} {what}.")
     tensors = {}
     try:
         with safe_open(file, "pt") as f:
@@ -309,6 +476,7 @@ def read(file):
     return tensors, metadata
 
 
+TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm.")  # the parts of CLIP that are used
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022's names
 
 
@@ -320,10 +488,10 @@ def rename(network, tensors):
     renamed = {}
     for name, x in tensors.items():
         if network == "text_encoder":
-            if name.endswith("position_ids"):  # 0..76, in files of 2022
-                continue
-            if not name.startswith("text_model."):  # transformers 5 omits it
-                name = f"text_model.{name}"
+            bare = name.removeprefix("text_model.")  # transformers 5 omits it
+            if name.endswith("position_ids") or not bare.startswith(TEXT_MODEL):
+                continue  # 0..76, in files of 2022; other parts of CLIP
+            name = f"text_model.{bare}"
         elif network == "vae" and ".attentions." in name:
             stem, leaf, kind = name.rsplit(".", 2)
             name = f"{stem}.{OLD_VAE.get(leaf, leaf)}.{kind}"
@@ -371,8 +539,12 @@ def make_network(folder, network):
 def load_network(folder, network):
     """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
     module = make_network(folder, network)
-    file = folder / weights_file(file_names(folder), network, folder)
-    tensors = rename(network, read(file)[0])
+    tensors = {}
+    for name in weights_files(file_names(folder), network, folder):
+        file = folder / name
+        tensors |= read(file)[0]
+    parts = tuple(f"{name}." for name, _ in module.named_children())
+    tensors = {name: x for name, x in rename(network, tensors).items() if name.startswith(parts)}
     fill(module, tensors, file)
     count = sum(p.numel() for p in module.parameters())
     print(f"{network}: {file}, {len(tensors)} tensors, {count:,} parameters", flush=True)
@@ -388,14 +560,67 @@ def load_tokenizer(folder):
         ) from e
 
 
-def load(model=DEFAULT_MODEL, revision=None):
+def other_architecture(names, in_channels, width):
+    """What a model is, in words, if it is not Stable Diffusion 1.x; else None.
+
+    names: of a folder's files, or of a file's tensors. in_channels, width: of its UNet.
+    """
+    signs = [f"in_channels {in_channels}", f"cross_attention_dim {width}", *names]
+    for start, what in OTHERS.items():
+        if any(sign.startswith(start) for sign in signs):
+            return what
+    return None
+
+
+def check_architecture(folder):
+    """UserError if a folder is not Stable Diffusion 1.x, or if its parts do not fit together."""
+    names, unet = file_names(folder), {}
+    if "unet/config.json" in names:
+        unet = read_json(config_file(folder, "unet"))
+    what = other_architecture(names, unet.get("in_channels"), unet.get("cross_attention_dim"))
+    if what:
+        raise UserError(f"{folder} is {what}, which is not implemented: use Stable Diffusion 1.x.")
+    sizes = {part: ARGUMENTS[part] | read_config(folder, part) for part in NETWORKS}
+    width, words = sizes["text_encoder"]["hidden_size"], len(load_tokenizer(folder))
+    for part, key, wanted in (
+        ("unet", "in_channels", 4),
+        ("unet", "out_channels", 4),
+        ("unet", "cross_attention_dim", width),
+        ("vae", "in_channels", 3),
+        ("vae", "out_channels", 3),
+        ("vae", "latent_channels", 4),
+        ("text_encoder", "max_position_embeddings", MAX_TOKENS),
+    ):
+        if sizes[part][key] != wanted:
+            raise UserError(
+                f"{config_file(folder, part)}: {key} = {sizes[part][key]}, and the other parts of "
+                f"Stable Diffusion 1.x need {wanted}: they do not fit together."
+            )
+    rows = sizes["text_encoder"]["vocab_size"]
+    if words > rows:
+        raise UserError(
+            f"{folder / 'tokenizer'} has {words:,} words, and the text encoder only {rows:,}: they "
+            "do not belong together."
+        )
+
+
+def parameters(folder):
+    """The number of parameters of a folder's UNet, by its config."""
+    return sum(p.numel() for p in make_network(folder, "unet").parameters())
+
+
+def load(model=DEFAULT_MODEL, revision=None, own=False):
     """A Model: three networks (float32, on the CPU, in eval mode), tokenizer and sampler's config.
 
     All parameters are frozen (requires_grad is False): whoever trains some switches these on.
+    own: the model's own sampler is going to be used.
     UserError if a file is missing, damaged, or not what Stable Diffusion 1.x computes.
     """
     folder = find(model, revision)
+    check_architecture(folder)
     scheduler = read_config(folder, "scheduler")
+    if own:
+        own_sampler(scheduler)
     tokenizer = load_tokenizer(folder)
     networks = {network: load_network(folder, network) for network in NETWORKS}
     resolution = read_latent_size(folder) * networks["vae"].factor
@@ -430,6 +655,11 @@ def fingerprint(tensors):
     return found.hexdigest()[:16]
 
 
+def checksums(model):
+    """{network: 16 hexadecimal digits} of a Model's weights."""
+    return {part: checksum(getattr(model, part).state_dict())[:16] for part in NETWORKS}
+
+
 def patch_settings(file, metadata):
     """The settings of the training, {name: value}, in the metadata of the patch `file`."""
     try:
@@ -444,13 +674,18 @@ def load_patch(file, *modules):
     """Copies a patch's tensors into the modules that have them; returns the patch's metadata.
 
     modules: the UNet, and the text encoder, whose names all begin with "text_model.". UserError if
-    the patch was made for another base model; then nothing is copied.
+    the patch was made for another base model; then nothing is copied. Official weights of ESD and
+    UCE do not say what they were made for: if they fit, a warning says so.
     """
     tensors, metadata = read(file)
     own = {}
     for module in modules:
         own |= module.state_dict()
     model = metadata.get("model", "an unnamed model")
+    if not tensors:
+        raise UserError(f"{file} holds no tensors.")
+    if any("lora" in name.lower() for name in tensors):
+        raise UserError(f"{file} is a LoRA, which is not implemented.")
     for name, x in tensors.items():
         if name not in own or own[name].shape != x.shape or not x.is_floating_point():
             raise UserError(
@@ -458,9 +693,14 @@ def load_patch(file, *modules):
                 f"for {model}."
             )
     base = fingerprint({name: own[name] for name in tensors})
-    if metadata.get("base_fingerprint") != base:
+    if "base_fingerprint" not in metadata:
+        warn_once(
+            f"{file} does not say which model it was made for. Its tensors fit this one, so they "
+            "are used."
+        )
+    elif metadata["base_fingerprint"] != base:
         raise UserError(
-            f"{file} was made for {model} (base {metadata.get('base_fingerprint')}), but this "
+            f"{file} was made for {model} (base {metadata['base_fingerprint']}), but this "
             f"model's base is {base}: name the right --model."
         )
     for name, x in tensors.items():

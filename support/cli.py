@@ -161,6 +161,10 @@ def pick_device(name):
     return device
 
 
+def has_gpu():
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
 def why_no_gpu():
     """One line: why torch finds no NVIDIA GPU."""
     try:
@@ -168,6 +172,12 @@ def why_no_gpu():
     except (RuntimeError, AssertionError) as e:  # torch is for the CPU, or the driver is too old
         return first_line(e)
     return "its driver finds none"
+
+
+def check_one_process():
+    """UserError under torchrun, for a command that uses one GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("This command uses one GPU: start it without torchrun.")
 
 
 def pick_dtype(name, device, training=False):

@@ -1,6 +1,7 @@
 """Errors as sentences."""
 
 import sys
+from functools import cache
 
 
 def first_line(error):
@@ -10,6 +11,12 @@ def first_line(error):
 
 def warning(text):
     print(f"warning: {text}", file=sys.stderr)
+
+
+@cache
+def warn_once(text):
+    """The same warning is printed once in a process."""
+    warning(text)
 
 
 class UserError(Exception):

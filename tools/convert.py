@@ -10,7 +10,7 @@ Formats: a folder in diffusers' layout, or one file in the original (CompVis) la
 line, `python train.py --model sd14` uses the folder.
 
 A single file does not contain configs. SD 1.4's are used, unless this program wrote the file: then
-they are in its metadata. A model card is written too: README.md in the folder, or NAME.md next to
+they are in its metadata. A velocity model whose file does not say so cannot be told apart. A model card is written too: README.md in the folder, or NAME.md next to
 the file.
 """
 
@@ -18,6 +18,7 @@ import support.openmp
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -30,18 +31,15 @@ import torch
 import weights
 from clip_text import MAX_TOKENS
 from support.cli import DTYPES, Parser, one_of, run_command
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, warning
 from support.files import lock_folder, used_files
 from tools.compvis_names import UNUSED, from_original, some_names, to_original
 from tools.model_card import card
 from weights import NETWORKS
 
-TOKENIZER = "openai/clip-vit-large-patch14"  # SD 1.4's tokenizer comes from there
-TOKENIZER_FILES = (
-    "vocab.json merges.txt tokenizer.json tokenizer_config.json special_tokens_map.json".split()
-)
+TOKENIZER = Path(__file__).parent / "clip_tokenizer"  # CLIP's, which SD 1.4 uses
+TOKENIZER_FILES = ("*.json", "*.txt")
 CONFIGS = {**dict.fromkeys(NETWORKS, "config.json"), "scheduler": "scheduler_config.json"}
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -61,14 +59,29 @@ def sd14_configs():
     }
 
 
-def read_single(file, folder):
-    """{network: module} of one file in the original layout. Writes its configs into `folder`."""
-    if file.suffix in PICKLES:
+def check_prediction(file, tensors, metadata):
+    """UserError if a single file says that it estimates the velocity, and not the noise."""
+    yaml = file.with_suffix(".yaml")
+    text = yaml.read_text(encoding="utf-8", errors="replace") if yaml.is_file() else ""
+    named = metadata.get("modelspec.prediction_type", "epsilon")
+    if (
+        named.startswith("v")
+        or {"v_pred", "ztsnr"} & tensors.keys()
+        or re.search(r"""parameterization["']?\s*:\s*["']?v""", text)
+    ):
         raise UserError(
-            f"{file} is a pickle, which can run code when it is opened and is never read here: get "
-            "the model as safetensors, or convert the file on a machine without anything valuable."
+            f"{file} estimates the velocity (v-prediction), which is not implemented: use a model "
+            "that estimates the noise."
         )
+
+
+def read_single(file, folder, vae=None):
+    """{network: module} of one file in the original layout. Writes its configs into `folder`.
+
+    vae: a folder with the VAE to use, for a file without one.
+    """
     tensors, metadata = weights.read(file)
+    check_prediction(file, tensors, metadata)
     try:
         configs = json.loads(metadata["configs"]) if "configs" in metadata else sd14_configs()
         for part, name in CONFIGS.items():
@@ -79,6 +92,11 @@ def read_single(file, folder):
         ) from e
     weights.read_config(folder, "scheduler")  # UserError if it is not implemented
     networks = {network: weights.make_network(folder, network) for network in NETWORKS}
+    if vae:
+        shutil.rmtree(folder / "vae")
+        shutil.copytree(vae / "vae" if (vae / "vae").is_dir() else vae, folder / "vae")
+        networks["vae"] = weights.load_network(folder, "vae")
+        tensors |= to_original({"vae": networks["vae"].state_dict()})
     states, unused = from_original(tensors, states_of(networks), file)
     for network, module in networks.items():
         weights.fill(module, states[network], file)
@@ -109,23 +127,28 @@ def fetch_tokenizer(where, folder, vocab_size):
                 f"Cannot get the tokenizer {where} from the hub ({first_line(e)}): check the "
                 f"network, or {advice}"
             ) from e
-    copy_tokenizer(source / "tokenizer" if (source / "tokenizer").is_dir() else source, folder)
-    if not any((folder / "tokenizer").iterdir()):
+    source = source / "tokenizer" if (source / "tokenizer").is_dir() else source
+    if not ((source / "vocab.json").is_file() or (source / "tokenizer.json").is_file()):
         raise UserError(f"There is no tokenizer in {where}: {advice}")
-    tokenizer = weights.load_tokenizer(folder)
-    words, tokens = len(tokenizer), tokenizer.model_max_length
-    if (words, tokens) != (vocab_size, MAX_TOKENS):
+    copy_tokenizer(source, folder)
+    words = len(weights.load_tokenizer(folder))
+    if words != vocab_size:
         raise UserError(
-            f"The tokenizer {where} has {words:,} words and reads {tokens:,} tokens, but the text "
-            f"encoder needs {vocab_size:,} and {MAX_TOKENS}: {advice}"
+            f"The tokenizer {where} has {words:,} words, but the text encoder needs "
+            f"{vocab_size:,}: {advice}"
         )
 
 
 def copy_tokenizer(source, folder):
+    """Copies a tokenizer, also with words that were added, and notes how many tokens it reads."""
     (folder / "tokenizer").mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / "tokenizer" / name)
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / "tokenizer" / file.name)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    config = weights.read_json(file) if file.is_file() else {}
+    if config.get("model_max_length") != MAX_TOKENS:
+        write_json(file, config | {"model_max_length": MAX_TOKENS})
 
 
 def open_model(model, args, work):
@@ -134,18 +157,20 @@ def open_model(model, args, work):
     For a single file the folder is made inside `work`.
     """
     file = Path(model)
-    if file.is_dir() or not file.is_file() and file.suffix not in (".safetensors", *PICKLES):
-        if args.tokenizer:
-            raise UserError(
-                f"--tokenizer is for a single file: {model} has a tokenizer of its own."
-            )
+    if (
+        file.is_dir()
+        or not file.is_file()
+        and file.suffix not in (".safetensors", *weights.PICKLES)
+    ):
+        if args.tokenizer or args.vae:
+            raise UserError(f"--tokenizer and --vae are for a single file: {model} has its own.")
         folder = weights.find(model, args.revision)
         loaded = weights.load(folder)
         return folder, {network: getattr(loaded, network) for network in NETWORKS}
     if args.revision:
         raise UserError(f"--revision is for models from the hub; {model} is a file.")
     folder = work / file.name
-    networks = read_single(file, folder)
+    networks = read_single(file, folder, args.vae)
     if args.format == "diffusers":
         embedding = networks["text_encoder"].text_model.embeddings.token_embedding
         fetch_tokenizer(args.tokenizer or TOKENIZER, folder, embedding.num_embeddings)
@@ -205,6 +230,14 @@ def write_folder(out, folder, states, dtype):
 
 def write_single(out, folder, states, dtype):
     """Writes one file in the original layout, with the configs in its metadata."""
+    if (folder / "tokenizer").is_dir():
+        tokenizer = weights.load_tokenizer(folder)
+        added = tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}
+        if added:
+            warning(
+                f"a single file has no tokenizer, so it loses the words {', '.join(sorted(added))}: "
+                "--format diffusers keeps them."
+            )
     metadata = {"format": "pt", "configs": json.dumps(read_configs(folder))}
     weights.save(out, cast(to_original(states), dtype), metadata)
 
@@ -235,6 +268,8 @@ def convert(args):
         raise UserError(
             f"--format single-file writes a file: --out {out} has to end in .safetensors."
         )
+    if args.patch:
+        args.patch = Path(weights.patch_file(args.patch))
     model = weights.choose_model(args.model, [args.patch] if args.patch else [])
     card_file = out.with_suffix(".md") if single else out / "README.md"
     with unfinished_folder(out) as work:
@@ -267,7 +302,9 @@ def parse(argv=None):
     add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
     add("--patch", type=Path, metavar="FILE", help="an erased.safetensors that train.py wrote")
     add("--tokenizer", metavar="DIR",
-        help=f"for a single file, which has none: a folder or hub id (default: {TOKENIZER})")
+        help="for a single file, which has none: a folder or hub id (default: CLIP's)")
+    add("--vae", type=Path, metavar="DIR",
+        help="for a single file without a VAE: a folder in diffusers' layout that has one")
     add = parser.add_argument_group("output").add_argument
     add("--format", **one_of(["diffusers", "single-file"]), required=True, help="what to write")
     add("--dtype", **one_of(DTYPES), default="fp32",
