@@ -447,7 +447,7 @@ def check_ranges(settings):
         )
 
 
-LARGE = 10**8  # parameters of a UNet: SD 1.4's has 860 million, a toy model's 4 million
+LARGE = 10**8  # parameters of a UNet: SD 1.4's has 860 million, a toy model's 8 million
 
 
 def check_device(settings):

@@ -85,86 +85,30 @@ SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linea
 # Keys that count only for the model's own sampler, and the samplers that we have.
 OWN_SAMPLER = "timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding".split()
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# What a file is that begins with these bytes.
-FOREIGN = {b"version ": "is a Git LFS pointer, and not the file itself: run git lfs pull"}
-FOREIGN |= dict.fromkeys((b"<", b"\n<"), "is a web page: sign in and download the file itself")
-FOREIGN |= {
-    b"GGUF": "is a GGUF file, which is not implemented: get the model as a safetensors file"
-}
-FOREIGN |= dict.fromkeys(
-    (b"PK", b"\x80"),
-    "is a pickle, which can run code when it is opened and is never read here: get it as a "
-    "safetensors file, or convert it on a machine without anything valuable",
-)
-# Signs of architectures that are not implemented: a UNet's sizes, or how names of a folder's files
-# or of a file's tensors begin.
+# Signs of architectures that are not implemented: how names of a folder's files or of a file's
+# tensors begin, or sizes of a UNet.
 # fmt: off
 OTHERS = {
-    "cross_attention_dim 1024": "Stable Diffusion 2", "cond_stage_model.model.": "Stable Diffusion 2",
-    "cross_attention_dim 2048": "Stable Diffusion XL", "text_encoder_2/": "Stable Diffusion XL",
-    "conditioner.embedders.": "Stable Diffusion XL", "transformer/": "a diffusion transformer",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "in_channels 9": "an inpainting model (9 input channels)",
-    "in_channels 8": "an InstructPix2Pix model (8 input channels)",
+    "cond_stage_model.model.": "Stable Diffusion 2", "width 1024": "Stable Diffusion 2",
+    "conditioner.embedders.": "Stable Diffusion XL", "width 2048": "Stable Diffusion XL",
+    "text_encoder_2/": "Stable Diffusion XL", "transformer/": "a diffusion transformer",
+    "model.diffusion_model.joint_blocks.": "a diffusion transformer",
+    "channels 9": "an inpainting model (9 input channels)",
+    "channels 8": "an InstructPix2Pix model (8 input channels)",
 }
 # fmt: on
-
-# Config keys that change the arithmetic: key -> the value that our modules implement. A list has
-# one value per block.
-# fmt: off
-ONLY = {
-    "unet": dict(
-        act_fn="silu", norm_eps=1e-5, downsample_padding=1, conv_in_kernel=3, conv_out_kernel=3,
-        time_embedding_type="positional", flip_sin_to_cos=True, freq_shift=0,
-        mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1,
-        resnet_time_scale_shift="default", resnet_out_scale_factor=1,
-        attention_type="default", transformer_layers_per_block=1,
-    ),
-    "vae": dict(
-        act_fn="silu", mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
-        down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D",
-    ),
-    "text_encoder": dict(hidden_act="quick_gelu", model_type="clip_text_model"),
-    "scheduler": dict(
-        beta_schedule="scaled_linear", prediction_type="epsilon",
-        timestep_spacing="leading", skip_prk_steps=True,
-    ),
-}
-# fmt: on
-# Config keys of what our modules do not have: they are absent, or null, false or 0.
-OFF = """
-    use_linear_projection only_cross_attention dual_cross_attention mid_block_only_cross_attention
-    cross_attention_norm num_attention_heads center_input_sample class_embed_type num_class_embeds
-    class_embeddings_concat addition_embed_type encoder_hid_dim encoder_hid_dim_type
-    time_embedding_dim time_embedding_act_fn timestep_post_act time_cond_proj_dim
-    resnet_skip_time_act shift_factor latents_mean clip_sample set_alpha_to_one thresholding
-    trained_betas rescale_betas_zero_snr
-""".split()
-# Config keys that are arguments of our modules: {part: {key: SD 1.4's value, the default}}.
-ARGUMENTS = {
-    part: {key: x.default for key, x in inspect.signature(make).parameters.items()}
-    for part, make in dict(unet=UNet, vae=VAE, text_encoder=CLIPText, scheduler=DDIM).items()
-}
-del ARGUMENTS["scheduler"]["steps"]
-# What diffusers' samplers use for a key that scheduler_config.json does not have.
-SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
-# Keys that count only for the model's own sampler, and the samplers that we have.
-OWN_SAMPLER = "timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding".split()
-SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# What a file is that begins with these bytes.
-FOREIGN = {b"version ": "is a Git LFS pointer, and not the file itself: run git lfs pull"}
-FOREIGN |= dict.fromkeys((b"<", b"\n<"), "is a web page: sign in and download the file itself")
-FOREIGN |= {
-    b"GGUF": "is a GGUF file, which is not implemented: get the model as a safetensors file"
-}
-FOREIGN |= dict.fromkeys(
-    (b"PK", b"\x80"),
+PICKLE = (
     "is a pickle, which can run code when it is opened and is never read here: get it as a "
-    "safetensors file, or convert it on a machine without anything valuable",
+    "safetensors file, or convert it on a machine without anything valuable"
 )
-OTHER_INPUTS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model"}
+FOREIGN = {  # the first bytes of a file -> what it is
+    b"version ": "is a Git LFS pointer, and not the file itself: run git lfs pull",
+    b"<": "is a web page: sign in there and download the file itself",
+    b"GGUF": "is a GGUF file, which is never read here: get it as a safetensors file",
+    b"PK": PICKLE,
+    b"\x80": PICKLE,
+}
 
 
 def sd14_config(part, **changed):
@@ -362,11 +306,7 @@ def weights_files(names, network, model):
             return sorted(shards)
     for name in sorted(names):
         if name.startswith(f"{network}/") and name.endswith(PICKLES):
-            raise UserError(
-                f"{model} has {network} only as a pickle ({name}), which can run code when it is "
-                "opened and is never read here: get the .safetensors files, or convert it with "
-                "diffusers."
-            )
+            raise UserError(f"{model} has {network} only as {name}, which {PICKLE}.")
     raise UserError(
         f"{model} has no {whole}.safetensors: it should be a folder in diffusers' layout "
         "(docs/stable-diffusion.md)."
@@ -403,8 +343,8 @@ def read_config(folder, part):
     if part == "scheduler":
         config = SCHEDULER_DEFAULTS | config
     for key, value in config.items():
-        if isinstance(ARGUMENTS[part].get(key), int) and isinstance(value, list):
-            if value and value.count(value[0]) == len(value):  # the same for each block
+        if isinstance(ARGUMENTS[part].get(key), int) and isinstance(value, list) and value:
+            if value == value[:1] * len(value):  # the same for each block
                 value = config[key] = value[0]
         if key not in OWN_SAMPLER and not is_implemented(part, key, value):
             raise UserError(
@@ -450,8 +390,10 @@ def foreign(file):
         start = f.read(9)
     if start[8:] == b"{":  # safetensors, after the length of the header
         return None
-    kind = next((text for mark, text in FOREIGN.items() if start.startswith(mark)), None)
-    return kind or (FOREIGN[b"PK"] if Path(file).suffix in PICKLES else None)
+    found = [text for mark, text in FOREIGN.items() if start.lstrip().startswith(mark)]
+    if not found and Path(file).suffix in PICKLES:
+        return PICKLE
+    return found[0] if found else None
 
 
 def read(file):
@@ -565,11 +507,9 @@ def other_architecture(names, in_channels, width):
 
     names: of a folder's files, or of a file's tensors. in_channels, width: of its UNet.
     """
-    signs = [f"in_channels {in_channels}", f"cross_attention_dim {width}", *names]
-    for start, what in OTHERS.items():
-        if any(sign.startswith(start) for sign in signs):
-            return what
-    return None
+    signs = [f"channels {in_channels}", f"width {width}", *names]
+    found = [what for start, what in OTHERS.items() if any(x.startswith(start) for x in signs)]
+    return found[0] if found else None
 
 
 def check_architecture(folder):
@@ -586,8 +526,6 @@ def check_architecture(folder):
         ("unet", "in_channels", 4),
         ("unet", "out_channels", 4),
         ("unet", "cross_attention_dim", width),
-        ("vae", "in_channels", 3),
-        ("vae", "out_channels", 3),
         ("vae", "latent_channels", 4),
         ("text_encoder", "max_position_embeddings", MAX_TOKENS),
     ):

@@ -10,7 +10,7 @@ Formats: a folder in diffusers' layout, or one file in the original (CompVis) la
 line, `python train.py --model sd14` uses the folder.
 
 A single file does not contain configs. SD 1.4's are used, unless this program wrote the file: then
-they are in its metadata. A velocity model whose file does not say so cannot be told apart. A model card is written too: README.md in the folder, or NAME.md next to
+they are in its metadata. A model card is written too: README.md in the folder, or NAME.md next to
 the file.
 """
 
@@ -61,14 +61,12 @@ def sd14_configs():
 
 def check_prediction(file, tensors, metadata):
     """UserError if a single file says that it estimates the velocity, and not the noise."""
+    said = [metadata.get("modelspec.prediction_type", ""), *tensors.keys() & {"v_pred"}]
     yaml = file.with_suffix(".yaml")
-    text = yaml.read_text(encoding="utf-8", errors="replace") if yaml.is_file() else ""
-    named = metadata.get("modelspec.prediction_type", "epsilon")
-    if (
-        named.startswith("v")
-        or {"v_pred", "ztsnr"} & tensors.keys()
-        or re.search(r"""parameterization["']?\s*:\s*["']?v""", text)
-    ):
+    if yaml.is_file():
+        text = yaml.read_text(encoding="utf-8", errors="replace")
+        said += re.findall(r"""parameterization["']?\s*:\s*["']?(\w+)""", text)
+    if "ztsnr" in tensors or any(word.startswith("v") for word in said):
         raise UserError(
             f"{file} estimates the velocity (v-prediction), which is not implemented: use a model "
             "that estimates the noise."
@@ -234,10 +232,8 @@ def write_single(out, folder, states, dtype):
         tokenizer = weights.load_tokenizer(folder)
         added = tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}
         if added:
-            warning(
-                f"a single file has no tokenizer, so it loses the words {', '.join(sorted(added))}: "
-                "--format diffusers keeps them."
-            )
+            words = ", ".join(sorted(added))
+            warning(f"a single file loses the words {words}: --format diffusers keeps them.")
     metadata = {"format": "pt", "configs": json.dumps(read_configs(folder))}
     weights.save(out, cast(to_original(states), dtype), metadata)
 
