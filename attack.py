@@ -278,7 +278,6 @@ def settle(args):
 
 
 def attack(args):
-    cli.check_one_process()
     a = settle(args)
     name = a["patch"] if a["patch"] == "none" else a["name"]
     short = re.sub(r"\W+", "-", f"{args.kind}-{args.concept}-{name}")[:80]

@@ -305,4 +305,5 @@ def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dt
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(evaluate, parse(), "to continue, repeat the command with --out {out}"))
+    advice = "to continue, repeat the command with --out {out}"
+    sys.exit(cli.run_command(evaluate, parse(), advice, gpus=None))

@@ -89,7 +89,6 @@ def parse(argv=None):
 
 # ----------------------------------------------------------------------------------- the command
 def generate(args):
-    cli.check_one_process()
     check_guidance(args)
     patches = one_file_each(args.patch)
     model_name = weights.choose_model(args.model, [file for file in patches.values() if file])

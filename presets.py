@@ -447,9 +447,6 @@ def check_ranges(settings):
         )
 
 
-LARGE = 10**8  # parameters of a UNet: SD 1.4's has 860 million, a toy model's 8 million
-
-
 def check_device(settings):
     """Rejects a large model on a machine without a GPU, unless --device cpu is given."""
     work, advice = "training", "Use --model toy (minutes)"
@@ -461,7 +458,8 @@ def check_device(settings):
     if settings["device"] != "auto" or cli.has_gpu():
         return
     folder = weights.on_disk(settings["model"], settings["revision"])
-    if not folder or weights.parameters(folder) > LARGE:
+    # SD 1.4's UNet has 860 million parameters, a toy model's 8 million.
+    if not folder or weights.parameters(weights.make_network(folder, "unet")) > 10**8:
         raise UserError(
             f"There is no GPU that torch can use here ({cli.why_no_gpu()}), and {work} "
             f"{settings['model']} on a CPU can take days. {advice}, or add --device cpu to use the "

@@ -25,20 +25,12 @@ import ablation
 import closed_form
 import ema
 import losses
+import presets
 import weights
 from adversaries import Adversary
 from clip_text import TOKEN_EMBEDDING
 from pipeline import encode_prompts, latent_shape, make_scheduler
-from presets import (
-    CLOSED,
-    FLAGS,
-    METHODS,
-    PRESETS,
-    TRAIN_PARAMS,
-    check_device,
-    check_prompts,
-    settle,
-)
+from presets import CLOSED, FLAGS, METHODS, PRESETS, TRAIN_PARAMS, check_prompts, settle
 from report.page import Reporter, require_tensorboard
 from report.previews import Previews, preview_kinds, preview_seeds
 from sdd import Prompts, adamw_step, learning_rates, sdd
@@ -295,11 +287,10 @@ def main(args):
 # ------------------------------------------------------------------------ a new run, or an old one
 def open_run(args):
     """(output folder, its settings): settled arguments, or with --resume those of the run in it."""
-    cli.check_one_process()
     args.model = weights.absolute(args.model)
     if args.resume:
         settings = runs.resumed(args, FREE, settle)
-        check_device(settings)
+        presets.check_device(settings)
         return args.out, Namespace(**settings)
     settings = settle(args)
     if args.out is None:

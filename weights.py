@@ -157,7 +157,7 @@ def absolute(model):
 
 def patch_file(path):
     """The file of a patch. The folder of a run stands for its erased.safetensors."""
-    return Path(path) / "erased.safetensors" if Path(path).is_dir() else path
+    return Path(path) / "erased.safetensors" if Path(path).is_dir() else Path(path)
 
 
 def name_of_patch(file):
@@ -300,9 +300,7 @@ def weights_files(names, network, model):
         if shards:
             n = max(shards.values())
             if len(shards) < n:
-                raise UserError(
-                    f"{model} lacks {n - len(shards)} of {n} files {stem}-….safetensors."
-                )
+                raise UserError(f"{model} lacks {n - len(shards)} of the {n} files of {network}.")
             return sorted(shards)
     for name in sorted(names):
         if name.startswith(f"{network}/") and name.endswith(PICKLES):
@@ -314,10 +312,6 @@ def weights_files(names, network, model):
 
 
 # ------------------------------------------------------------------------------------------ configs
-def config_file(folder, part):
-    return folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-
-
 def read_json(file):
     """The object in a JSON file of a model."""
     try:
@@ -338,7 +332,7 @@ def read_config(folder, part):
     part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults. The
     keys of OWN_SAMPLER are not checked.
     """
-    file = config_file(folder, part)
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     config = read_json(file)
     if part == "scheduler":
         config = SCHEDULER_DEFAULTS | config
@@ -488,8 +482,9 @@ def load_network(folder, network):
     parts = tuple(f"{name}." for name, _ in module.named_children())
     tensors = {name: x for name, x in rename(network, tensors).items() if name.startswith(parts)}
     fill(module, tensors, file)
-    count = sum(p.numel() for p in module.parameters())
-    print(f"{network}: {file}, {len(tensors)} tensors, {count:,} parameters", flush=True)
+    print(
+        f"{network}: {file}, {len(tensors)} tensors, {parameters(module):,} parameters", flush=True
+    )
     return module.eval().requires_grad_(False)
 
 
@@ -503,25 +498,22 @@ def load_tokenizer(folder):
 
 
 def other_architecture(names, in_channels, width):
-    """What a model is, in words, if it is not Stable Diffusion 1.x; else None.
-
-    names: of a folder's files, or of a file's tensors. in_channels, width: of its UNet.
-    """
+    """What a model with these names, of files or tensors, is if it is not Stable Diffusion 1.x."""
     signs = [f"channels {in_channels}", f"width {width}", *names]
     found = [what for start, what in OTHERS.items() if any(x.startswith(start) for x in signs)]
     return found[0] if found else None
 
 
 def check_architecture(folder):
-    """UserError if a folder is not Stable Diffusion 1.x, or if its parts do not fit together."""
+    """The tokenizer of a folder whose parts fit together, as those of Stable Diffusion 1.x."""
     names, unet = file_names(folder), {}
     if "unet/config.json" in names:
-        unet = read_json(config_file(folder, "unet"))
+        unet = read_json(folder / "unet" / "config.json")
     what = other_architecture(names, unet.get("in_channels"), unet.get("cross_attention_dim"))
     if what:
         raise UserError(f"{folder} is {what}, which is not implemented: use Stable Diffusion 1.x.")
     sizes = {part: ARGUMENTS[part] | read_config(folder, part) for part in NETWORKS}
-    width, words = sizes["text_encoder"]["hidden_size"], len(load_tokenizer(folder))
+    width, rows = (sizes["text_encoder"][key] for key in ("hidden_size", "vocab_size"))
     for part, key, wanted in (
         ("unet", "in_channels", 4),
         ("unet", "out_channels", 4),
@@ -531,20 +523,20 @@ def check_architecture(folder):
     ):
         if sizes[part][key] != wanted:
             raise UserError(
-                f"{config_file(folder, part)}: {key} = {sizes[part][key]}, and the other parts of "
-                f"Stable Diffusion 1.x need {wanted}: they do not fit together."
+                f"{folder / part / 'config.json'}: {key} = {sizes[part][key]} does not fit the "
+                f"other parts of Stable Diffusion 1.x, which need {wanted}."
             )
-    rows = sizes["text_encoder"]["vocab_size"]
-    if words > rows:
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > rows:
         raise UserError(
-            f"{folder / 'tokenizer'} has {words:,} words, and the text encoder only {rows:,}: they "
-            "do not belong together."
+            f"{folder / 'tokenizer'} has {len(tokenizer):,} words, and the text encoder has only "
+            f"{rows:,}: they do not belong together."
         )
+    return tokenizer
 
 
-def parameters(folder):
-    """The number of parameters of a folder's UNet, by its config."""
-    return sum(p.numel() for p in make_network(folder, "unet").parameters())
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def load(model=DEFAULT_MODEL, revision=None, own=False):
@@ -555,11 +547,10 @@ def load(model=DEFAULT_MODEL, revision=None, own=False):
     UserError if a file is missing, damaged, or not what Stable Diffusion 1.x computes.
     """
     folder = find(model, revision)
-    check_architecture(folder)
+    tokenizer = check_architecture(folder)
     scheduler = read_config(folder, "scheduler")
     if own:
         own_sampler(scheduler)
-    tokenizer = load_tokenizer(folder)
     networks = {network: load_network(folder, network) for network in NETWORKS}
     resolution = read_latent_size(folder) * networks["vae"].factor
     return Model(

@@ -13,10 +13,7 @@ def warning(text):
     print(f"warning: {text}", file=sys.stderr)
 
 
-@cache
-def warn_once(text):
-    """The same warning is printed once in a process."""
-    warning(text)
+warn_once = cache(warning)  # prints the same text once in a process
 
 
 class UserError(Exception):

@@ -35,10 +35,9 @@ from support.errors import UserError, first_line, warning
 from support.files import lock_folder, used_files
 from tools.compvis_names import UNUSED, from_original, some_names, to_original
 from tools.model_card import card
-from weights import NETWORKS
+from weights import NETWORKS, PICKLES
 
 TOKENIZER = Path(__file__).parent / "clip_tokenizer"  # CLIP's, which SD 1.4 uses
-TOKENIZER_FILES = ("*.json", "*.txt")
 CONFIGS = {**dict.fromkeys(NETWORKS, "config.json"), "scheduler": "scheduler_config.json"}
 
 
@@ -67,16 +66,13 @@ def check_prediction(file, tensors, metadata):
         text = yaml.read_text(encoding="utf-8", errors="replace")
         said += re.findall(r"""parameterization["']?\s*:\s*["']?(\w+)""", text)
     if "ztsnr" in tensors or any(word.startswith("v") for word in said):
-        raise UserError(
-            f"{file} estimates the velocity (v-prediction), which is not implemented: use a model "
-            "that estimates the noise."
-        )
+        raise UserError(f"{file} estimates the velocity (v-prediction): it is not implemented.")
 
 
 def read_single(file, folder, vae=None):
     """{network: module} of one file in the original layout. Writes its configs into `folder`.
 
-    vae: a folder with the VAE to use, for a file without one.
+    vae: a folder whose VAE is used.
     """
     tensors, metadata = weights.read(file)
     check_prediction(file, tensors, metadata)
@@ -91,8 +87,10 @@ def read_single(file, folder, vae=None):
     weights.read_config(folder, "scheduler")  # UserError if it is not implemented
     networks = {network: weights.make_network(folder, network) for network in NETWORKS}
     if vae:
-        shutil.rmtree(folder / "vae")
-        shutil.copytree(vae / "vae" if (vae / "vae").is_dir() else vae, folder / "vae")
+        source = vae / "vae" if (vae / "vae").is_dir() else vae
+        if not (source / "config.json").is_file():
+            raise UserError(f"--vae {vae} is not a folder with a VAE in diffusers' layout.")
+        shutil.copytree(source, folder / "vae", dirs_exist_ok=True)
         networks["vae"] = weights.load_network(folder, "vae")
         tensors |= to_original({"vae": networks["vae"].state_dict()})
     states, unused = from_original(tensors, states_of(networks), file)
@@ -119,7 +117,9 @@ def fetch_tokenizer(where, folder, vocab_size):
     source = Path(where)
     if not source.is_dir():
         try:
-            source = Path(huggingface_hub.snapshot_download(where, allow_patterns=TOKENIZER_FILES))
+            source = Path(
+                huggingface_hub.snapshot_download(where, allow_patterns=["*.json", "*.txt"])
+            )
         except Exception as e:  # the hub's client raises some twenty classes
             raise UserError(
                 f"Cannot get the tokenizer {where} from the hub ({first_line(e)}): check the "
@@ -140,9 +140,8 @@ def fetch_tokenizer(where, folder, vocab_size):
 def copy_tokenizer(source, folder):
     """Copies a tokenizer, also with words that were added, and notes how many tokens it reads."""
     (folder / "tokenizer").mkdir(parents=True)
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / "tokenizer" / file.name)
+    for file in [*source.glob("*.json"), *source.glob("*.txt")]:
+        shutil.copyfile(file, folder / "tokenizer" / file.name)
     file = folder / "tokenizer" / "tokenizer_config.json"
     config = weights.read_json(file) if file.is_file() else {}
     if config.get("model_max_length") != MAX_TOKENS:
@@ -155,15 +154,15 @@ def open_model(model, args, work):
     For a single file the folder is made inside `work`.
     """
     file = Path(model)
-    if (
-        file.is_dir()
-        or not file.is_file()
-        and file.suffix not in (".safetensors", *weights.PICKLES)
-    ):
+    if file.is_dir() or not file.is_file() and file.suffix not in (".safetensors", *PICKLES):
         if args.tokenizer or args.vae:
             raise UserError(f"--tokenizer and --vae are for a single file: {model} has its own.")
         folder = weights.find(model, args.revision)
         loaded = weights.load(folder)
+        added = loaded.tokenizer.get_added_vocab().keys() - {*loaded.tokenizer.all_special_tokens}
+        if added and args.format == "single-file":
+            words = ", ".join(sorted(added))
+            warning(f"a single file loses the words {words}: --format diffusers keeps them.")
         return folder, {network: getattr(loaded, network) for network in NETWORKS}
     if args.revision:
         raise UserError(f"--revision is for models from the hub; {model} is a file.")
@@ -228,12 +227,6 @@ def write_folder(out, folder, states, dtype):
 
 def write_single(out, folder, states, dtype):
     """Writes one file in the original layout, with the configs in its metadata."""
-    if (folder / "tokenizer").is_dir():
-        tokenizer = weights.load_tokenizer(folder)
-        added = tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}
-        if added:
-            words = ", ".join(sorted(added))
-            warning(f"a single file loses the words {words}: --format diffusers keeps them.")
     metadata = {"format": "pt", "configs": json.dumps(read_configs(folder))}
     weights.save(out, cast(to_original(states), dtype), metadata)
 
@@ -264,8 +257,6 @@ def convert(args):
         raise UserError(
             f"--format single-file writes a file: --out {out} has to end in .safetensors."
         )
-    if args.patch:
-        args.patch = Path(weights.patch_file(args.patch))
     model = weights.choose_model(args.model, [args.patch] if args.patch else [])
     card_file = out.with_suffix(".md") if single else out / "README.md"
     with unfinished_folder(out) as work:
@@ -296,7 +287,7 @@ def parse(argv=None):
         ".safetensors file in the original layout (default: the patch's model, else "
         f"{weights.DEFAULT_MODEL})")
     add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
-    add("--patch", type=Path, metavar="FILE", help="an erased.safetensors that train.py wrote")
+    add("--patch", type=weights.patch_file, metavar="FILE", help="an erased.safetensors that train.py wrote")
     add("--tokenizer", metavar="DIR",
         help="for a single file, which has none: a folder or hub id (default: CLIP's)")
     add("--vae", type=Path, metavar="DIR",
