@@ -209,7 +209,8 @@ def choose_model(given, patches):
             if name in TOYS and given not in TOYS and not Path(given).exists():
                 raise UserError(f"{file} was made for the model {name}: use --model {name}.")
         return absolute(given)
-    (name, file), *others = names.items() or [(DEFAULT_MODEL, None)]
+    named = sorted(names.items(), key=lambda row: not Path(row[0]).is_dir())  # those that are here
+    (name, file), *others = named or [(DEFAULT_MODEL, None)]
     if others and len(bases) > 1:  # else these are names of one model
         raise UserError(
             f"{file} was made for the model {name}, and {others[0][1]} for {others[0][0]}: use "

@@ -209,7 +209,7 @@ CASES = [
     # a patch
     (f"{DRAW} --patch ''", "it is empty"),
     (f"{DRAW} --patch FILES/none.safetensors", "no file"),
-    (f"{DRAW} --patch FILES", "safetensors file"),
+    (f"{DRAW} --patch FILES", "no file .*erased.safetensors"),
     (f"{DRAW} --patch FILES/cut.safetensors", "not a whole safetensors file"),
     (f"{DRAW} --patch FILES/nan.safetensors", "NaN"),
     (f"{DRAW} --patch FILES/inf.safetensors", "infinity"),
@@ -222,7 +222,7 @@ CASES = [
     (f"{DRAW} --patch FILES/lies.safetensors", "safetensors file"),
     (f"{DRAW} --patch FILES/bomb.safetensors", "safetensors file"),
     (f"{DRAW} --patch FILES/empty.csv", "safetensors file"),
-    (f"{DRAW} --patch FILES/nothing.safetensors", "base"),
+    (f"{DRAW} --patch FILES/nothing.safetensors", "no tensors"),
     (f"{EVAL} --patch nothing", "no file nothing"),
     (f"{EVAL} --patch =none.safetensors", "NAME=]FILE"),
     (f"{EVAL} --patch original=none.safetensors", "the untouched model"),

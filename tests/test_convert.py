@@ -57,6 +57,7 @@ def snapshot(folder):
 
 
 # -------------------------------------------------------------------------------------------- names
+SPELLED_2022 = "query key value proj_attn"
 SIZES = {"SD 1.4": (686, 248, 196), "toy": (556, 156, 36)}  # tensors of each network
 
 
@@ -134,14 +135,18 @@ def test_what_diffusers_reads_we_read(sizes):
     )
 
 
-def test_other_spellings_are_read():
-    """Text encoders without `text_model.`, and the VAE's attention as matrices."""
-    other, changed = {}, 0
+@pytest.mark.parametrize("spelled", ["q k v proj_out", "to_q to_k to_v to_out.0", SPELLED_2022])
+def test_other_spellings_are_read(spelled):
+    """Text encoders without `text_model.`, the VAE's attention as matrices or with other names."""
+    other, changed, spelled = {}, 0, dict(zip(("q", "k", "v", "proj_out"), spelled.split()))
     for name, x in compvis_names.to_original(convert.states_of(tagged("toy"))).items():
         new = name.replace("transformer.text_model.", "transformer.")
+        layer, _, kind = new.partition(".attn_1.")[2].rpartition(".")
+        if layer in spelled:
+            new = new.replace(f".{layer}.{kind}", f".{spelled[layer]}.{kind}")
         other[new] = x.flatten(1) if ".attn_1." in name and x.dim() == 4 else x
         changed += new != name or other[new].shape != x.shape
-    assert changed == 36 + 8
+    assert changed == 36 + (8 if "q" in spelled.values() else 16)
     assert_read(other, "toy")
 
 
@@ -452,10 +457,11 @@ FIRST = "first_stage_model.decoder.conv_in.bias"
 @pytest.mark.parametrize(
     "change, said",
     [
-        (drop("first_stage_model."), ["lacks 156 of the 748", FIRST, ", …"]),
+        (drop("first_stage_model.decoder."), ["lacks 87 of the 748", FIRST, ", …"]),
         (drop(CONV), ["lacks 1 of the 748", CONV]),
         (put(LABEL, torch.ones(2)), ["has 1 tensors", "label_emb", "architecture"]),
-        (put(CONV, torch.ones(32, 9, 3, 3)), [CONV, "(32, 9, 3, 3)", "(32, 4, 3, 3)"]),
+        (put(CONV, torch.ones(32, 5, 3, 3)), [CONV, "(32, 5, 3, 3)", "(32, 4, 3, 3)"]),
+        (put(CONV, torch.ones(32, 9, 3, 3)), ["is an inpainting model"]),
         (lambda t: t.update({NORM: t[NORM].int()}), [NORM, "int32"]),
         (lambda t: t[NORM].fill_(torch.nan), ["NaN or infinity in 1 tensors", NORM]),
         (rename_text_encoder, ["lacks 36 of the 748", "XL and others are not implemented"]),
@@ -513,10 +519,11 @@ def test_tokenizers(single, tmp_path, refused):
     common.write_vocabulary(tmp_path / "other", ["lake"])
     (tmp_path / "empty").mkdir()
     for words, *said in (
-        (f"{single}", "openai/clip-vit-large-patch14", "--tokenizer", "network"),
+        (f"{single} --tokenizer nobody/clip", "nobody/clip", "--tokenizer", "network"),
+        (f"{single}", "49,408 words", "179"),
         (f"{single} --tokenizer {tmp_path / 'other'}", "182 words", "179"),
         (f"{single} --tokenizer {tmp_path / 'empty'}", "There is no tokenizer in"),
-        (f"toy --tokenizer {weights.TOY}", "--tokenizer is for a single file"),
+        (f"toy --tokenizer {weights.TOY}", "are for a single file"),
         (f"{single} --revision main", "--revision is for models from the hub"),
     ):
         error = refused(f"--model {words}")

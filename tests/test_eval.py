@@ -290,7 +290,8 @@ def parsed(line):
     return evaluation.parse(line.split())
 
 
-def test_the_patch_names_the_model(patch):
+def test_the_patch_names_the_model(patch, monkeypatch):
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
     for line in (f"artists --patch sdd={patch}", f"toy --patch sdd={patch} --model toy", "toy"):
         assert rows.choose_model(parsed(line)) == "toy"
     assert rows.choose_model(parsed("nudity")) == weights.DEFAULT_MODEL

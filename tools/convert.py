@@ -287,7 +287,8 @@ def parse(argv=None):
         ".safetensors file in the original layout (default: the patch's model, else "
         f"{weights.DEFAULT_MODEL})")
     add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
-    add("--patch", type=weights.patch_file, metavar="FILE", help="an erased.safetensors that train.py wrote")
+    add("--patch", type=weights.patch_file, metavar="FILE",
+        help="an erased.safetensors that train.py wrote")
     add("--tokenizer", metavar="DIR",
         help="for a single file, which has none: a folder or hub id (default: CLIP's)")
     add("--vae", type=Path, metavar="DIR",
