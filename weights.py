@@ -82,7 +82,7 @@ ARGUMENTS = {
 del ARGUMENTS["scheduler"]["steps"]
 # What diffusers' samplers use for a key that scheduler_config.json does not have.
 SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
-# Keys that count only for the model's own sampler, and the samplers that we have.
+# Keys that count only for the model's own sampler (own_sampler), and the samplers that we have.
 OWN_SAMPLER = "timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding".split()
 SAMPLER_NAMES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm"}  # in scheduler_config.json
 # Signs of architectures that are not implemented: how names of a folder's files or of a file's
@@ -179,8 +179,7 @@ def named_patches(texts):
             patches[ORIGINAL] = []
             continue
         if not equals or Path(text).exists():  # a path may contain "="
-            file = str(patch_file(text))
-            name = name_of_patch(file)
+            name, file = name_of_patch(patch_file(text)), text
         if not file or not name.strip(" ."):
             raise UserError(f"--patch {text}: write [NAME=]FILE, or none.")
         if name == ORIGINAL:
@@ -224,10 +223,9 @@ def choose_model(given, patches):
             "folder with --model."
         ) from None
     if not has_gpu() and not on_disk(name):
-        size = ", a download of 4.3 GB," if name == DEFAULT_MODEL else ""
         raise UserError(
-            f"{name}{size} is not on this machine, which has no GPU that torch can use: use "
-            f"--model toy, or download it with --model {name}."
+            f"{name} is not on this machine, which has no GPU that torch can use: use --model toy, "
+            f"or download it with --model {name} (Stable Diffusion 1.4: 4.3 GB)."
         )
     return name
 
@@ -251,10 +249,10 @@ def on_disk(model, revision=None):
     if folder.is_dir():
         return folder
     try:
-        kept = dict(local_files_only=True, allow_patterns="scheduler/*")
-        return Path(hub.snapshot_download(model, revision=revision, **kept))
-    except (hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError):
-        return None
+        file = hub.try_to_load_from_cache(model, "unet/config.json", revision=revision)
+    except hub.errors.HFValidationError:
+        file = None
+    return Path(file).parent.parent if isinstance(file, str) else None
 
 
 def download(model, revision):
@@ -330,10 +328,11 @@ def read_json(file):
 def read_config(folder, part):
     """The part's config.json as a dict. UserError for a value that our modules do not implement.
 
-    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults. The
-    keys of OWN_SAMPLER are not checked.
+    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults.
     """
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    if part == "unet":
+        refuse_other_architecture(folder)
     config = read_json(file)
     if part == "scheduler":
         config = SCHEDULER_DEFAULTS | config
@@ -349,15 +348,30 @@ def read_config(folder, part):
     return config
 
 
+def other_architecture(names, in_channels, width):
+    """What a model with these names, of files or tensors, is if it is not Stable Diffusion 1.x."""
+    signs = [f"channels {in_channels}", f"width {width}", *names]
+    found = [what for start, what in OTHERS.items() if any(x.startswith(start) for x in signs)]
+    return found[0] if found else None
+
+
+def refuse_other_architecture(folder):
+    names, unet = file_names(folder), {}
+    if "unet/config.json" in names:
+        unet = read_json(folder / "unet" / "config.json")
+    what = other_architecture(names, unet.get("in_channels"), unet.get("cross_attention_dim"))
+    if what:
+        raise UserError(f"{folder} is {what}, which is not implemented: use Stable Diffusion 1.x.")
+
+
 def own_sampler(config):
     """The sampler that a scheduler_config.json asks for. UserError if it is not one of ours."""
     name = config.get("_class_name")
-    asked = {key: config[key] for key in OWN_SAMPLER if key in config}
-    if name == "PNDMScheduler":  # without the key, diffusers begins with Runge-Kutta steps
-        asked.setdefault("skip_prk_steps", False)
-    for key, value in asked.items():
-        if not is_implemented("scheduler", key, value):
-            name = f"{name} with {key} = {value!r:.60}"
+    # Without the key, diffusers' PNDM begins with Runge-Kutta steps.
+    config = {"skip_prk_steps": name != "PNDMScheduler"} | config
+    for key in OWN_SAMPLER:
+        if key in config and not is_implemented("scheduler", key, config[key]):
+            name = f"{name} with {key} = {config[key]!r:.60}"
     if name not in SAMPLER_NAMES:
         raise UserError(
             f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
@@ -386,15 +400,13 @@ def foreign(file):
     if start[8:] == b"{":  # safetensors, after the length of the header
         return None
     found = [text for mark, text in FOREIGN.items() if start.lstrip().startswith(mark)]
-    if not found and Path(file).suffix in PICKLES:
-        return PICKLE
+    if Path(file).suffix in PICKLES:
+        found.append(PICKLE)
     return found[0] if found else None
 
 
 def read(file):
     """({name: tensor}, metadata) of a safetensors file. UserError if it is cut off or damaged."""
-    if what := foreign(file):
-        raise UserError(f"{file} {what}.")
     tensors = {}
     try:
         with safe_open(file, "pt") as f:
@@ -404,9 +416,8 @@ def read(file):
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
     except (SafetensorError, OSError) as e:
-        raise UserError(
-            f"{file} is not a whole safetensors file ({e}): fetch or make it again."
-        ) from e
+        why = foreign(file) or f"is not a whole safetensors file ({e}): fetch or make it again"
+        raise UserError(f"{file} {why}.") from e
     why = damage(tensors, metadata)
     if why:
         raise UserError(f"{file} {why}: it is damaged; fetch or make it again.")
@@ -483,9 +494,8 @@ def load_network(folder, network):
     parts = tuple(f"{name}." for name, _ in module.named_children())
     tensors = {name: x for name, x in rename(network, tensors).items() if name.startswith(parts)}
     fill(module, tensors, file)
-    print(
-        f"{network}: {file}, {len(tensors)} tensors, {parameters(module):,} parameters", flush=True
-    )
+    count = parameters(module)
+    print(f"{network}: {file}, {len(tensors)} tensors, {count:,} parameters", flush=True)
     return module.eval().requires_grad_(False)
 
 
@@ -498,21 +508,8 @@ def load_tokenizer(folder):
         ) from e
 
 
-def other_architecture(names, in_channels, width):
-    """What a model with these names, of files or tensors, is if it is not Stable Diffusion 1.x."""
-    signs = [f"channels {in_channels}", f"width {width}", *names]
-    found = [what for start, what in OTHERS.items() if any(x.startswith(start) for x in signs)]
-    return found[0] if found else None
-
-
 def check_architecture(folder):
     """The tokenizer of a folder whose parts fit together, as those of Stable Diffusion 1.x."""
-    names, unet = file_names(folder), {}
-    if "unet/config.json" in names:
-        unet = read_json(folder / "unet" / "config.json")
-    what = other_architecture(names, unet.get("in_channels"), unet.get("cross_attention_dim"))
-    if what:
-        raise UserError(f"{folder} is {what}, which is not implemented: use Stable Diffusion 1.x.")
     sizes = {part: ARGUMENTS[part] | read_config(folder, part) for part in NETWORKS}
     width, rows = (sizes["text_encoder"][key] for key in ("hidden_size", "vocab_size"))
     for part, key, wanted in (
@@ -624,10 +621,7 @@ def load_patch(file, *modules):
             )
     base = fingerprint({name: own[name] for name in tensors})
     if "base_fingerprint" not in metadata:
-        warn_once(
-            f"{file} does not say which model it was made for. Its tensors fit this one, so they "
-            "are used."
-        )
+        warn_once(f"{file} does not say which model it was made for. It fits this one.")
     elif metadata["base_fingerprint"] != base:
         raise UserError(
             f"{file} was made for {model} (base {metadata['base_fingerprint']}), but this "

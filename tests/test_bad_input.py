@@ -320,8 +320,8 @@ def toy_model_is_loaded_once():
     """The cases do not change the toy model."""
     toy, load = weights.load("toy"), weights.load
 
-    def load_once(name=None, *rest):
-        return toy if name == "toy" and not any(rest) else load(name, *rest)
+    def load_once(name=None, revision=None, own=False):
+        return toy if name == "toy" and not revision else load(name, revision, own)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "load", load_once)

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import weights
 from support.cli import DTYPES
@@ -475,7 +475,7 @@ def test_bad_tensors(change, said, single, tmp_path, refused):
 
 def test_files_that_are_no_single_files(single, tmp_path, refused):
     (tmp_path / "cut.safetensors").write_bytes(single.read_bytes()[:1_000_000])
-    (tmp_path / "model.ckpt").write_bytes(b"cos\nsystem\n")
+    (tmp_path / "model.ckpt").write_bytes(b"cos\nsystem\n")  # first bytes: test_files.py
     for name, said in (
         ("cut.safetensors", "not a whole safetensors file"),
         ("model.ckpt", "is a pickle"),
@@ -515,7 +515,10 @@ def test_a_file_without_metadata_is_held_to_sd14(single, tmp_path, refused):
 
 
 def test_tokenizers(single, tmp_path, refused):
-    """conftest.py has set HF_HUB_OFFLINE."""
+    """CLIP's is here. conftest.py has set HF_HUB_OFFLINE."""
+    clip = CLIPTokenizer.from_pretrained(convert.TOKENIZER)
+    assert clip("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert len(clip) == 49408 and clip.model_max_length == 77
     common.write_vocabulary(tmp_path / "other", ["lake"])
     (tmp_path / "empty").mkdir()
     for words, *said in (

@@ -16,12 +16,9 @@ import torch
 from common import ROOT, command, pictures, run
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
 
 import weights
-from pipeline import make_scheduler
 from support.errors import UserError, warn_once
-from tools import convert
 
 TOY = weights.TOY
 UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
@@ -208,22 +205,17 @@ def test_a_sampler_that_we_do_not_have(name, toy, tmp_path, refused, images):
     assert "prediction_type" in refused(chosen, "p")
 
 
-def test_the_runge_kutta_steps_of_pndm():
-    """diffusers makes them, unless the config says otherwise. Then the images are others."""
-    with pytest.raises(UserError, match="skip_prk_steps = False"):
-        make_scheduler({"_class_name": "PNDMScheduler"}, 10)
-
-
-# fmt: off
-@pytest.mark.parametrize("part, sizes, said", [
+ARCHITECTURES = [
     ("unet", dict(in_channels=9), "an inpainting model (9 input channels)"),
     ("unet", dict(in_channels=8), "an InstructPix2Pix model"),
     ("unet", dict(in_channels=5), "in_channels = 5"),
     ("unet", dict(cross_attention_dim=1024), "Stable Diffusion 2"),
     ("unet", dict(cross_attention_dim=40), "cross_attention_dim = 40"),
     ("vae", dict(latent_channels=8), "latent_channels = 8"),
-])
-# fmt: on
+]
+
+
+@pytest.mark.parametrize("part, sizes, said", ARCHITECTURES)
 def test_folders_of_another_architecture(part, sizes, said, toy, refused):
     theirs = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL)[part]
     theirs.from_config({**theirs.load_config(TOY / part), **sizes}).save_pretrained(toy / part)
@@ -247,12 +239,6 @@ def test_an_added_word_stays(toy, tmp_path, refused, capsys):
     assert np.array_equal(generated(f"{line} {tmp_path / 'new'}", tmp_path / "b"), before)
     assert run(f"tools.convert --format single-file --model {toy}", tmp_path / "o.safetensors") == 0
     assert "loses the words <thing>" in capsys.readouterr().err
-
-
-def test_clips_vocabulary_is_here():
-    tokenizer = CLIPTokenizer.from_pretrained(convert.TOKENIZER)
-    assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
-    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 def test_embeddings_of_other_programs(tmp_path, refused):
@@ -296,18 +282,13 @@ def convertible(single, tmp_path):
     return line
 
 
-# fmt: off
-@pytest.mark.parametrize("key, metadata, yaml", [
-    (None, {"modelspec.prediction_type": "v"}, ""),
-    ("v_pred", {}, ""),
-    ("ztsnr", {}, ""),
-    (None, {}, 'model:\n  params:\n    parameterization: "v"\n'),
-])
-# fmt: on
-def test_velocity_models(key, metadata, yaml, convertible, tmp_path, refused):
-    (tmp_path / "x.yaml").write_text(yaml)
-    line = convertible(lambda t: t | ({key: torch.ones(())} if key else {}), **metadata)
-    assert "velocity" in refused(line)
+def test_velocity_models(convertible, tmp_path, refused):
+    marks = dict.fromkeys(("v_pred", "ztsnr"), {}) | {"betas": {"modelspec.prediction_type": "v"}}
+    for key, metadata in marks.items():
+        more = {key: torch.ones(())}
+        assert "velocity" in refused(convertible(lambda t, more=more: t | more, **metadata))
+    (tmp_path / "x.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    assert "velocity" in refused(convertible(dict))
 
 
 def test_a_file_without_a_vae(convertible, tmp_path, refused, images):
@@ -321,21 +302,18 @@ def test_a_file_without_a_vae(convertible, tmp_path, refused, images):
 
 
 # ------------------------------------------------------------------------------ what is no model
-# fmt: off
-@pytest.mark.parametrize("content, said", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3", "git lfs pull"),
-    (b"\n<!DOCTYPE html><html>", "is a web page"),
-    (b"GGUF\3\0\0\0", "is a GGUF file"),
-    (b"PK\3\4", "is a pickle"),
-])
-# fmt: on
-def test_a_file_is_what_its_first_bytes_say(content, said, toy, refused):
-    (toy / UNET).write_bytes(content)
-    for line in (f"{STAR} toy --patch", "tools.convert --format diffusers --model"):
-        assert said in refused(f"{line} {toy / UNET}")
-    for file in (UNET, "unet/config.json"):
-        (toy / file).write_bytes(content)
-        assert said in refused(f"{STAR} {toy}")
+def test_a_file_is_what_its_first_bytes_say(toy, refused):
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"GGUF\3\0\0\0", "is a GGUF file"),
+        (b"PK\3\4", "is a pickle"),
+    ):
+        for file in (UNET, "unet/config.json"):
+            (toy / file).write_bytes(content)
+            for line in (f"{STAR} {toy}", f"{STAR} toy --patch {toy / file}"):
+                assert said in refused(line)
+        assert said in refused(f"tools.convert --format diffusers --model {toy / UNET}")
 
 
 def test_torchrun_is_for_eval(monkeypatch, refused):

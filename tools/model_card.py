@@ -126,6 +126,7 @@ def card(model, layout, dtype, patch_file=None, metadata=None):
     tag, licence = LICENCES.get(model, (None, f"That of the base model, {base}"))
     facts = dict(base=base, tag=tag, licence=licence, layout=layout, dtype=dtype, patch=metadata)
     if patch_file:
+        facts["patch"] = {"base_fingerprint": "not noted"} | metadata
         facts |= dict(settings=settings_of(patch_file, metadata), figures=figures(patch_file))
     template = jinja2.Template(CARD, trim_blocks=True, keep_trailing_newline=True)
     return template.render(facts, layouts=LAYOUTS)
