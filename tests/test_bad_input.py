@@ -103,7 +103,7 @@ CASES = [
     (f"{DRAW} --guidance neg --avoid moon --negative-prompt star", "only one of them"),
     (f"{DRAW} --guidance-scale 1 --negative-prompt red", "use another scale"),
     (f"{DRAW} --guidance-scale 1 --guidance neg --avoid red", "--avoid has no"),
-    (f"{CONVERT} --tokenizer FILES", "--tokenizer is for"),
+    (f"{CONVERT} --tokenizer FILES", "--tokenizer and --vae are for"),
     ("tools.convert --format single-file --model toy", "has to end in .safetensors"),
     (f"{SUITE} artists --model toy", "--patch"),
     (f"{SUITE} artists --model toy --guidance neg --avoid star --template star", "{}"),
@@ -279,7 +279,7 @@ def files(tmp_path_factory):
     write("base", base_fingerprint="0" * 16)
     write("changed", sha256="0" * 64)
     write("args", args="{", method="esd-x")
-    write("other", model="someone/else")
+    write("other", model="someone/else", base_fingerprint="0" * 16)
     write("gone", model="/no/such/folder")
     whole = (f / "whole.safetensors").read_bytes()
     (n,) = struct.unpack("<Q", whole[:8])

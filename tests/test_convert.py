@@ -457,7 +457,7 @@ FIRST = "first_stage_model.decoder.conv_in.bias"
 @pytest.mark.parametrize(
     "change, said",
     [
-        (drop("first_stage_model.decoder."), ["lacks 87 of the 748", FIRST, ", …"]),
+        (drop("first_stage_model.decoder."), ["lacks 88 of the 748", FIRST, ", …"]),
         (drop(CONV), ["lacks 1 of the 748", CONV]),
         (put(LABEL, torch.ones(2)), ["has 1 tensors", "label_emb", "architecture"]),
         (put(CONV, torch.ones(32, 5, 3, 3)), [CONV, "(32, 5, 3, 3)", "(32, 4, 3, 3)"]),
