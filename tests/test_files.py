@@ -160,11 +160,13 @@ def test_a_truncated_image_is_generated_again(tmp_path):
     assert file.read_bytes() == whole
 
 
-def test_an_attack_does_not_mix_two_models(toy, tmp_path, refused):
+def test_an_attack_does_not_mix_two_models(toy, tmp_path, refused, monkeypatch):
     line = f"attack.py --concept star --kind noise --patch none --samples 1 --steps 1 --model {toy}"
     assert run(f"{line} --device cpu", tmp_path / "o") == 0
     rewrite(toy / UNET, lambda t: t | {"conv_in.bias": 1.01 * t["conv_in.bias"]})
     assert "not empty" in refused(f"{line} --device cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refused(line)
 
 
 # ----------------------------------------------------------------------------------- model folders
@@ -262,46 +264,28 @@ def test_official_weights_of_esd_and_uce(tmp_path, refused, capsys):
     assert "is a LoRA" in refused(f"{STAR} toy --patch {file}", "p")
 
 
-# ------------------------------------------------------------------------------------ single files
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    out = tmp_path_factory.mktemp("single") / "toy.safetensors"
-    assert run("tools.convert --model toy --format single-file", out) == 0
-    return out
-
-
-@pytest.fixture
-def convertible(single, tmp_path):
-    """A function: the command that converts a changed single file."""
-
-    def line(change, **more):
-        file = tmp_path / "x.ckpt"  # its content counts, and not its name
-        rewrite(single, change, file, **more)
-        return f"tools.convert --model {file} --tokenizer {TOY} --format diffusers"
-
-    return line
-
-
-def test_velocity_models(convertible, tmp_path, refused):
+# ------------------------------------------------------------------------- single files, and others
+def test_single_files(tmp_path, refused, images):
+    """Velocity models are refused. A file without a VAE needs --vae."""
+    single, changed = tmp_path / "toy.safetensors", tmp_path / "x.ckpt"  # the content counts
+    assert run("tools.convert --model toy --format single-file", single) == 0
+    line = f"tools.convert --model {changed} --tokenizer {TOY} --format diffusers"
     marks = dict.fromkeys(("v_pred", "ztsnr"), {}) | {"betas": {"modelspec.prediction_type": "v"}}
     for key, metadata in marks.items():
         more = {key: torch.ones(())}
-        assert "velocity" in refused(convertible(lambda t, more=more: t | more, **metadata))
-    (tmp_path / "x.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
-    assert "velocity" in refused(convertible(dict))
-
-
-def test_a_file_without_a_vae(convertible, tmp_path, refused, images):
-    line = convertible(lambda t: {k: x for k, x in t.items() if not k.startswith("first_stage")})
-    assert "has no VAE" in refused(line)
-    assert "--vae" in refused(f"{line} --vae {tmp_path}")
+        rewrite(single, lambda t, more=more: t | more, changed, **metadata)
+        assert "velocity" in refused(line)
+    vae = "first_stage_model."
+    rewrite(single, lambda t: {k: x for k, x in t.items() if not k.startswith(vae)}, changed)
+    assert "has no VAE" in refused(line) and "--vae" in refused(f"{line} --vae {tmp_path}")
     for n, vae in enumerate((TOY, TOY / "vae")):
         assert run(f"{line} --vae {vae}", tmp_path / f"new{n}") == 0
         made = generated(f"{STAR} {tmp_path / f'new{n}'}", tmp_path / f"o{n}")
         assert np.array_equal(made, images)
+    (tmp_path / "x.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    assert "velocity" in refused(f"{line} --vae {TOY}")
 
 
-# ------------------------------------------------------------------------------ what is no model
 def test_a_file_is_what_its_first_bytes_say(toy, refused):
     for content, said in (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3", "git lfs pull"),
@@ -314,9 +298,3 @@ def test_a_file_is_what_its_first_bytes_say(toy, refused):
             for line in (f"{STAR} {toy}", f"{STAR} toy --patch {toy / file}"):
                 assert said in refused(line)
         assert said in refused(f"tools.convert --format diffusers --model {toy / UNET}")
-
-
-def test_torchrun_is_for_eval(monkeypatch, refused):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for line in (f"{TRAIN} --model", STAR):
-        assert "without torchrun" in refused(f"{line} toy")
