@@ -242,6 +242,9 @@ CASES = [
     (f"{DRAW} --model FILES/bomb.safetensors", "is one file"),
     ("tools.convert --format diffusers --model FILES/bomb.safetensors", "safetensors file"),
     ("tools.convert --format diffusers --model FILES/m.ckpt", "pickle"),
+    ("tools.convert --format diffusers --model FILES/cut.safetensors", "not a whole safetensors"),
+    ("tools.convert --format diffusers --model none.safetensors", "There is no file"),
+    ("tools.convert --format diffusers --model nowhere", "There is no folder"),
 ]
 if torch.cuda.is_available():
     CASES += [(f"{STAR} --compile --deterministic", "remove --deterministic")]

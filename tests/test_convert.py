@@ -473,18 +473,6 @@ def test_bad_tensors(change, said, single, tmp_path, refused):
     assert all(word in error for word in [*said, str(file)]), error
 
 
-def test_files_that_are_no_single_files(single, tmp_path, refused):
-    (tmp_path / "cut.safetensors").write_bytes(single.read_bytes()[:1_000_000])
-    (tmp_path / "model.ckpt").write_bytes(b"cos\nsystem\n")  # first bytes: test_files.py
-    for name, said in (
-        ("cut.safetensors", "not a whole safetensors file"),
-        ("model.ckpt", "is a pickle"),
-        ("none.safetensors", "There is no file"),
-        ("nowhere", "There is no folder"),
-    ):
-        assert said in refused(f"--model {tmp_path / name}")
-
-
 @pytest.mark.parametrize("configs", ["{", "[]", '{"unet": {}}'])
 def test_damaged_configs(configs, single, tmp_path, refused):
     save_file(weights.read(single)[0], tmp_path / "bad.safetensors", {"configs": configs})
