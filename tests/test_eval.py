@@ -271,7 +271,8 @@ def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch, second):
     assert suites.paper("nudity", found.method, ("nudity",)) == {}
 
 
-def test_what_a_command_refuses_can_be_corrected(patch, tmp_path, capsys):
+def test_what_a_command_refuses_can_be_corrected(patch, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
     out, other = tmp_path / "o", weights.DEFAULT_MODEL
     for more, said in (
         (f"--patch sdd={changed(patch, 'sd', model=other)}", f"and not {other}"),
