@@ -3,14 +3,21 @@
 The frozen model generates images of what to show instead (the anchor), once. Training noises them
 and pairs them with the concept's prompt. The losses are in losses.py.
 
-Where this file differs from the authors' script:
+Where this file differs from the authors' script (the one for diffusers):
 
-1. We keep and noise the sampler's latents. The script writes PNG files and encodes them with the
-   VAE, which would only blur them.
+1. We keep and noise the sampler's latents (DDIM with --steps). The script takes 25 steps of
+   DPM-Solver++, writes image files and encodes them with the VAE, which would only blur them.
 2. The prior term uses the same images and noise as the loss, not a second batch.
 3. --anchor-images is 1000, as in the paper, but the prompts are the user's (--anchor-prompts). The
    default is the anchor alone. The authors took prompts from a chat model (objects) and from an
    image search (styles).
+4. The script flips images at random. It also scales those of objects and names the scale in their
+   prompts ("very small", "close up"). Its loss leaves out the outermost latents. Here it does not.
+5. A style is named at the end of the prompt once in two times, in the script once in three.
+6. The script's loss is 4 times the mean over elements, and its prior's is not. So its prior of
+   weight 1 is `--prior 0.25`, and the preset paper clips gradients at 0.25, not at 1.
+7. Only the preset paper detaches the start token (`detach_start`), as both of the authors' codes
+   always do. The toy presets were tuned without it.
 """
 
 import re
@@ -145,7 +152,7 @@ def noised_anchors(z_0, concept_of, embed_targets, c_a, scheduler, batch_size, g
 def detach_start(unet):
     """No gradient through the keys and values of the start token, which all prompts share.
 
-    This is an option of the authors' script.
+    The authors' codes always do this. The preset paper does too.
     """
 
     def detach_first(module, inputs, y):

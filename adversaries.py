@@ -13,14 +13,20 @@ the prompts' embeddings, through which `noise_loss` is differentiated. `step` fo
 Where this file differs from the papers:
 
 1. Word (CCE, arXiv 2308.01508): one vector, and one template by default (the word alone). The
-   official code uses some 25 templates and 1000 to 5000 steps.
+   official code uses some 25 templates, 1000 to 5000 steps and the rate 5e-3 × 16. It flips the
+   images at random and samples the VAE's posterior. Here images stay, and the VAE gives its mean.
 2. Tokens (UnlearnDiffAtk, arXiv 2310.11868): t is random in each step; the official code goes from
    10 to 990 and attacks each prompt and image on its own. Only whole words are used, so the words
    that are printed give the same tokens. The projection to the simplex is exact, not by bisection.
+   The code searches 5 words for nudity, violence and illegal activity, and 3 for the others. It
+   samples with LMS and stops when one of its 50 images shows the concept. Here --words is 3 by
+   default, the sampler is DDIM, and attack.py counts the images. The weight decay is the code's
+   0.1, but 0.001 for the toy models: with 0.1 the words did not settle there (50 to 160 steps).
 3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name. It
    also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the
-   concept, so this also succeeds by chance. It repeats the attempts with the empty prompt.
+   concept, so this also succeeds by chance. It repeats the attempts with the empty prompt. The
+   paper's code starts each attempt from another z_T. Here all attempts on an image share one.
 5. Adversary: the inner loop of AdvUnlearn (arXiv 2405.15234) and Receler (arXiv 2311.17717).
    AdvUnlearn takes 30 steps of Adam from a random word in front of the concept. Receler takes 50
    steps on 16 words behind it. Here the words stay from one iteration to the next, so a few steps
@@ -87,7 +93,8 @@ class Tokens:
     """k words in front of the prompt: a distribution over the vocabulary for each of them.
 
     Each step draws words from the rows of `simplex` (k, V'). The gradient with respect to the
-    one-hot rows is used as if it were the distributions' own (straight-through).
+    one-hot rows is used as if it were the distributions' own (straight-through). The weight decay
+    is a part of the gradient (Adam, not AdamW), as in the official code.
     """
 
     def __init__(self, model, settings, device):
@@ -104,7 +111,8 @@ class Tokens:
         simplex = torch.full((k, len(self.words)), 1 / len(self.words), device=device)
         self.simplex = torch.nn.Parameter(simplex)
         self.tensors = {"simplex": self.simplex}
-        self.optimizer = torch.optim.AdamW([self.simplex], settings["lr"], weight_decay=0.1)
+        decay = settings["weight_decay"]
+        self.optimizer = torch.optim.Adam([self.simplex], settings["lr"], weight_decay=decay)
 
     def states(self, generator=None):
         """Embeddings (1, 77, D) of randomly drawn words; without a generator of the likeliest."""

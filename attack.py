@@ -64,6 +64,7 @@ DEFAULTS = [  # a flag, the kinds of attack that use it, and its default; our ch
     ("lr",         "word",                      2e-2,                   5e-3),
     ("lr",         "tokens",                    1e-2,                   1e-2),
     ("lr",         "relearn",                   1e-3,                   1e-5),
+    ("weight_decay", "tokens",                  1e-3,                   0.1),
     ("batch_size", "word tokens relearn noise", 8,                      4),
     ("steps",      "word tokens relearn noise", 12,                     50),
     ("template",   "word relearn",              ["{}"],                 ["{}"]),
@@ -165,7 +166,6 @@ class Attack:
         bar.close()
 
     def train_step(self, kind, z_0, generator):
-        """One step of the attack; returns its loss."""
         with torch.enable_grad(), cli.autocast(self.device, self.dtype):
             c = kind.states(generator)
             batch = self.settings["batch_size"]
@@ -339,6 +339,8 @@ def parse(argv=None):
         help="steps after which images are generated; the last one ends the attack "
         f"{default('at')}")
     add("--lr", type=partial(cli.number, low=1e-9, high=1e3), help=f"learning rate {default('lr')}")
+    add("--weight-decay", type=partial(cli.number, low=0, high=1e3), metavar="W",
+        help=f"tokens: Adam's weight decay {default('weight_decay')}")
     add("--batch-size", type=cli.positive, metavar="B",
         help=f"images per step, and images generated at a time {default('batch_size')}")
     inits = "; ".join(f"{name}: {world.INIT}" for name, world in worlds.MODELS.items())

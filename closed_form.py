@@ -23,19 +23,25 @@ Where this file differs from the official codes:
    In the empty prompt this position holds the *start token*, which all prompts share and which
    says nothing about an image. So UCE without an anchor may leave the concept: train.py prints a
    warning. `--states all` takes all 77 states of each pair. Then the empty prompt is an anchor.
+   The code's weights erase_scale and preserve_scale are 1 by default. Here they are always 1.
 2. UCE's code has an option for five templates ("painting by …", "image of …"): --template gives
    them here. The default is the word alone; the toy model has five templates.
-3. MACE's code keeps the captions of COCO. Here the prompts of --keep take their place. Its
-   30 sentences per concept are --template, with ten of our own as default. Its stages 2 and 3 (a
-   LoRA per concept, and their fusion) are not here, and stage 1 alone is not all of MACE.
+3. MACE's code keeps the captions of COCO, and celebrities or artists. Here the prompts of --keep
+   take their place. It applies the captions' weight twice: 1e-4 (celebrities) acts as 1e-8, and
+   7e-7 (nudity) as 4.9e-13. Here the weight is 1e-4, once. Without captions the code's ridge is
+   10, 100 or 1000 (bird, automobile, ship); here 1000. With captions it is 0; here nearly 0.
+   Its 30 sentences per concept are --template, with ten of our own as default. Its stages 2 and 3
+   (a LoRA per concept, and their fusion) are not here, and stage 1 alone is not all of MACE.
 4. RECE's code measures each round on a validation list and selects the round with the lowest
-   detection rate. Here the last round is the result. Its target is the empty prompt; here it is
-   the anchor, which is empty by default.
+   detection rate. Here the last round is the result. Its rounds keep only the empty prompt; here
+   also --keep. --ridge sets λ of UCE and of the rounds together; without it they are the code's.
 5. SPEED's code clusters the empty prompt's states from random starts. Here each start is the state
-   farthest from those before it. For nudity the code takes all states of a prompt, here the last.
+   farthest from those before it. The code compares a variant's change with the mean of its chunk
+   (the variants of 128 kept states). Here the mean is over all variants.
 6. Everything is computed in float64 on the CPU, and written in the type of the weights.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,7 +54,7 @@ from sdd import Iteration
 class States(NamedTuple):
     """Text states in float64: rows of D numbers."""
 
-    concept: torch.Tensor  # c (n, D)
+    concept: torch.Tensor  # c (n, D); SPEED: (n, D) or (n, 76, D), for n prompts
     anchor: torch.Tensor  # a (n, D): row i is what row i of `concept` should become
     keep: torch.Tensor  # p (m, D)
     empty: torch.Tensor  # (77, D): the empty prompt
@@ -67,30 +73,38 @@ def template_pairs(concepts, anchors, templates):
 
 
 def states_of(model, a):
-    """The states that a run needs. a: its settings."""
+    """The states of each round, [States]; the last are for all further rounds. a: the settings."""
     pairs = template_pairs(a.concept, a.anchor, a.template)
-    return gather_states(model, a.method, pairs, a.keep, a.states)
+    states = gather_states(model, a.method, pairs, a.keep, a.states)
+    if a.method != "rece":
+        return [states]
+    return [gather_states(model, "rece", pairs, [], "ends")._replace(keep=states.keep), states]
 
 
 def gather_states(model, method, pairs, keep, which="last"):
     """The states that a method needs.
 
     pairs: [(prompt with the concept, the same prompt with the anchor)]. keep: prompts to keep.
-    which: "last" or "all", for UCE. The other methods have their own choice: MACE the states that
-    both prompts share, RECE all, SPEED the last.
+    which: "last" or "all", for UCE and SPEED (all but the start token's). Of the kept prompts,
+    SPEED takes the last. MACE takes the states that both prompts share. RECE takes all, and in
+    round 0 those from the last word on ("ends").
     """
-    which = {"mace": "shared", "rece": "all", "speed": "last"}.get(method, which)
     concepts = [concept for concept, _ in pairs]
     anchors = [anchor for _, anchor in pairs]
     c, a, p = (encode(model, prompts) for prompts in (concepts, anchors, keep))
-    if which == "last":
-        c, a, p = (
-            last_states(model, prompts, states)
-            for prompts, states in ((concepts, c), (anchors, a), (keep, p))
-        )
-    elif which == "shared":
+    if which == "last" or method == "speed":
+        p = last_states(model, keep, p)
+    if method == "mace":
         c, a = shared_states(model, concepts, anchors, c, a)
-    return States(c.flatten(0, -2), a.flatten(0, -2), p.flatten(0, -2), encode(model, [""])[0])
+    elif which == "last":
+        c, a = last_states(model, concepts, c), last_states(model, anchors, a)
+    elif which == "ends":
+        c, a = end_states(model, concepts, anchors, c, a)
+    elif method == "speed":
+        c, a = c[:, 1:], a[:, 1:]
+    if method != "speed":
+        c, a = c.flatten(0, -2), a.flatten(0, -2)
+    return States(c, a, p.flatten(0, -2), encode(model, [""])[0])
 
 
 def encode(model, prompts):
@@ -116,7 +130,7 @@ def shared_states(model, concepts, anchors, c, a):
     """MACE: the states of tokens that both prompts of a pair have.
 
     These are the tokens before the first difference, those after the last one, the end of text and
-    the padding. The concept's own tokens are left out.
+    the padding, which counts from the end of each prompt. The concept's own tokens are left out.
     """
     ids_c, ids_a = (tokenize(model.tokenizer, prompts)[0] for prompts in (concepts, anchors))
     ends = zip(lengths(model, concepts), lengths(model, anchors))
@@ -128,7 +142,21 @@ def shared_states(model, concepts, anchors, c, a):
         after = min(common_prefix(words_c[::-1], words_a[::-1]), limit)
         padding = MAX_TOKENS - max(end_c, end_a)
         for rows, states, end in ((rows_c, c[i], end_c), (rows_a, a[i], end_a)):
-            rows += [states[:before], states[end - after : end], states[MAX_TOKENS - padding :]]
+            rows += [states[:before], states[end - after : end + padding]]
+    return torch.cat(rows_c), torch.cat(rows_a)
+
+
+def end_states(model, concepts, anchors, c, a):
+    """RECE's round 0: pairs of states from the last token before the end of text on.
+
+    In the empty prompt this is the start token. The longer prompt of a pair gives the number.
+    """
+    rows_c, rows_a = [], []
+    for i, ends in enumerate(zip(lengths(model, concepts), lengths(model, anchors))):
+        starts = [end - 2 for end in ends]
+        n = MAX_TOKENS - max(starts)
+        for rows, states, start in zip((rows_c, rows_a), (c[i], a[i]), starts):
+            rows.append(states[start : start + n])
     return torch.cat(rows_c), torch.cat(rows_a)
 
 
@@ -173,10 +201,9 @@ def uce(weights, states, ridge=0.5, erase=1.0, keep=1.0):
 def mace(weights, states, ridge=None, keep=1e-4):
     """MACE, stage 1: UCE's objective on the states that the prompts share (shared_states).
 
-    The kept prompts are a prior with the weight `keep` (celebrities: 1e-4, nudity: 7e-7, for the
-    captions of COCO). In MACE's code the ridge is 0 with a prior and 1000 without one. A ridge of 0
-    needs a prior of at least D independent states. So here it is 1e-6 of the mean of the prior's
-    diagonal.
+    The kept prompts are a prior with the weight `keep`. In MACE's code the ridge is 0 with a prior.
+    This needs a prior of at least D independent states. So here it is 1e-6 of the mean of the
+    prior's diagonal. Point 3 at the top names the code's weights.
     """
     if ridge is None and len(states.keep):
         ridge = 1e-6 * keep * gram(states.keep).diagonal().mean().item()
@@ -199,32 +226,49 @@ def revived_states(weights, original, c, rho):
     return torch.linalg.solve(B, A @ c.T).T
 
 
+def rece_start(weights, states, ridge=0.5):
+    """Round 0 of RECE: the UCE of its own code, with the pairs of `end_states`.
+
+    The empty prompt and the prompts to keep, n in all, have the weight 1/n, but at least 0.1.
+    """
+    kept = torch.cat([states.keep, states.empty])
+    n = len(kept) // MAX_TOKENS
+    keep = round(max(0.1, 1 / n), 3)  # the code rounds too
+    return uce(weights, states._replace(keep=kept), ridge=ridge, keep=keep)
+
+
 def rece_round(weights, original, states, rho=0.1, ridge=0.1, keep=0.1):
     """One round of RECE: UCE of the *current* weights on the states that revive the concept.
 
-    The states of the empty prompt are kept too. rho and the number of rounds in the official
-    README: easy objects 0.1 and 1, hard objects and styles 1e-3 and 1, nudity 0.1 and 3.
+    The states of the empty prompt are kept too, once for each prompt with the concept. RECIPES in
+    presets.py has rho and the number of rounds of the official README.
     """
     revived = revived_states(weights, original, states.concept, rho)
-    kept = torch.cat([states.keep, states.empty])
+    n = math.ceil(len(revived) / MAX_TOKENS)
+    kept = torch.cat([states.keep, states.empty.repeat(n, 1)])
     return uce(weights, states._replace(concept=revived, keep=kept), ridge=ridge, keep=keep)
 
 
-def speed(weights, states, ridge=1.0, gamma=0.0, copies=10, limit=0.1, seed=0):
+def speed(weights, states, ridge=1.0, gamma=0.0, threshold=0.1, filtered=True, copies=10, seed=0):
     """SPEED: min over Δ of  mean ‖(W° + Δ) c − W° a‖² + ridge ‖Δ‖²,  with Δ = Δ P and Δ K = 0.
 
     P projects onto the null space of the states to keep (`null_space`), so Δ hardly changes what W
-    gives for them. Only those that an edit would change most are kept (`influenced`). K (D, 4): the
-    empty prompt's start token and three centres of its other states. With gamma > 0, Δ K = 0 is
-    replaced by a penalty ‖Δ K‖² / gamma. With C = mean c cᵀ, A = mean a cᵀ and
-    M = (C P + ridge I)⁻¹ the solution is
+    gives for them. Without prompts to keep, these are the empty prompt's states but the start
+    token's. If `filtered`, only those that an edit would change most are kept (`influenced`). To
+    them come their variants that the edit would change most (`vary`). K (D, 4): the empty prompt's
+    start token and three centres of its other states. With gamma > 0, Δ K = 0 is replaced by a
+    penalty ‖Δ K‖² / gamma. With C = mean c cᵀ, A = mean a cᵀ (over prompts; `--states all` sums
+    the states of a prompt) and M = (C P + ridge I)⁻¹ the solution is
     Δ = W° (A − C) P [I − M K (Kᵀ P M K + gamma I)⁻¹ Kᵀ P] M.
 
     The states to keep are chosen for each W, so P and Δ are computed for each W.
     """
     c, a, p, empty = states
-    identity = torch.eye(c.shape[1]).to(c)
-    C, A = gram(c) / len(c), gram(a, c) / len(c)
+    n, D = len(c), c.shape[-1]
+    c, a, identity = c.reshape(-1, D), a.reshape(-1, D), torch.eye(D).to(c)
+    C, A = gram(c) / n, gram(a, c) / n
+    if not len(p):
+        p = empty[1:]
     K = torch.cat([empty[:1], cluster_centres(empty[1:], 3)]).T
     generator = torch.Generator().manual_seed(seed)
     edited = {}
@@ -232,9 +276,9 @@ def speed(weights, states, ridge=1.0, gamma=0.0, copies=10, limit=0.1, seed=0):
         W_0 = float64(W)
         # The edit without constraints; the ridge is 1 here, as in SPEED's code.
         first = W_0 @ (A - C) @ torch.linalg.inv(identity + C)
-        kept = influenced(p, first)
+        kept = influenced(p, first) if filtered else p
         kept = torch.cat([kept, influenced(vary(kept, W_0, copies, generator), first)])
-        P = null_space(kept, limit)
+        P = null_space(kept, threshold)
         M = torch.linalg.inv(C @ P + ridge * identity)
         inner = torch.linalg.pinv(K.T @ P @ M @ K + gamma * torch.eye(K.shape[1]).to(K))
         step = (A - C) @ P @ (identity - M @ K @ inner @ K.T @ P) @ M
@@ -251,8 +295,12 @@ def influenced(states, edit):
 
 
 def vary(states, W, copies, generator):
-    """Random variants of states along the direction that W reads least: (copies · n, D)."""
-    least = torch.linalg.svd(W, full_matrices=True).Vh[-1]
+    """Random variants of states along one direction: (copies · n, D).
+
+    Of the directions that W (C × D) reads, it reads this one least: the last singular vector. With
+    C < D it is not in the null space of W. So the variants change what W gives, as in SPEED's code.
+    """
+    least = torch.linalg.svd(W, full_matrices=False).Vh[-1]
     states = states.repeat(copies, 1)
     noise = torch.randn(states.shape, generator=generator, dtype=torch.float64).to(states.device)
     return states + (noise @ least)[:, None] * least
@@ -260,9 +308,6 @@ def vary(states, W, copies, generator):
 
 def null_space(states, limit):
     """The projector P (D, D) onto directions in which the states' mean r rᵀ is below `limit`."""
-    D = states.shape[1]
-    if not len(states):
-        return torch.eye(D).to(states)
     values, vectors = torch.linalg.eigh(gram(states) / len(states))
     free = vectors[:, values < limit]
     return free @ free.T
@@ -287,31 +332,31 @@ def rounds(a, theta, theta_ema, original, states, start=0):
     """Yields an sdd.Iteration after each round; its loss is the error of the edit.
 
     a: the run's settings. theta, theta_ema: {name: W}, both receive the result. original: the UNet.
+    states: [States] of `states_of`. The error is that of the last.
     """
     parameters = dict(original.named_parameters())
     original = {name: parameters[name] for name in theta}
     for i in range(start, a.iters):
-        edited = edit(a.method, i, theta, original, states, a.ridge, a.seed)
-        left = residual(edited, original, states)
+        edited = edit(a, i, theta, original, states[min(i, len(states) - 1)])
+        left = residual(edited, original, states[-1])
         for name, W in edited.items():
             theta[name].copy_(W)
             theta_ema[name].copy_(W)
         yield Iteration(i, loss=left, lr=0.0, grad_norm=0.0, k=None, j=0)
 
 
-def edit(method, number, weights, original, states, ridge=None, seed=0):
+def edit(a, number, weights, original, states):
     """Round `number` of a method: {name: W} -> {name: W}, of the same types and on the same device.
 
-    Only RECE has more than one round. Its round 0 is UCE. ridge: None for the method's own value.
+    Only RECE has more than one round. a: the run's settings; a.ridge: None for the method's own.
     """
-    given = {} if ridge is None else {"ridge": ridge}
-    if method == "rece" and number > 0:
-        return rece_round(weights, original, states, **given)
-    if method in ("uce", "rece"):
-        return uce(weights, states, **given)
-    if method == "mace":
-        return mace(weights, states, **given)
-    return speed(weights, states, seed=seed, **given)
+    given = {} if a.ridge is None else {"ridge": a.ridge}
+    if a.method == "speed":
+        given |= dict(gamma=a.gamma, threshold=a.threshold, filtered=a.filter, seed=a.seed)
+        return speed(weights, states, **given)
+    if a.method == "rece" and number > 0:
+        return rece_round(weights, original, states, a.rho, **given)
+    return {"uce": uce, "mace": mace, "rece": rece_start}[a.method](weights, states, **given)
 
 
 def residual(weights, original, states):

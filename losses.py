@@ -39,8 +39,8 @@ def esd_loss(e, e_original, z_t, t, c_s, c_0, erase_scale, **_):
 
     ‖ε_θ(c_s) − [ε_θ°(c_0) − s_s (ε_θ°(c_s) − ε_θ°(c_0))]‖²
 
-    With s_s = 0 the target is ε_θ°(c_0), as in the SDD paper. ESD's newer script adds 1 to this
-    scale: its negative_guidance is s_s + 1.
+    With s_s = 0 the target is ε_θ°(c_0), as in the SDD paper. In ESD's script of 2025, esd_sd.py,
+    negative_guidance is s_s + 1.
     """
     with torch.no_grad():
         e_0 = e_original(z_t, t, c_0)

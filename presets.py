@@ -1,13 +1,14 @@
 """The numbers of the training methods in one table, and the checks of arguments.
 
 "Which learning rate does ESD use?" is answered here. (A toy model takes a share of it: RATES in
-toy/emoji.py.) The numbers of SLD and SEGA are in guidance.py, those of UCE, MACE, RECE and SPEED in
-closed_form.py. Sources:
+toy/emoji.py.) The numbers of SLD and SEGA are in guidance.py, other numbers of UCE, MACE, RECE and
+SPEED in closed_form.py. Sources:
     B.1, A.1   appendices of the SDD paper (arXiv 2307.05977): settings and pseudo-code
     script     the training script that SDD's authors published
     toy        tuned on the toy model, see docs/results.md
 """
 
+import argparse
 import inspect
 import os
 from collections.abc import Callable
@@ -55,6 +56,11 @@ NUMBERS = [
     ("adversary",      0,        0,          0,          0,        0,        4),         # not SDD
     ("erase_scale",    1.0,      1.0,        1.0,        1.0,      1.0,      1.0),       # s_s; ESD
     ("anchor_images",  1000,     1000,       1000,       200,      200,      200),       # Ablating
+    ("detach_start",   False,    False,      False,      False,    False,    False),     # Ablating
+    ("rho",            0.1,      0.1,        0.1,        0.1,      0.1,      0.1),       # RECE
+    ("gamma",          0.0,      0.0,        0.0,        0.0,      0.0,      0.0),       # SPEED
+    ("threshold",      0.1,      0.1,        0.1,        0.1,      0.1,      0.1),       # SPEED
+    ("filter",         True,     True,       True,       True,     True,     True),      # SPEED
     ("preview_every",  250,      250,        250,        40,       40,       40),        # ours
     ("preview_steps",  25,       25,         25,         12,       12,       12),        # ours
 ]
@@ -74,6 +80,17 @@ FLAGS = {
         "g, the same for its target"),
     "anchor_images": ("method", dict(type=cli.positive, metavar="N"),
         "ablate: number of images of the anchor"),
+    "detach_start": ("method", dict(action=argparse.BooleanOptionalAction),
+        "ablate: no gradient through the keys and values of the start token; its preset paper "
+        "has it, as the authors' script"),
+    "rho": ("closed", dict(type=cli.finite, metavar="ρ"),
+        "rece: weight of |c′|² for the states c′ that revive the concept"),
+    "gamma": ("closed", dict(type=cli.finite, metavar="γ"),
+        "speed: above 0, the edit may change what the empty prompt gives; 0: it may not"),
+    "threshold": ("closed", dict(type=cli.finite, metavar="X"),
+        "speed: a direction is free if the mean square of the kept states is below X there"),
+    "filter": ("closed", dict(action=argparse.BooleanOptionalAction),
+        "speed: keep only the prompts that the edit would change most"),
     "iters": ("optimisation", dict(type=cli.positive, metavar="N"),
         "iterations; preset paper with several concepts: 2000; rece: 1 + its rounds, 2"),
     "batch_size": ("optimisation", dict(type=cli.positive, metavar="B"), "latents per iteration"),
@@ -97,8 +114,8 @@ FLAGS = {
 # fmt: on
 # With several concepts, the paper's N is 2000 (B.1, our inference). Roles: sdd.py, points 3 and 4.
 # The SDD paper runs ESD with s_s = 3.
-# Gradients are clipped at 1 for every method. SDD's script does this, ESD's recipe does not clip,
-# and All-but-One's is not known.
+# Gradients are clipped at 1 for every method but Ablating Concepts. SDD's script does this, ESD's
+# recipe does not clip, and All-but-One's is not known.
 # Shown in addition to the concepts; our choice. The toy models' own are in their worlds.
 PREVIEW_PROMPTS = ["a photo of a mountain lake", "a portrait of a woman in a coat"]
 
@@ -116,7 +133,7 @@ class Method(NamedTuple):
     latents: str  # where z_t comes from: sampled by "teacher", "student" or "original", or "anchor"
     train_params: str  # a key of TRAIN_PARAMS
     output: str  # which weights are the result: "teacher" (the average) or "student"
-    paper: dict = {}  # numbers that differ from the preset paper
+    paper: dict = {}  # numbers that differ from the preset paper; a closed form has them always
     toy: dict = {}  # numbers that differ from the preset toy
 
 
@@ -124,16 +141,30 @@ class Method(NamedTuple):
 # weight decay, cosine and warm-up: only the rate and s_s were tuned there.
 ESD = dict(iters=1000, lr=1e-5, weight_decay=0.0, lr_schedule="constant", warmup=0)
 # Ablating Concepts (arXiv 2303.13516), authors' script. Its learning rate is 2e-6 times the batch
-# size; `preset_values` multiplies.
+# size, and twice this with the prior; `preset_values` multiplies. Its loss is 4 times the mean over
+# elements. So it clips our gradient at 1/4, and its prior, of weight 1, is --prior 0.25.
 ABLATE = dict(
-    iters=100, lr=2e-6, batch_size=4, guidance_scale=6.0, lr_schedule="constant", warmup=0
-)
+    iters=100, lr=2e-6, batch_size=4, guidance_scale=6.0, lr_schedule="constant", warmup=0,
+    max_grad_norm=0.25, detach_start=True,
+)  # fmt: skip
 # All-but-One (arXiv 2312.12807): 200 steps. Its output (the student), its optimizer, its prompt of
 # joined concepts, its z_t and its lr are our choices: they are SDD's. The paper also trains
 # `to_out` layers; its summary does not say which. "xattn" has those of cross-attention.
 ALL_BUT_ONE = dict(iters=200, preserve=1.0, lr_schedule="constant", warmup=0)
 
 # fmt: off
+# Closed forms: closed_form.py. steps, batch_size and guidance_scale measure gap and drift for the
+# log. template: prompts with {} for the concept and for the anchor. The toy models' templates, and
+# what they keep, are in their worlds (toy/worlds.py).
+CLOSED_FORM = dict(
+    iters=1, template=["{}"], roles="", lr_schedule="", lr=0, weight_decay=0, ema=0, warmup=0,
+    max_grad_norm=0, preserve=0, adversary=0,
+)
+MACE = [  # our choice of sentences
+    "{} in a room", "a photo of {}", "a photo of {} outdoors", "a portrait of {}",
+    "an image of {} at night", "a picture of {} on a street", "a painting of {}",
+    "{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper",
+]
 METHODS = {
     #                     loss                        z_t        trained    result     numbers
     "sdd":         Method(losses.sdd_loss,            "teacher", "xattn",   "teacher"),
@@ -148,14 +179,26 @@ METHODS = {
                           toy=dict(lr=4e-3)),
     "all-but-one": Method(losses.all_but_one_loss,    "teacher", "xattn",   "student", ALL_BUT_ONE,
                           toy=dict(lr=3.2e-3, preserve=1.0)),
-    # Without training: closed_form.py
-    "uce":         Method(None,                       "",        "kv",      "student"),
-    "mace":        Method(None,                       "",        "kv",      "student"),
+    "uce":         Method(None,                       "",        "kv",      "student",
+                          CLOSED_FORM | dict(states="last"), toy=dict(states="all")),
+    "mace":        Method(None,                       "",        "kv",      "student",
+                          CLOSED_FORM | dict(template=MACE)),
     "rece":        Method(None,                       "",        "kv",      "student",
-                          dict(iters=2)),
-    "speed":       Method(None,                       "",        "v",       "student"),
+                          CLOSED_FORM | dict(iters=2)),
+    "speed":       Method(None,                       "",        "v",       "student",
+                          CLOSED_FORM | dict(states="last")),
 }
 # fmt: on
+# More published recipes: {--preset: (--method, numbers)}. The other numbers are those of the preset
+# paper. Sources: RECE's README; SPEED's README and scripts; ESD's esd_sd.py.
+RECIPES = {
+    "rece-nudity": ("rece", dict(iters=4)),
+    "rece-unsafe": ("rece", dict(iters=3)),
+    "rece-hard": ("rece", dict(rho=1e-3)),  # styles, and hard objects
+    "speed-nudity": ("speed", dict(ridge=0.7, gamma=0.5, states="all")),
+    "speed-celebrities": ("speed", dict(ridge=0.05, threshold=1e-4, filter=False)),
+    "esd-2025": ("esd-x esd-u", dict(iters=200, lr=5e-5, latents="original", max_grad_norm=0.0)),
+}
 CLOSED = {name for name, method in METHODS.items() if method.loss is None}
 IMAGES = {name for name, method in METHODS.items() if method.latents == "anchor"}
 TRAINED = METHODS.keys() - CLOSED
@@ -166,18 +209,9 @@ USED_BY = {  # {flags: the methods that use them}. Flags that are not here are f
     "max_grad_norm batch_size steps guidance_scale gradient_checkpointing export_every": TRAINED,
     "iters": TRAINED | {"rece"},
     "template ridge": CLOSED,
-    "states": {"uce"},
-}
-
-# Closed forms: prompts with {} for the concept and for the anchor. MACE's sentences are our choice.
-# The toy models' templates, and what they keep, are in their worlds (toy/worlds.py).
-TEMPLATES = {
-    "paper": ["{}"],
-    "mace": [
-        *("{} in a room", "a photo of {}", "a photo of {} outdoors", "a portrait of {}"),
-        *("an image of {} at night", "a picture of {} on a street", "a painting of {}"),
-        *("{} in the park", "a close-up of {} in daylight", "a drawing of {} on paper"),
-    ],
+    "states": {"uce", "speed"},
+    "rho": {"rece"},
+    "gamma threshold filter": {"speed"},
 }
 
 # Which parameters are trained, by name. The keys are those of ESD's and SDD's scripts. Names that
@@ -268,16 +302,15 @@ def check_closed_form(settings):
     for template in settings["template"]:
         if "{}" not in template:
             raise UserError(f"--template {template!r} has no {{}} for the concept: add it.")
-    if settings["ridge"] is not None and not 0 < settings["ridge"] <= 1e9:
-        raise UserError(f"--ridge {settings['ridge']} is out of range (above 0, up to 1e+09).")
-    last = settings["method"] == "speed" or settings["states"] == "last"
+    for key in ("ridge", "rho", "threshold"):
+        if settings[key] is not None and not 0 < settings[key] <= 1e9:
+            raise UserError(f"--{key} {settings[key]} is out of range (above 0, up to 1e+09).")
     alone = any(not template.replace("{}", "").strip() for template in settings["template"])
-    if last and alone and not "".join(anchors).strip():
-        advice = "use --anchor WORD" + (" or --states all" if settings["method"] == "uce" else "")
+    if settings["states"] == "last" and alone and not "".join(anchors).strip():
         warning(
             f"without --anchor, --method {settings['method']} maps the concept to the start token, "
             "because the empty prompt has no last word. All prompts share this token, so the "
-            f"concept may stay: {advice}."
+            "concept may stay: use --anchor WORD or --states all."
         )
 
 
@@ -302,6 +335,11 @@ def settle_concepts(given, model):
 def preset_values(settings, method):
     """The preset's values, with those of the method's paper, for arguments that are not given."""
     name, concepts = settings["preset"], settings["concept"]
+    methods, recipe = RECIPES.get(name, (settings["method"], {}))
+    if settings["method"] not in methods.split():
+        raise UserError(f"The preset {name} belongs to --method {methods.replace(' ', ' or ')}.")
+    if recipe:
+        name, method = "paper", method._replace(paper=method.paper | recipe)
     if name == "toy-hold" and settings["model"] not in weights.TOYS:
         raise UserError(
             "--preset toy-hold keeps prompts of the toy models: use --model toy or emoji, or give "
@@ -319,6 +357,7 @@ def preset_values(settings, method):
         values |= method.paper
         if method.latents == "anchor":
             values["lr"] *= settings["batch_size"] or values["batch_size"]
+            values["lr"] *= 2 if settings["prior"] else 1
     if name == "toy":
         values |= method.toy
     if name == "toy-hold" and len(concepts) > 1:
@@ -333,26 +372,12 @@ def preset_values(settings, method):
     if name == "toy-hold" and settings["preserve"] != 0:
         values["keep"] = without_concepts(world.KEEP_PROMPTS, concepts)
     if method.loss is None:
-        values |= closed_form_values(settings, method)
-    return values
-
-
-def closed_form_values(settings, method):
-    """What preset_values gives for UCE, MACE, RECE and SPEED, which have no training loop."""
-    # steps, batch_size and guidance_scale are still used to measure gap and drift for the log.
-    zero = "lr weight_decay ema max_grad_norm warmup preserve adversary".split()
-    values = dict.fromkeys(zero, 0) | dict(roles="", lr_schedule="")
-    values["iters"] = method.paper.get("iters", 1)
-    values["preview_every"] = settings["iters"] or values["iters"]  # before and after
-    toy = settings["preset"].startswith("toy")
-    if settings["method"] == "uce":
-        values["states"] = "all" if toy else "last"
-    values["template"] = TEMPLATES["mace" if settings["method"] == "mace" else "paper"]
-    if toy:
-        world = worlds.of(settings["model"])
-        values["template"] = world.TEMPLATES
-        values["keep"] = without_concepts(world.KEEP, settings["concept"])
-    return values
+        values |= method.paper
+        values["preview_every"] = settings["iters"] or values["iters"]  # before and after
+        if name == "toy":
+            keep = without_concepts(world.KEEP, concepts)
+            values |= method.toy | dict(template=world.TEMPLATES, keep=keep)
+    return values | recipe
 
 
 def read_keep(given):
@@ -435,7 +460,7 @@ def check_prompts(model, a, keep_all):
 
 def check_ranges(settings):
     limits = dict(ema=1, lr=1, quantile=1)
-    limits |= dict(preserve=1e9, prior=1e9, weight_decay=1e9, max_grad_norm=1e9)
+    limits |= dict(preserve=1e9, prior=1e9, weight_decay=1e9, max_grad_norm=1e9, gamma=1e9)
     for key, high in limits.items():
         if not 0 <= settings[key] <= high:
             raise UserError(f"{cli.flag(key)} {settings[key]} is out of range (0 to {high:g}).")

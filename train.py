@@ -30,7 +30,7 @@ import weights
 from adversaries import Adversary
 from clip_text import TOKEN_EMBEDDING
 from pipeline import encode_prompts, latent_shape, make_scheduler
-from presets import CLOSED, FLAGS, METHODS, PRESETS, TRAIN_PARAMS, check_prompts, settle
+from presets import CLOSED, FLAGS, METHODS, PRESETS, RECIPES, TRAIN_PARAMS, check_prompts, settle
 from report.page import Reporter, require_tensorboard
 from report.previews import Previews, preview_kinds, preview_seeds
 from sdd import Prompts, adamw_step, learning_rates, sdd
@@ -67,9 +67,9 @@ def parse(argv=None):
     add = groups["method"].add_argument
     add("--method", **cli.one_of(METHODS), default="sdd",
         help="docs/methods.md describes each (default: %(default)s)")
-    add("--preset", **cli.one_of(PRESETS),
+    add("--preset", **cli.one_of([*PRESETS, *RECIPES]),
         help="defaults of the numbers (default: paper; toy for the toy models). The defaults "
-             "shown here are SDD's; METHODS in presets.py has those of other methods")
+             "shown here are SDD's; METHODS and RECIPES in presets.py have those of other methods")
     add("--loss", type=cli.not_empty, metavar="FILE:FUNCTION",
         help="your own loss instead of the method's (see losses.py)")
     add("--train-params", **cli.one_of(TRAIN_PARAMS),
@@ -91,16 +91,17 @@ def parse(argv=None):
         help="ablate: one prompt per line; without --anchor the concept is a style (the shapes "
              "model has no words for this)")
     add("--prior", type=cli.finite, default=0.0, metavar="λ",
-        help="ablate: add λ·|e(anchor) − n|² to the loss (authors' script: 1; default: 0)")
-    add("--detach-start", action="store_true",
-        help="ablate: no gradient through the keys and values of the start token")
+        help="ablate: add λ·|e(anchor) − n|² to the loss (authors' script: 0.25, because its "
+             "own 1 is added to 4 times our loss; default: 0)")
 
-    add = parser.add_argument_group("methods without training: uce, mace, rece, speed").add_argument
+    groups["closed"] = parser.add_argument_group("methods without training: uce, mace, rece, speed")
+    add = groups["closed"].add_argument
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the concept and the anchor (default: the word alone; mace and "
         "the toy models: several, see presets.py)")
     add("--states", **cli.one_of(["last", "all"]),
-        help="uce: use the last word of a prompt, or all 77 tokens (default: last; toy: all)")
+        help="uce, speed: use the last word of a prompt, or all tokens (default: last; uce on the "
+        "toy models: all)")
     add("--ridge", type=cli.finite, metavar="λ",
         help="weight of |W − W°|² (default: uce 0.5; rece 0.5, then 0.1; speed 1; mace 1000, or "
         "nearly 0 with --keep)")

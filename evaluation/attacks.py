@@ -7,7 +7,6 @@ from PIL import Image
 
 from evaluation.suites import check_known
 from report import page
-from report.blocks import read_json
 from support import nudity, runs
 from support.errors import UserError
 from support.images import grid, save_png
@@ -45,7 +44,7 @@ class Results:
 
     def __init__(self, out, settings, detected, censor):
         self.out, self.settings, self.detected, self.censor = out, settings, detected, censor
-        content = read_json(out / "results.json")
+        content = runs.read_json(out / "results.json")
         self.points, self.chance = content.get("points", []), content.get("chance", [])
         self.finished = False
         if content and content["detected"] is not detected:
@@ -173,10 +172,9 @@ def cost(patches):
     """
     seconds = []
     for file in patches:
-        about = read_json(file.parent / "run.json")
+        about = runs.read_json(file.parent / "run.json")
         if timed := about.get("training"):
-            share = timed["iterations"] / about["args"]["iters"]
-            seconds.append(timed["seconds"] / share)
+            seconds.append(timed["seconds"] / (timed["iterations"] / about["args"]["iters"]))
     figures = {"megabytes": patches[0].stat().st_size / 1e6}
     if seconds:
         figures["seconds"] = round(min(seconds))

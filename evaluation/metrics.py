@@ -5,7 +5,6 @@ KID and LPIPS in its last lines. Each is imported where it is used, so that one 
 not need the library of another.
 """
 
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +34,10 @@ def nude(files):
     return sum(nudity.is_nude(np.asarray(read_rgb(file))) for file in files), len(files)
 
 
-def nude_note():
-    """The sentence below a table with %NUDE. NudeNet 3 has only detectors, no classifier."""
-    return (
-        f"%NUDE: NudeNet {version('nudenet')}, a box of {', '.join(nudity.NUDE)} above "
-        f"{nudity.COUNTED}. The paper used NudeNet 2's classifier, so do not compare with its "
-        "figures."
-    )
-
-
+NUDE_NOTE = (  # {}: the version of NudeNet. NudeNet 3 has only detectors, no classifier.
+    f"%NUDE: NudeNet {{}}, a box of {', '.join(nudity.NUDE)} above {nudity.COUNTED}. The paper "
+    "used NudeNet 2's classifier, so do not compare with its figures."
+)
 HARM_NOTE = (
     "%HARM: softmax of 100 times the cosines. The SDD paper prints the ratio of the raw cosines, "
     "which is always near 0.5, so do not compare with its figures."

@@ -6,9 +6,6 @@ result is two tables, in which your row stands among the rows of docs/results.md
 your row wins and loses. The folder toy_rows has the stored rows: the rows.json of the studies `one`
 and `three` (workflow/). Your row is measured like these (evaluation/study.py), with 60 images per
 figure instead of 200.
-
-Every step is a command of this project. After a stop, the same command with the same --out
-continues.
 """
 
 import asyncio
@@ -24,11 +21,10 @@ from evaluation.attacks import attack_figures, cost
 from evaluation.columns import all_columns
 from evaluation.findings import joined
 from evaluation.tables import columns_with_figures, markdown
-from report.blocks import read_json
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.own_loss import check_loss, load_loss, loss_file, sha256
-from support.runs import begin_or_continue
+from support.runs import begin_or_continue, read_json
 from support.statistics import figure, is_original, judge
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +47,6 @@ SHOWN = (
 
 
 def own_row(args):
-    """The whole command: trains, attacks, measures, and writes table.md and results.json."""
     check_loss(load_loss(args.loss), args.loss, noise="ablate" in args.train_flags)
     check_flags(args.train_flags)
     settings = {
@@ -68,7 +63,6 @@ def own_row(args):
 
 
 def check_flags(text):
-    """Refuses --train-flags with a flag that this command sets itself."""
     try:
         words = shlex.split(text)
     except ValueError as e:
@@ -92,7 +86,16 @@ async def make_row(table, settings, out):
     name = settings["loss"].rpartition(":")[2]
     patches, attacks, words = [], {}, ["toy", "--limit", settings["limit"]]
     for seed in settings["seeds"]:
-        patch = await train(table, folder / f"run-{seed}", settings, seed)
+        run = folder / f"run-{seed}"
+        patch = run / "erased.safetensors"
+        training = ["--resume", "--out", run]  # if it was stopped
+        if not (run / "run.json").exists():
+            _, concepts, longer = TABLES[table]
+            more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
+            training = study.train_words("toy", concepts, more, seed, run)
+            training += shlex.split(settings["train_flags"])
+        if not patch.exists():
+            await command("train.py", *training)
         patches.append(patch)
         words += ["--patch", f"{name}={patch}"]
         for kind, steps in AT.items() if table == "one" else ():
@@ -109,21 +112,6 @@ async def make_row(table, settings, out):
     figures, row["attacks"] = attack_figures(attacks)
     row["figures"] |= figures | cost(patches)
     return {key: row[key] for key in ("model", "erased", "method", "paper", "figures", "attacks")}
-
-
-async def train(table, run, settings, seed):
-    """Trains one model, or continues a training that was stopped. Returns its patch."""
-    patch = run / "erased.safetensors"
-    if patch.exists():
-        return patch
-    words = ["--resume", "--out", run]
-    if not (run / "run.json").exists():
-        _, concepts, longer = TABLES[table]
-        more = ["--loss", settings["loss"], "--preview-every", study.EVERY, *longer]
-        words = study.train_words("toy", concepts, more, seed, run)
-        words += shlex.split(settings["train_flags"])
-    await command("train.py", *words)
-    return patch
 
 
 async def command(*words):

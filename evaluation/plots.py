@@ -117,7 +117,6 @@ def matrix(rows, asked):
 
 
 def height(value):
-    """A value as a number: per cent of a proportion."""
     if found := figure(value):
         return found.percent
     return math.nan if value is None else value

@@ -38,7 +38,9 @@ def read_rows(args):
     """
     patches = weights.named_patches(args.patch).items()
     erased = [patch_row(name, files) for name, files in patches if files]
-    erased += guided_rows(args.guidance, args.avoid)
+    for method in args.guidance:
+        avoided_prompts(method, args.avoid)  # UserError if it cannot avoid them
+        erased.append(Row(method, (), method, method, tuple(args.avoid)))
     rows = [Row(ORIGINAL, (), "sd", "sd", ()), *erased]
     if args.suite == "toy":
         rows = []
@@ -51,13 +53,6 @@ def read_rows(args):
             f"Two rows would be called {title}: give the patches different names in --patch."
         )
     return rows
-
-
-def guided_rows(methods, avoid):
-    """One row per method of --guidance. UserError if it cannot avoid what --avoid names."""
-    for method in methods:
-        avoided_prompts(method, avoid)
-    return [Row(method, (), method, method, tuple(avoid)) for method in methods]
 
 
 def patch_row(name, files):

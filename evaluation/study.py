@@ -33,7 +33,6 @@ def train_words(model, concepts, more, seed, out):
 
 
 def attack_words(model, concept, kind, patch, seed, more, out):
-    """The words of attack.py."""
     words = ["--model", model, "--concept", concept, "--kind", kind, "--patch", patch]
     return as_text([*words, "--seed", seed, *more, *sampling(model), "--out", out])
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import weights
-from report.blocks import read_json
 from support.errors import UserError, first_line
+from support.runs import read_json
 from toy import suite, worlds
 
 # Fifty large economies, our choice: the SDD paper says "top 50 GDP" and lists none.
@@ -27,8 +27,6 @@ COUNTRIES = (
 
 
 class Job(NamedTuple):
-    """One image to generate."""
-
     prompt: str
     seed: int
     scale: float | None = None  # guidance scale; None: --guidance-scale
@@ -59,24 +57,21 @@ def i2p(args, concepts):
 
     Each prompt brings its own first seed, size and guidance scale.
     """
-    rows = read_csv(args.prompts or download_i2p())
+    rows, jobs = read_csv(args.prompts or download_i2p()), []
     try:
-        return [job for row in rows for job in i2p_jobs(row)]
+        for row in rows:
+            seed, scale = int(row["sd_seed"]), float(row["sd_guidance_scale"])
+            size = int(row["sd_image_height"]), int(row["sd_image_width"])
+            fits = all(side >= 8 and side % 8 == 0 for side in size)
+            if not (0 <= seed < 2**62 and math.isfinite(scale) and fits):
+                raise ValueError(f"no image has seed {seed}, the scale {scale} and size {size}")
+            jobs += [Job(row["prompt"], seed + n, scale, size) for n in range(5)]
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             "The prompts are not I2P's csv file. It needs the columns prompt, sd_seed, "
             f"sd_guidance_scale, sd_image_width and sd_image_height ({e!r})."
         ) from None
-
-
-def i2p_jobs(row):
-    """The images of a row of I2P's csv file. ValueError if its numbers cannot be used."""
-    seed, scale = int(row["sd_seed"]), float(row["sd_guidance_scale"])
-    size = int(row["sd_image_height"]), int(row["sd_image_width"])
-    fits = all(side >= 8 and side % 8 == 0 for side in size)
-    if not (0 <= seed < 2**62 and math.isfinite(scale) and fits):
-        raise ValueError(f"no image has the seed {seed}, the scale {scale} and the size {size}")
-    return [Job(row["prompt"], seed + n, scale, size) for n in range(5)]
+    return jobs
 
 
 def download_i2p():

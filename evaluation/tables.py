@@ -14,6 +14,7 @@ results.json, which report/page.py shows:
     args, command, versions, date: see support/runs.py
 """
 
+from importlib.metadata import version
 from zipfile import BadZipFile
 
 import numpy as np
@@ -130,7 +131,6 @@ def measure_row(row, jobs, files, before, args, device, problems):
 
 
 def reason(error):
-    """Why a measure could not be computed, and what to do."""
     name = getattr(error, "name", None)
     if name is None:
         return first_line(error)
@@ -167,21 +167,25 @@ def result_rows(args, generated, device, problems):
 
 
 def columns_with_figures(columns, rows):
-    """The columns that at least one row has."""
     return [column for column in columns if any(column.key in row["figures"] for row in rows)]
 
 
 # ---------------------------------------------------------------------------------------- notes
 def notes(args, generated, rows, columns, problems, model):
-    """The sentences below the table."""
     keys = [column.key for column in columns]
     found = []
     if "nude" in keys:
-        found.append(metrics.nude_note())
+        found.append(metrics.NUDE_NOTE.format(version("nudenet")))
     if "harm" in keys:
         found.append(metrics.HARM_NOTE)
     found += filter(None, (esd_note(args.suite, row) for row in rows))
-    found += warmup_notes(args, generated, model)
+    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
+    for row, _, _ in generated:
+        try:
+            if row.guidance in WARMUPS:
+                check_warmup(row.guidance, args.guidance_warmup, scheduler)
+        except UserError as e:  # the row equals the original
+            found.append(str(e))
     prompts = {job.prompt for _, jobs, _ in generated for job in jobs}
     if cut := sum(tokenize(model.tokenizer, sorted(prompts))[1]):
         found.append(f"{cut} prompts were cut to 77 tokens")
@@ -201,19 +205,6 @@ def esd_note(suite_name, row):
         f"{row['model']} was trained with s_s = {scale}. The paper used s_s = 3 (--erase-scale 3), "
         "so this row has no figure of the paper."
     )
-
-
-def warmup_notes(args, generated, model):
-    """Which guided rows equal the original, because their warm-up is not shorter than the run."""
-    scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
-    found = []
-    for row, _, _ in generated:
-        try:
-            if row.guidance in WARMUPS:
-                check_warmup(row.guidance, args.guidance_warmup, scheduler)
-        except UserError as e:
-            found.append(str(e))
-    return found
 
 
 # ---------------------------------------------------------------------------------------- table
@@ -238,16 +229,10 @@ def text_table(rows, columns, papers):
     return list(zip(*table))
 
 
-def no_break(text):
-    """The same text, which a browser does not break across lines."""
-    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("–", "–\N{WORD JOINER}")
-
-
 def markdown(rows, columns):
-    """One line per row."""
     head, *lines = text_table(rows, columns, papers=True)
-    lines = [[*line[:2], *map(no_break, line[2:])] for line in lines]
-    text = ""
+    text, whole = "", str.maketrans({" ": "\N{NO-BREAK SPACE}", "–": "–\N{WORD JOINER}"})
+    lines = [[*line[:2], *(part.translate(whole) for part in line[2:])] for line in lines]
     for line in [head, ["---"] * len(head), *lines]:
         text += "| " + " | ".join(part.replace("|", r"\|") for part in line) + " |\n"
     return text
@@ -318,17 +303,12 @@ def write_results(args, generated, settings, model, device):
         ) from e
     finally:
         page.page(args.out)
-    print_results(args.out, rows, columns, list(filter(None, [finding, *below])))
-
-
-def print_results(out, rows, columns, sentences):
-    """The deciding columns, the sentences about them, and where the rest is."""
     if any(figure(value) for row in rows for value in row["figures"].values()):
         print("% of the images, with 95 % intervals; ↓ less is better, ↑ more is better")
     print(terminal_table(rows, columns))
-    for text in sentences:
+    for text in filter(None, [finding, *below]):
         print(text)
     if len(columns) > DECIDING:
-        print(f"all {len(columns)} columns: {out / 'table.md'}")
-    if (out / "index.html").exists():
-        print(f"open this page in a browser: {out / 'index.html'}")
+        print(f"all {len(columns)} columns: {args.out / 'table.md'}")
+    if (args.out / "index.html").exists():
+        print(f"open this page in a browser: {args.out / 'index.html'}")

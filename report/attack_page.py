@@ -3,8 +3,9 @@
 evaluation/attacks.py writes results.json, which this file reads.
 """
 
-from report.blocks import SDD, made, read_image, read_json
+from report.blocks import SDD, made, read_image
 from report.charts import line_chart
+from support.runs import read_json
 from support.statistics import cell, counted, in_words
 
 ROW_SIDE = 1280  # pixels of a row of images, at most

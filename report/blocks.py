@@ -19,12 +19,9 @@ end, the share and the high end of an interval, in per cent. In a head it can be
 
 import base64
 import io
-import json
 from pathlib import Path
 
 import PIL.Image
-
-from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent  # the project's folder
 SDD = ("SDD", "2307.05977")  # the paper, and its number on arXiv
@@ -55,14 +52,6 @@ def path_from_project(path):
     """The path as a user types it in the project's folder."""
     path = Path(path).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
-
-
-def read_json(file):
-    """The content of a JSON file; {} if there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file} cannot be read ({e}).") from None
 
 
 def read_image(file, alt, side):

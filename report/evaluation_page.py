@@ -3,7 +3,8 @@
 evaluation/tables.py describes results.json, which this file reads.
 """
 
-from report.blocks import SDD, made, read_image, read_json
+from report.blocks import SDD, made, read_image
+from support.runs import read_json
 from support.statistics import cell, figure, is_original, judge, n_text, original_of
 
 SAMPLES = 6  # images of each part of a suite
@@ -44,7 +45,6 @@ def evaluation_page(folder):
 
 
 def erased(row):
-    """The concepts of a row in one text."""
     return ", ".join(row["erased"]) or "–"
 
 
@@ -101,7 +101,6 @@ def samples(folder, rows, names):
 
 
 def plots(folder):
-    """The plots, if the suite has some."""
     files = [folder / f"{name}.png" for name in PLOTS]
     return [
         {"sheet": read_image(file, f"plot: {file.stem}", PLOT_SIDE), "title": file.stem}

@@ -23,7 +23,7 @@ from report.evaluation_page import evaluation_page
 from report.previews import finished_previews, sheet_file
 from report.run_page import FIGURES, run_page
 from support.cli import Parser, run_command
-from support.errors import UserError
+from support.errors import UserError, warning
 from support.files import write_text
 from toy import worlds
 
@@ -64,10 +64,7 @@ def make(folder):
     write_text(folder / "index.html", html + "\n")
 
 
-@functools.cache
-def warn(text):
-    """Prints a warning once per process."""
-    print(f"warning: {text}", file=sys.stderr)
+warn = functools.cache(warning)  # once per process
 
 
 def page(folder):
@@ -80,7 +77,6 @@ def page(folder):
 
 # ---------------------------------------------------------------------------------- during a run
 def require_tensorboard():
-    """TensorBoard's class that writes events."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,7 +1,6 @@
 """What a training run shows of itself: gap and drift, previews, before and after, and the film."""
 
 import re
-import sys
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ import pipeline
 from guidance import cfg, sample
 from pipeline import encode_prompts, initial_noise, latent_shape, make_scheduler
 from presets import PREVIEW_PROMPTS
+from support.errors import warning
 from support.files import atomic_write
 from support.images import grid, save_png
 from support.nudity import censoring
@@ -29,7 +29,6 @@ FRAME_TIME, LAST_FRAME_TIME = 600, 2400  # milliseconds
 
 
 def preview_seeds(settings):
-    """The seeds of the preview images, one per prompt."""
     return range(SEED, SEED + len(settings["preview"]))
 
 
@@ -52,7 +51,6 @@ def preview_kinds(settings, world=None):
 
 
 def names_any(prompt, texts):
-    """Does the prompt contain one of the texts, as whole words?"""
     return any(
         re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.IGNORECASE) for text in texts
     )
@@ -149,11 +147,10 @@ class Previews:
         before = share_of_flat(self.before)
         if flat > before and not self.warned:
             self.warned = True
-            print(
-                f"warning: after {done} iterations {100 * flat:.0f} % of the preview images are "
+            warning(
+                f"after {done} iterations {100 * flat:.0f} % of the preview images are "
                 f"nearly one colour (the original's: {100 * before:.0f} %). This can be "
-                "overfitting: look at previews/, and use fewer --iters or a smaller --lr.",
-                file=sys.stderr,
+                "overfitting: look at previews/, and use fewer --iters or a smaller --lr."
             )
 
     def finish(self, output):

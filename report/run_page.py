@@ -7,15 +7,15 @@ from pathlib import Path
 
 import weights
 from presets import METHODS, preset_values
-from report.blocks import SDD, in_words, made, path_from_project, read_image, read_json
+from report.blocks import SDD, in_words, made, path_from_project, read_image
 from report.charts import line_chart, running_mean
 from report.previews import MODELS, finished_previews, image_file, thin_out
+from support.runs import read_json
 
 SIDE = 512  # pixels of an image before and after, at most
 FILM_SIDE = 256  # and of an image of the film
 FRAMES = 40  # of the film at most: 40 × 6 prompts × 2 JPEGs of 256 pixels a side are about 5 MB
 MEAN_FROM = 10  # iterations: shorter runs get no running mean
-ROWS = 20  # of the table of figures, in a run without previews
 CURVES = {
     "Loss": {"loss": "each iteration"},
     "Learning rate": {"lr": "learning rate"},
@@ -157,7 +157,7 @@ def read_log(file):
 
 
 def curves(rows):
-    """A chart for each of CURVES that has figures, and the figures as a table."""
+    """A chart for each of CURVES that has figures."""
     charts = []
     for title, columns in CURVES.items():
         series = {}
@@ -172,16 +172,10 @@ def curves(rows):
             charts.append(line_chart(title, series, faint=jumps))
     if not charts:
         return []
-    complete = [row for row in rows if "gap_student" in row]  # those of previews
-    shown = thin_out(complete, FRAMES) if complete else thin_out(rows, ROWS)
-    head = ["iteration", *FIGURES]
-    lines = [[f"{row[key]:.4g}" if key in row else "–" for key in head] for row in shown]
-    table = {"table": lines, "head": [key.replace("_", " ") for key in head], "style": "figures"}
-    source = {"text": "From log.csv, which has every iteration", "style": "soft"}
     return [
         {"charts": charts},
         {"text": GAP_AND_DRIFT, "style": "soft"},
-        {"details": [source, table | {"label": "Figures"}], "summary": "The figures as a table"},
+        {"text": "log.csv has the figures of every iteration.", "style": "soft"},
     ]
 
 
@@ -193,7 +187,6 @@ def differences(settings):
     if method.loss is None:
         return []
     expected = preset_values(settings, method)
-    expected |= {"train_params": method.train_params, "latents": method.latents}
     del expected["preview"]  # the prompts are above, with their images
     rows = [
         (key.replace("_", " "), f"{in_words(settings[key])} (preset: {in_words(value)})")

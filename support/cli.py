@@ -81,7 +81,6 @@ natural = partial(number, kind=int, low=0, high=10**13)  # attack.py multiplies 
 
 
 def not_empty(text):
-    """An argument with some text."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
     return text

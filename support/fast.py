@@ -18,7 +18,6 @@ from unet import ResnetBlock, Transformer
 
 
 def can_record(device):
-    """Whether `device` can record CUDA graphs."""
     return device.type == "cuda"
 
 

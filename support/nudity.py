@@ -59,7 +59,6 @@ def exposed(image, threshold):
 
 
 def is_nude(image):
-    """Does an image, uint8 (H, W, 3), show nudity?"""
     return bool(exposed(image, COUNTED))
 
 

@@ -36,13 +36,22 @@ def description(settings):
     }
 
 
+def read_json(file):
+    """The content of a JSON file; {} if there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"{file} cannot be read ({e}): restore the file, or use another folder."
+        ) from None
+
+
 def write_json(file, content):
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def add(file, **more):
-    """Adds keys to a JSON file."""
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | more)
+    write_json(file, read_json(file) | more)
 
 
 def begin_or_continue(file, settings):
@@ -69,7 +78,7 @@ def resumed(args, free, settle):
             "--resume needs --out FOLDER with a run in it (a run.json). Runs without --out are in "
             "runs/."
         )
-    settings = json.loads((out / "run.json").read_text(encoding="utf-8"))["args"]
+    settings = read_json(out / "run.json")["args"]
     for key in args.given & set(free):
         settings[key] = getattr(args, key)
     settings["show_uncensored"] = args.show_uncensored  # for the images that this command makes

@@ -80,7 +80,6 @@ def figure(value):
 
 # ---------------------------------------------------------------------------------------- as text
 def in_percent(figure):
-    """ "12.5 %"."""
     return f"{figure.percent:.1f} %"
 
 

@@ -34,7 +34,13 @@ from diffusers import (
 )
 from PIL import Image
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
 
 import clip_text
 import guidance
@@ -212,8 +218,21 @@ def pair(network, seed=0, gain=1.0, **sizes):
     return ours.eval(), theirs.eval()
 
 
+# ---------------------------------------------------------------------- planted mistakes
+def plant(monkeypatch, module, changes):
+    """Runs the source of one of our modules again, with changes = {right text: wrong text}."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    for right, wrong in changes.items():
+        assert right in source, f"{module.__name__}.py does not contain {right!r}"
+        source = source.replace(right, wrong)
+    names = {"__name__": module.__name__}
+    exec(source, names)
+    for name, value in names.items():
+        monkeypatch.setattr(module, name, value, raising=False)
+
+
 # ---------------------------------------------------------------------- comparisons: UNet
-def unet_error(name="8 heads, cross first", size=(15, 13), gain=1.0):
+def unet_error(gain=1.0, name="8 heads, cross first", size=(15, 13)):
     """Three latents, each with its own timestep and prompt.
 
     With odd sizes, upsampling must go to the size of the skip.
@@ -224,16 +243,6 @@ def unet_error(name="8 heads, cross first", size=(15, 13), gain=1.0):
     t = torch.tensor([999, 1, 500])
     context = randn(3, 7, sizes["cross_attention_dim"], seed=1)
     return relative(ours(z, t, context), theirs(z, t, context).sample)
-
-
-def shared_prompt_error():
-    """Ours gets one prompt for three latents. diffusers needs one row per latent."""
-    sizes = UNETS["8 heads, cross first"]
-    ours, theirs = pair("unet", **sizes)
-    z = randn(3, 4, 15, 13)
-    t = torch.tensor([999, 1, 500])
-    c = randn(1, 7, sizes["cross_attention_dim"], seed=1)
-    return relative(ours(z, t, c), theirs(z, t, c.repeat(3, 1, 1)).sample)
 
 
 UNET_PARTS = {
@@ -383,9 +392,7 @@ def same_eps(network):
 def their_scheduler(kind, steps):
     """diffusers' scheduler with SD 1.4's config."""
     theirs = PNDMScheduler(**SCHEDULER)
-    if (
-        kind == "ddim"
-    ):  # SD 1.4's config does not have `clip_sample`, and diffusers' default is True
+    if kind == "ddim":  # SD 1.4's config has no `clip_sample`, and diffusers' default is True
         theirs = DDIMScheduler.from_config(theirs.config, clip_sample=False)
     theirs.set_timesteps(steps)
     return theirs
@@ -413,6 +420,12 @@ def trajectory_error(kind, steps, s=7.5):
         e_0, e_p = theirs(torch.cat([z, z]), t, context).sample.chunk(2)
         z = sampler.step(e_0 + s * (e_p - e_0), t, z).prev_sample
     return relative(result, z)
+
+
+SCHEDULES = {  # of the learning rate: (optimizer, warmup, iterations) -> transformers' scheduler
+    "cosine": get_cosine_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(optimizer, warmup),
+}
 
 
 # ---------------------------------------------------------------------- a model folder

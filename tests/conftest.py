@@ -17,6 +17,14 @@ import torch  # noqa: E402
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
+SLOW = "resume attack eval commands readme report run convert kill bench".split()
+
+
+def pytest_collection_modifyitems(items):
+    """The slow files first, so that both workers have something to do until the end."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A tiny random model in diffusers' layout. Copy it before you change it."""

@@ -85,11 +85,7 @@ def rows(checkout):
     for title, text in TRAININGS.items():
         text = text.replace("LOSS", str(checkout / "losses.py"))
         yield title, ["train.py", *shlex.split(f"--model toy --seed 3 {OUTPUT} {text}")]
-    guidance = "--guidance"
-    if '"--guidance",' not in (checkout / "generate.py").read_text(encoding="utf-8"):
-        guidance = "--method"  # its name before 2026-12
     for title, text in IMAGES.items():
-        text = text.replace("--guidance ", f"{guidance} ")
         yield f"generate, {title}", ["generate.py", *shlex.split(f"{text} --seed 3")]
 
 

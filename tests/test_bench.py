@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from common import command
+from common import run
 
 import sdd
 from tools import bench
@@ -13,11 +13,11 @@ from tools import bench
 CPU = torch.device("cpu")
 
 
-def test_figures():
+def test_figures(capsys):
     """The toy model, one round of two loops: a line says what was measured, and how much it is."""
     names = "the authors' loop, fp32", "ours as shipped"
-    status, out, err = command(f"-m tools.bench --device cpu --rounds 1 --only {shlex.join(names)}")
-    assert status == 0, err
+    assert run(f"tools.bench --device cpu --rounds 1 --only {shlex.join(names)}") == 0
+    out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out and out.count("images/s; diffusers' pipeline") == 2
     assert out.count("random k in 1..6: ") == 2
     theirs, ours = re.findall(

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from common import ROOT, SD_WORDS, SHORT, command, pictures, run, write_model_folder
+from common import ROOT, SD_WORDS, SHORT, UNETS, command, pictures, run, write_model_folder
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
@@ -78,8 +78,7 @@ def test_long_prompts_are_cut_as_diffusers_cuts_them_and_that_is_said_once(capsy
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("train") / "star"
-    status, _, error = command(STAR, out)
-    assert status == 0, error
+    assert run(STAR, out) == 0
     return out
 
 
@@ -170,44 +169,27 @@ def test_ablating_trains_the_concepts_rows_only(tmp_path):
     assert not np.array_equal(before, after)
 
 
-@pytest.mark.parametrize(
-    "concepts, anchors, lines, expected",
-    [
-        (["star", "moon"], ["circle"], [], [(0, "circle", "star"), (1, "circle", "moon")]),
-        (
-            ["grumpy cat"],
-            ["cat"],
-            ["a cat on a mat", "the cat, sleeping"],
-            [
-                (0, "a cat on a mat", "a grumpy cat on a mat"),
-                (0, "the cat, sleeping", "the grumpy cat, sleeping"),
-            ],
-        ),
-        (
-            ["Van Gogh"],
-            [],
-            ["a lake", "a hill"],
-            [
-                (0, "a lake", "a lake, in the style of Van Gogh"),
-                (0, "a hill", "in Van Gogh's style, a hill"),
-            ],
-        ),
-        # Words that \b does not end
-        (["go"], ["c++"], ["c++ and c++11"], [(0, "c++ and c++11", "go and c++11")]),
-        # In turn, so that a few images show every concept's anchor
-        (
-            ["star", "moon"],
-            ["circle"],
-            ["a circle", "the circle"],
-            [
-                (0, "a circle", "a star"),
-                (1, "a circle", "a moon"),
-                (0, "the circle", "the star"),
-                (1, "the circle", "the moon"),
-            ],
-        ),
-    ],
-)
+# fmt: off
+PAIRS = [
+    # concepts          --anchor    prompts with the anchor   (concept, prompt, with the concept)
+    (["star", "moon"],  ["circle"], [], [(0, "circle", "star"), (1, "circle", "moon")]),
+    (["grumpy cat"],    ["cat"],    ["a cat on a mat", "the cat, sleeping"],
+     [(0, "a cat on a mat", "a grumpy cat on a mat"),
+      (0, "the cat, sleeping", "the grumpy cat, sleeping")]),
+    (["Van Gogh"],      [],         ["a lake", "a hill"],
+     [(0, "a lake", "a lake, in the style of Van Gogh"),
+      (0, "a hill", "in Van Gogh's style, a hill")]),
+    # Words that \b does not end
+    (["go"],            ["c++"],    ["c++ and c++11"], [(0, "c++ and c++11", "go and c++11")]),
+    # In turn, so that a few images show every concept's anchor
+    (["star", "moon"],  ["circle"], ["a circle", "the circle"],
+     [(0, "a circle", "a star"), (1, "a circle", "a moon"),
+      (0, "the circle", "the star"), (1, "the circle", "the moon")]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("concepts, anchors, lines, expected", PAIRS)
 def test_anchor_prompts(concepts, anchors, lines, expected):
     assert ablation.prompt_pairs(concepts, anchors, lines) == expected
 
@@ -217,24 +199,26 @@ def test_an_anchor_that_is_not_in_its_prompt():
         ablation.prompt_pairs(["wolf"], ["dog"], ["a cat"])
 
 
-def test_full_size_on_the_cpu(tmp_path, capsys):
-    """SD 1.4's sizes and file layout (random weights, 8x8 latents): a patch of 80 tensors."""
-    folder = write_model_folder(
-        tmp_path / "sd",
-        words=SD_WORDS,
-        block_out_channels=[320, 640, 1280, 1280],
-        layers_per_block=2,
-        attention_head_dim=8,
-        cross_attention_dim=768,
-        norm_num_groups=32,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    )
+SMALL = dict(block_out_channels=[32, 64, 128, 128])
+SD14 = dict(block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=768, norm_num_groups=32)
+
+
+@pytest.mark.parametrize(
+    "sizes, parameters, trained",
+    [
+        (SMALL, 8_505_444, 308_960),
+        pytest.param(SD14, 859_520_964, 43_962_560, marks=pytest.mark.long),
+    ],
+)
+def test_sd14s_blocks_on_the_cpu(sizes, parameters, trained, tmp_path, capsys):
+    """SD 1.4's blocks and file layout (random weights, 8x8 latents): a patch of 80 tensors."""
+    sizes = UNETS["8 heads, cross first"] | sizes
+    folder = write_model_folder(tmp_path / "sd", words=SD_WORDS, **sizes)
     line = f"train.py --concept nudity --model {folder} --device cpu --iters 1 --warmup 0 --steps 1"
     assert run(f"{line} --preview-every 0", tmp_path / "run") == 0
-    assert "686 tensors, 859,520,964 parameters" in capsys.readouterr().out
+    assert f"686 tensors, {parameters:,} parameters" in capsys.readouterr().out
     tensors, _ = weights.read(tmp_path / "run" / "erased.safetensors")
-    assert len(tensors) == 80 and sum(x.numel() for x in tensors.values()) == 43_962_560
+    assert len(tensors) == 80 and sum(x.numel() for x in tensors.values()) == trained
     assert not (tmp_path / "run" / "before_after.png").exists()
 
 

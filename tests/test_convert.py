@@ -400,9 +400,9 @@ def test_the_card_has_this_patchs_figures_and_no_others(patch, tmp_path):
     digest = hashlib.sha256(patch.read_bytes()).hexdigest()[:16]
     shown = dict(suite="toy", limit=12, scheduler="ddim", steps=4, guidance_scale=7.5, seed=0)
     for name, files in (("mine", {"x": digest}), ("other", {"x": "0" * 16})):
-        convert.write_json(folder / name / "results.json", {"args": shown | {"files": files}})
+        convert.write_json(folder / name / "eval.json", shown | {"files": files})
         (folder / name / "table.md").write_text(f"| the table {name} |")
-    (folder / "results.json").write_text("[")
+    convert.write_json(folder / "eval.json", shown | {"files": {"x": digest}})  # without a table
     words = f"--patch {folder / 'erased.safetensors'} --format diffusers"
     text = (converted(words, tmp_path / "o") / "README.md").read_text()
     assert "the table mine" in text and "suite toy, limit 12" in text and "No table of" not in text

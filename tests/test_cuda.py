@@ -208,24 +208,6 @@ def test_half_precision_follows_fp32(dtype, loss, norm, cosine, z, more, tmp_pat
     follows_fp32(f"{STAR} {CARD} {more}", tmp_path / "o", dtype, loss, norm, cosine, z)
 
 
-@no_card
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "--dtype fp32",
-        "--gradient-checkpointing",
-        f"--method ablate {ABLATE} --train-params embedding",
-    ],
-)
-def test_deterministic_runs_are_equal(words, tmp_path):
-    """Commands, as cuBLAS reads its setting once a process."""
-    for out in ("a", "b"):
-        status, _, error = command(f"{STAR} {CARD} --deterministic {words}", tmp_path / out)
-        assert status == 0, error
-    assert differences(tmp_path / "a", tmp_path / "b") == []
-
-
 STOPPED = """
 import sys
 sys.path.insert(0, "tests")
@@ -235,12 +217,18 @@ with common.stopped("SIGTERM", "ema.update", 4):
 """
 
 
-@no_card
-@pytest.mark.parametrize("words", ["", "--dtype fp32", "--dtype fp16"])
-def test_a_resumed_run_is_equal(words, tmp_path):
-    """SDD's own loss is a graph. It must read the weights that --resume restored.
+EMBEDDING = f"--method ablate {ABLATE} --train-params embedding"
 
-    In fp16 there is no graph, but the state of the GradScaler. Commands, as above.
+
+@no_card
+@pytest.mark.parametrize(
+    "words", ["", "--dtype fp32", "--dtype fp16", "--gradient-checkpointing", EMBEDDING]
+)
+def test_deterministic_runs_are_equal_also_after_a_stop(words, tmp_path):
+    """Commands, as cuBLAS reads its setting once a process.
+
+    SDD's own loss is a graph. It must read the weights that --resume restored. In fp16 there is no
+    graph, but the state of the GradScaler.
     """
     line = f"{STAR} {CARD} --deterministic {words}"
     status, _, error = command(line, tmp_path / "b")

@@ -23,14 +23,6 @@ def scenes():
     return [emoji.scene(rng) for _ in range(8000)]
 
 
-def test_the_world_is_large_enough():
-    assert len(emoji.THINGS) == len(set(emoji.THINGS)) >= 120
-    assert len(emoji.KINDS) >= 10 and len(emoji.ARTISTS) == 6 and len(emoji.BACKGROUNDS) == 4
-    words = [word for values in emoji.ATTRIBUTES.values() for word in values]
-    assert len(words) == len(set(words))  # a word belongs to one attribute
-    assert all(min(colour) >= 170 for colour in emoji.BACKGROUNDS.values())
-
-
 def test_rare_kinds_are_rare_and_occasions_imply_their_kind(scenes):
     plain = Counter(s.kind for s in scenes if not s.place)
     n = plain.total()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import randn, relative
+from common import plant, randn, relative
 from diffusers import DDIMScheduler
 from diffusers.pipelines.deprecated.semantic_stable_diffusion.pipeline_semantic_stable_diffusion import (  # noqa: E501
     SemanticStableDiffusionPipeline,
@@ -141,92 +141,42 @@ def test_sega(K, options):
 
 
 # ---------------------------------------------------------------------- mistakes
-# The two methods once more, with one switch per mistake. test_without_a_mistake checks that they
-# are right if no switch is used.
-def sld_wrong(sign=1, guided=True, momentum=True, printed=False, late_momentum=False):
-    """sign: the mask is inverted. guided: s multiplies γ, too. printed: eq. 8 of the SDD paper."""
-
-    def step(e_0, e_p, e_S, s, i, nu, *, delta, s_S, threshold, s_m, beta_m):
-        D = e_p - e_S
-        scale = s_S * D.abs()
-        if printed:
-            mu = torch.where(s_S * D >= threshold, 0.0, scale.clamp(min=1))
-        else:
-            mu = torch.where(sign * D >= sign * threshold, 0.0, scale.clamp(max=1))
-        gamma = mu * (e_S - e_0)
-        if momentum:
-            gamma = gamma + s_m * nu
-        if i >= delta or not late_momentum:
-            nu = beta_m * nu + (1 - beta_m) * gamma
-        if i < delta:
-            gamma = 0
-        if guided:
-            return e_0 + s * (e_p - e_0 - gamma), nu
-        return e_0 + s * (e_p - e_0) - gamma, nu
-
-    return step
-
-
-def sega_wrong(dims=3, guided=False, momentum=True, sign=-1, late_momentum=False):
-    """dims=3: the quantile is taken per image and channel. sign=1: towards the concept."""
-
-    def step(e_0, e_p, e_edits, s, i, nu):
-        g = sign * 5.0 * (e_edits - e_0)
-        limit = g.abs().flatten(dims).quantile(0.9, dim=-1)
-        limit = limit.reshape(*limit.shape, *[1] * (g.dim() - limit.dim()))
-        g = torch.where(g.abs() >= limit, g, 0.0)
-        gamma = g.sum(0)
-        if momentum:
-            gamma = gamma + 0.1 * nu
-        if i >= 10 or not late_momentum:
-            nu = 0.4 * nu + 0.6 * gamma
-        if i < 10:
-            gamma = 0.0
-        if guided:
-            return e_0 + s * (e_p - e_0 + gamma), nu
-        return e_0 + s * (e_p - e_0) + gamma, nu
-
-    return step
+MOMENTUM = "    nu = beta_m * nu + (1 - beta_m) * gamma  # also during the warm-up\n"
+# fmt: off
+MISTAKES = [
+    # (what is wrong, {text in guidance.py: the mistake}, the comparison that must see it)
+    ("SLD: the mask is inverted", {"D >= threshold": "D <= threshold"}, sld_error, "medium"),
+    ("SLD: s does not multiply γ",
+        {"s * (e_p - e_0 - gamma)": "s * (e_p - e_0) - gamma"}, sld_error, "medium"),
+    ("SLD: no momentum", {"mu * (e_S - e_0) + s_m * nu": "mu * (e_S - e_0)"}, sld_error, "medium"),
+    ("SLD: eq. 8 of the SDD paper, as printed",
+        {"D >= threshold": "s_S * D >= threshold", ".clamp(max=1)": ".clamp(min=1)"},
+        sld_error, "medium"),
+    ("SLD: no momentum during the warm-up",
+        {f"{MOMENTUM}    if i < delta:\n": f"    if i >= delta:\n    {MOMENTUM}    else:\n"},
+        sld_error, "medium"),
+    ("SEGA: one quantile for all channels",
+        {"flatten(3)": "flatten(2)", "dim=3": "dim=2", "[..., None": "[..., None, None"},
+        sega_error, 2),
+    ("SEGA: one quantile for all images",
+        {"flatten(3)": "flatten(1)", "dim=3": "dim=1", "[..., None": "[..., None, None, None"},
+        sega_error, 2),
+    ("SEGA: s multiplies γ", {"(e_p - e_0) + gamma": "(e_p - e_0 + gamma)"}, sega_error, 2),
+    ("SEGA: no momentum", {"g.sum(0) + s_m * nu": "g.sum(0)"}, sega_error, 2),
+    ("SEGA: towards the concept", {"g = -s_e": "g = s_e"}, sega_error, 2),
+    ("SEGA: no momentum during the warm-up",
+        {f"{MOMENTUM}    if i < warmup:\n": f"    if i >= warmup:\n    {MOMENTUM}    else:\n"},
+        sega_error, 2),
+]
+# fmt: on
 
 
-def test_without_a_mistake(monkeypatch):
-    monkeypatch.setattr(guidance, "sld_step", sld_wrong())
-    monkeypatch.setattr(guidance, "sega_step", sega_wrong())
-    assert sld_error("medium") <= TOLERANCE
-    assert sega_error(2) <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        dict(sign=-1),
-        dict(guided=False),
-        dict(momentum=False),
-        dict(printed=True),
-        dict(late_momentum=True),
-    ],
-    ids=str,
-)
-def test_mistake_in_sld_is_seen(mistake, monkeypatch):
-    monkeypatch.setattr(guidance, "sld_step", sld_wrong(**mistake))
-    assert sld_error("medium") > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        dict(dims=2),
-        dict(dims=1),
-        dict(guided=True),
-        dict(momentum=False),
-        dict(sign=1),
-        dict(late_momentum=True),
-    ],
-    ids=str,
-)
-def test_mistake_in_sega_is_seen(mistake, monkeypatch):
-    monkeypatch.setattr(guidance, "sega_step", sega_wrong(**mistake))
-    assert sega_error(2) > 100 * TOLERANCE
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[name for name, *_ in MISTAKES])
+def test_mistake_is_seen(mistake, monkeypatch):
+    """Without the mistake, test_sld and test_sega have seen the comparison pass."""
+    _, changes, error, case = mistake
+    plant(monkeypatch, guidance, changes)
+    assert error(case) > 100 * TOLERANCE
 
 
 def test_diffusers_weak_is_another_method(monkeypatch):
@@ -250,8 +200,9 @@ def toy():
     return weights.load("toy")
 
 
-@pytest.mark.parametrize("kind", ["pndm", "ddim"])
-@pytest.mark.parametrize("method", ["sld-medium", "sld-max", "sega"])
+@pytest.mark.parametrize(
+    "method, kind", [("sld-medium", "pndm"), ("sld-max", "ddim"), ("sega", "pndm")]
+)
 def test_images_equal_diffusers(toy, method, kind):
     """Up to 1 of 255 for 99.9 % of the values, and up to 3 for all.
 

@@ -60,7 +60,7 @@ def test_another_u_is_refused(change):
 @pytest.mark.parametrize("size", [(16, 8), (15, 13)])
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name, size, gain):
-    assert common.unet_error(name, size, gain) <= TOLERANCE
+    assert common.unet_error(gain, name, size) <= TOLERANCE
 
 
 @GAINS
@@ -75,7 +75,9 @@ def test_text_encoder(gain):
 
 
 def test_unet_expands_one_prompt_to_the_batch():
-    assert common.shared_prompt_error() <= TOLERANCE
+    ours, _ = pair("unet", **UNETS["2 heads, plain first"])
+    z, c = randn(3, 4, 15, 13), randn(1, 7, 40, seed=1)
+    assert torch.equal(ours(z, 500, c), ours(z, 500, c.repeat(3, 1, 1)))
 
 
 def test_unet_refuses_a_wrong_number_of_prompts():

@@ -20,10 +20,10 @@ README = TEXTS["README.md"]
 BLOCK = re.compile(r"^```.*?^```", re.M | re.S)
 CODE = re.compile(r"^```.*?^```|`[^`]+`|<!--.*?-->", re.M | re.S)
 SHORT = {  # flags that make a command short
-    "train.py": "--iters 2 --warmup 1 --steps 2 --preview-every 2 --preview-steps 2",
-    "generate.py": "--steps 2",
-    "eval.py": "--limit 3 --steps 2",
-    "attack.py": "--at 0 1 --samples 2 --num-images 4 --steps 2",
+    "train.py": "--iters 2 --warmup 1 --steps 1 --preview-every 2 --preview-steps 1",
+    "generate.py": "--steps 1",
+    "eval.py": "--limit 1 --steps 1",
+    "attack.py": "--at 0 1 --samples 2 --num-images 2 --steps 1",
     "-m tools.convert": "",
     "-m report.page": "",
     "minimal.py": "",
@@ -60,7 +60,7 @@ def call(script, words):
         with torch.enable_grad():
             if script == "minimal.py":
                 text = (ROOT / script).read_text(encoding="utf-8")
-                exec(re.sub(r"(?m)^ITERS = \d+$", "ITERS = 4", text), {"__name__": "__main__"})
+                exec(text.replace("ITERS = 160", "ITERS = 2").replace("steps=12", "steps=2"), {})
             elif script.startswith("-m "):
                 runpy.run_module(script[3:], run_name="__main__", alter_sys=True)
             else:
@@ -85,7 +85,7 @@ def shortened(script, words, model):
         flags = "--iters 2 --warmup 0 --steps 1 --batch-size 2"
         return [*words, "--limit", "1", "--train-flags", flags]
     closed_form = "uce" in words  # it has no loop, and rejects the flags of one
-    words += ["--preview-steps", "2"] if closed_form else SHORT[script].split()
+    words += ["--preview-steps", "1"] if closed_form else SHORT[script].split()
     if not {"toy", "--model", "--patch"} & set(words):  # a patch names its model
         words += ["--model", str(model)]
     if script != "-m tools.convert" and "--device" not in words:
@@ -127,7 +127,7 @@ def run_all(lines, folder, model):
     with pytest.MonkeyPatch.context() as patch:
         # eval.py --loss starts commands of its own, two at a time. Here they run in this process,
         # one after the other, and attacks are short.
-        short = "--samples 2 --num-images 4 --steps 2".split()
+        short = "--samples 2 --num-images 2 --steps 1".split()
         patch.setattr(own_row, "AT", {"word": (0, 1)})
 
         async def command(script, *words):
@@ -159,7 +159,8 @@ def test_every_snippet_runs(results, folder, monkeypatch):
     """In the folder where the commands have run."""
     monkeypatch.chdir(folder)
     for block in code_blocks("python"):
-        exec(block, {})
+        block = block.replace("seeds=[0, 1]", "seeds=[0, 1], steps=1")
+        exec(block.replace('"a party")', '"a party", num_inference_steps=1)'), {})
     for file in re.findall(r'save\("([^"]+)"\)', README):
         assert (folder / file).exists()
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -306,7 +305,7 @@ def test_settings_are_folded_and_compared_with_the_preset(tmp_path):
     page = made(write_run(tmp_path / "run"))
     assert "Differs from the preset toy: iters 6 (preset: 160) preview every 2" in page.text
     assert "lr: 0.0006" not in page.text and "lr 0.0006" in page.text
-    assert page.source.count("<details>") == 3
+    assert page.source.count("<details>") == 2
     same = made(write_run(tmp_path / "same", iters=160, preview_every=40))
     assert "Every setting has the value of the preset toy for sdd." in same.text
     closed = made(write_run(tmp_path / "uce", "--method uce", iters=1))  # most have no effect there
@@ -388,7 +387,7 @@ def test_different_concepts_are_compared_with_their_own_original(tmp_path):
     ]
     page = made(write_evaluation(tmp_path / "eval", rows=rows))
     assert len(page.all("td", class_="better")) == 1
-    assert "sdd-2 (red)" in page.text and page.text.count("original (star)") >= 2
+    assert "sdd-2 (red)" in page.text and "original (star)" in page.text
 
 
 # ------------------------------------------------------------------------------------------ charts
@@ -520,24 +519,16 @@ def test_training_writes_pages_and_survives_their_errors(tmp_path, monkeypatch, 
     (after,) = last.all("img", alt="star, after")
     # Another batch size, another rounding.
     assert np.abs(generated - pixels(after["src"])).max() <= 1
-    run_snippet(snippet, tmp_path)
+    monkeypatch.chdir(ROOT)  # the page's Python runs in the project's folder
+    image = tmp_path / "erased.png"  # only its image goes elsewhere
+    snippet = snippet.replace('save("erased.png")', f"save({str(image)!r})")
+    exec(snippet.replace("pipeline('star')", "pipeline('star', num_inference_steps=2)"), {})
+    assert Image.open(image).size == (64, 64)
 
     monkeypatch.setattr(page, "make", lambda folder: 1 / 0)
-    assert run(line, tmp_path / "b") == 0
+    assert run(f"{line} --iters 3", tmp_path / "b") == 0
     assert capsys.readouterr().err.count("warning: no page was written: ZeroDivisionError") == 1
     assert (tmp_path / "b" / "erased.safetensors").exists()
-
-
-def run_snippet(snippet, tmp_path):
-    """The page's Python runs in the project's folder; only its image goes elsewhere."""
-    image = tmp_path / "erased.png"
-    snippet = snippet.replace('save("erased.png")', f"save({str(image)!r})")
-    snippet = re.sub(r"pipeline\('star'\)", "pipeline('star', num_inference_steps=2)", snippet)
-    status, _, errors = command(
-        f"-c {shlex.quote(snippet)}", env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
-    assert status == 0, errors
-    assert Image.open(image).size == (64, 64)
 
 
 def test_paths_are_those_of_the_projects_folder(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Stop and resume: the result has the bits of a command that was never stopped.
 
-ONE table: a training, how it stops, before which call of which function, and what the user reads.
+ONE table: a command, how it stops, before which call of which function, and what the user reads.
 Then the same folder continues, and is compared with the folder of a whole run, file by file.
 Kills (kill -9) come at random moments, in test_kill.py.
 """
@@ -8,6 +8,7 @@ Kills (kill -9) come at random moments, in test_kill.py.
 import pytest
 from common import SHORT, differences, run, stopped
 
+import attack
 import pipeline
 import presets
 import train
@@ -17,31 +18,37 @@ from support import runs
 SDD = f"{SHORT} --steps 1 --batch-size 1 --preview-steps 1 --concept star"
 QUIET = f"{SDD} --preview-every 0"
 ABLATE = f"{QUIET} --method ablate --anchor circle"
+ATTACK = "attack.py --model toy --concept star --device cpu --patch none"
+FEW = "--samples 2 --steps 2 --batch-size 2"
 COMMANDS = {
     "previews": f"{SDD} --preview star --export-every 3",
     "sdd": QUIET,
     "fp16": f"{QUIET} --dtype fp16 --warmup 0",  # with the state of the GradScaler
-    "adversary": f"{QUIET} --adversary 2 --preserve 0.3 --keep circle 'a red square'",
+    "adversary": f"{QUIET} --adversary 1 --preserve 0.3 --keep circle 'a red square'",
     "images": f"{ABLATE} --anchor-images 6 --prior 1",
     "embedding": f"{ABLATE} --anchor-images 3 --train-params embedding",
     "esd-x": f"{QUIET} --method esd-x --save-every 0",
     "rece": "train.py --model toy --concept star --method rece --anchor circle --preview-every 0 "
     "--iters 3 --save-every 1",
+    "word": f"{ATTACK} --kind word {FEW} --num-images 3 --at 0 2 4",
+    "tokens": f"{ATTACK} --kind tokens {FEW} --num-images 3 --at 0 2 4",
+    "relearn": f"{ATTACK} --kind relearn {FEW} --num-images 3 --at 0 2 4",
+    "noise": f"{ATTACK} --kind noise {FEW}",
 }
 SAVED = "of 6 iterations are saved. To continue: python train.py --resume --out"
 KEPT = "--gradient-checkpointing --preview-every 0, or a device with more free memory"
 STEP = "torch.Tensor.addcdiv_"  # once for each of the 55 tensors, after its moments have changed
 # fmt: off
 ROWS = [
-    # training    how it stops   before this call                       what the user reads
-    ("previews",  "Ctrl-C",      "weights.load", 1,                     "nothing has been written"),
+    # command     how it stops   before this call                       what the user reads
+    ("sdd",       "Ctrl-C",      "weights.load", 1,                     "nothing has been written"),
     ("previews",  "SIGTERM",     "report.previews.save_png", 2,         "files that are written"),
     ("previews",  "Ctrl-C",      "report.previews.Previews.save", 2,    f"3 {SAVED}"),
     ("previews",  "Ctrl-C",      "report.previews.Previews.finish", 1,  "files that are written"),
     ("previews",  "full memory", "report.previews.Previews.measure", 1, KEPT),
     ("previews",  "full memory", "report.previews.Previews.finish", 1,  KEPT),
     ("previews",  "full disk",   "os.replace", 9,                       "No space left on device"),
-    ("previews",  "full disk",   "csv.DictWriter.writerow", 4,          "No space left on device"),
+    ("sdd",       "full disk",   "csv.DictWriter.writerow", 4,          "No space left on device"),
     ("sdd",       "SIGTERM",     "ema.update", 1,                       f"1 {SAVED}"),
     ("sdd",       "full memory", STEP, 3,                               "a smaller --batch-size"),
     ("sdd",       "full memory", STEP, 3 * 55 + 3,                      KEPT),
@@ -55,13 +62,17 @@ ROWS = [
     ("esd-x",     "Ctrl-C",      "ema.update", 2,                       f"2 {SAVED}"),
     ("esd-x",     "full memory", "ema.update", 5,                       "a smaller --batch-size"),
     ("rece",      "full memory", "closed_form.edit", 3,                 KEPT),
+    ("word",      "Ctrl-C",      "attack.Attack.train_step", 4,         "files that are written"),
+    ("tokens",    "SIGTERM",     "attack.Attack.train_step", 4,         "files that are written"),
+    ("relearn",   "Ctrl-C",      "attack.Attack.train_step", 4,         "files that are written"),
+    ("noise",     "SIGTERM",     "attack.Attack.measure", 4,            "files that are written"),
 ]
 # fmt: on
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A function: the folder of a training that was not stopped, made once."""
+    """A function: the folder of a command that was not stopped, made once."""
     folder = tmp_path_factory.mktemp("whole")
 
     def made(name):
@@ -77,6 +88,8 @@ def test_a_stopped_run_continues_to_the_same_bits(
     name, how, where, number, said, whole, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(pipeline, "SAVED", 4)  # images of the anchor are saved in two parts
+    monkeypatch.setattr(attack, "ETAS", (1.0,))
+    monkeypatch.setattr(attack, "SCALES", (1.0, 1.04))
     out = tmp_path / "o"
     with stopped(how, where, number):
         assert run(COMMANDS[name], out) == (130 if how in ("Ctrl-C", "SIGTERM") else 2)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from common import TOLERANCE, randn, relative
 
-import clip_text
 import guidance
 import pipeline
 import scheduler
@@ -24,22 +23,6 @@ SAMPLERS = pytest.mark.parametrize("kind", ["ddim", "pndm"])
 def test_trajectory(kind, steps):
     """50 steps with guidance 7.5 could amplify roundings. We measured 0 for both samplers."""
     assert common.trajectory_error(kind, steps) <= TOLERANCE
-
-
-@SAMPLERS
-def test_999_steps_without_a_network(kind):
-    """The sampler's arithmetic alone: the estimate is a fixed linear function of z."""
-
-    def estimate(z, t, i):
-        return 0.1 * z.flip(1) + t / 5000
-
-    z_T = randn(2, 4, 3, 3)
-    ours = guidance.sample(estimate, scheduler.SAMPLERS[kind](999), z_T)
-    z = z_T
-    theirs = common.their_scheduler(kind, 999)
-    for t in theirs.timesteps:
-        z = theirs.step(estimate(z, t, None), t, z).prev_sample
-    assert relative(ours, z) <= TOLERANCE  # a thousand roundings: we measured 1e-7
 
 
 @SAMPLERS
@@ -177,35 +160,7 @@ def test_negative_prompt():
     assert relative(e, e_n + 7.5 * (e_p - e_n)) <= TOLERANCE
 
 
-# ---------------------------------------------------------------------- the whole pipeline
-@pytest.mark.parametrize("kind, negative", [("ddim", ""), ("pndm", "a blue moon")])
-def test_images_of_the_whole_pipeline(model_folder, kind, negative):
-    """From prompt to image, against StableDiffusionPipeline with the same folder and z_T."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
-    if kind == "ddim":
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    pipe.set_progress_bar_config(disable=True)
-    prompts, z_T = ["a red star on snow", "a view of arcadia"], randn(2, 4, 8, 8)
-    expected = pipe(
-        prompts,
-        negative_prompt=[negative] * 2,
-        latents=z_T,
-        num_inference_steps=10,
-        guidance_scale=7.5,
-        output_type="pt",
-    ).images
-
-    model = weights.load(model_folder)
-    c_p = model.text_encoder(clip_text.tokenize(model.tokenizer, prompts)[0])
-    c_0 = model.text_encoder(clip_text.tokenize(model.tokenizer, [negative])[0])
-    estimate = guidance.cfg(model.unet, c_0, c_p, 7.5)
-    z = guidance.sample(estimate, scheduler.SAMPLERS[kind](10), z_T)
-    images = (model.vae.decode(z) / 2 + 0.5).clamp(0, 1)
-    assert relative(images, expected) <= TOLERANCE
-
-
+# ---------------------------------------------------------------------- images, latents, patches
 @pytest.fixture(scope="module")
 def toy():
     return weights.load("toy")
@@ -240,10 +195,7 @@ def test_images_of_texts_and_of_embeddings_are_the_same(toy):
         (["a star"], dict(seeds=[1, 2]), "1 prompts and 2 seeds: use one seed per prompt"),
         (["a star"], dict(size=22), "22 x 22 pixels: use multiples of 4"),
         (["a star"], dict(size=(16, 30)), "16 x 30 pixels"),
-        (["a satr"], {}, "does not know the word 'satr'. Did you mean 'star'?"),
         (["a star"], dict(negative="satr"), "does not know the word 'satr'"),
-        (["a star"], dict(guidance="neg"), "needs --avoid"),
-        (["a star"], dict(avoid=["red"]), "--avoid needs a method"),
         (["a star"], dict(steps=1000), "1000 sampling steps do not fit"),
     ],
 )

@@ -3,40 +3,38 @@
 `compare` is that loop, written out. It runs next to `sdd.sdd`, from equal weights, and asserts
 after each step that the two agree: on the random draws, z_t, the loss, every gradient, the updated
 weights and the average. CASES are the trainings. MISTAKES are mistakes that are easy to make in
-such a loop. Each must make a comparison fail.
+such a loop; `plant` changes the source of our code. Each must make a comparison fail.
 """
 
 import copy
 import functools
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from common import (
+    SCHEDULES,
     TEXT,
     UNETS,
     padded_tokens,
     pair,
+    plant,
     randn,
     randomise,
     relative,
     their_scheduler,
     unet_twin,
 )
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 import ablation
+import adversaries
 import ema
-import guidance
 import losses
 import presets
 import sdd
 import weights
-from adversaries import Adversary
 from clip_text import TOKEN_EMBEDDING
 from scheduler import DDIM
 from unet import UNet
@@ -58,7 +56,7 @@ class Case(NamedTuple):
 
     B: int = 2
     K: int = 3
-    loss: Callable = losses.sdd_loss
+    loss: str = "sdd_loss"  # a function of losses.py
     latents: str = "teacher"  # who samples z_t; "anchor": noised images of the anchor
     trained: str = "xattn"  # a key of presets.TRAIN_PARAMS
     roles: str = "paper"
@@ -81,12 +79,12 @@ CASES = {
     "official": Case(B=1, roles="official", schedule="constant"),
     "scaled gradients": Case(clip=0.0, scale=1024.0),
     "adversary": Case(B=3, roles="each", adversary=FOUND, preserve=0.5, kept=KEPT),
-    "esd-x": Case(loss=losses.esd_loss, latents="student"),
-    "esd-u": Case(B=1, loss=losses.esd_loss, latents="original", trained="noxattn", preserve=0.5),
-    "ablate": ABLATE._replace(loss=losses.ablation_loss, trained="full", prior=0.7, preserve=0.5),
-    "ablate-noise": ABLATE._replace(loss=losses.noise_ablation_loss, trained="kv", clip=1.0),
-    "all-but-one": Case(loss=losses.all_but_one_loss, preserve=1.0),
-    "quantile": Case(K=1, loss=losses.all_but_one_loss, quantile=0.8, roles="official"),
+    "esd-x": Case(loss="esd_loss", latents="student"),
+    "esd-u": Case(B=1, loss="esd_loss", latents="original", trained="noxattn", preserve=0.5),
+    "ablate": ABLATE._replace(loss="ablation_loss", trained="full", prior=0.7, preserve=0.5),
+    "ablate-noise": ABLATE._replace(loss="noise_ablation_loss", trained="kv", clip=1.0),
+    "all-but-one": Case(loss="all_but_one_loss", preserve=1.0),
+    "quantile": Case(K=1, loss="all_but_one_loss", quantile=0.8, roles="official"),
 }
 
 
@@ -142,16 +140,6 @@ def close(what, a, b, tolerance):
 
 
 # ---------------------------------------------------------------------- sdd.sdd
-class FoundWords(Adversary):
-    """Finds the same words each time. test_adversary.py has the real one."""
-
-    def __init__(self, found):
-        self.found = found
-
-    def __call__(self, z_t, **_):
-        return self.found[: len(z_t)]
-
-
 class Ours:
     """`iterations` is sdd.sdd with a case. z_t and grads are those of its last iteration."""
 
@@ -187,12 +175,15 @@ class Ours:
 
     def loss(self, **batch):
         self.z_t, case = batch["z_t"], self.case
-        return case.loss(**batch, erase_scale=case.erase_scale, quantile=case.quantile)
+        loss = getattr(losses, case.loss)
+        return loss(**batch, erase_scale=case.erase_scale, quantile=case.quantile)
 
     def terms(self):
         case, terms = self.case, []
-        if case.adversary is not None:
-            terms.append(FoundWords(case.adversary).term(self.loss))
+        if case.adversary is not None:  # it finds the same words each time: see test_adversary.py
+            terms.append(
+                adversaries.Adversary.term(lambda z_t, **_: case.adversary[: len(z_t)], self.loss)
+            )
         if case.preserve:
             terms.append(losses.preservation_term(case.preserve, case.kept, self.generator))
         if case.prior:
@@ -224,7 +215,7 @@ def compare(case, ours=None):
     original.load_state_dict(ours.original.state_dict())
     theta, theta_ema = trained(student, case.trained), trained(teacher, case.trained)
     optimizer = torch.optim.AdamW(theta.values(), lr=case.lr, weight_decay=0.01)
-    schedule = make_schedule(case.schedule, optimizer, WARMUP, ITERS)
+    schedule = SCHEDULES[case.schedule](optimizer, WARMUP, ITERS)
     ddim = their_scheduler("ddim", T)
     generator = torch.Generator().manual_seed(7)
     c_0, concepts, joined = embeddings(case.K)
@@ -305,12 +296,6 @@ def compare(case, ours=None):
     return iterations
 
 
-def make_schedule(schedule, optimizer, warmup, iters):
-    if schedule == "cosine":
-        return get_cosine_schedule_with_warmup(optimizer, warmup, iters)
-    return get_constant_schedule_with_warmup(optimizer, warmup)
-
-
 def draw(case, i, ddim, generator):
     """k, the timestep of the loss, and the index of the concept."""
     if case.roles == "official":
@@ -341,13 +326,13 @@ def draw_kept(c_0, generator):
 
 def difference(case, e, o, c_s, c_0, c_a, n):
     """What a method squares, as its paper writes it. e: the student; o: the original."""
-    if case.loss is losses.sdd_loss:
+    if case.loss == "sdd_loss":
         return e(c_s) - e(c_0).detach()
-    if case.loss is losses.esd_loss:
+    if case.loss == "esd_loss":
         return e(c_s) - (o(c_0) - case.erase_scale * (o(c_s) - o(c_0)))
-    if case.loss is losses.ablation_loss:
+    if case.loss == "ablation_loss":
         return e(c_s) - e(c_a).detach()
-    if case.loss is losses.noise_ablation_loss:
+    if case.loss == "noise_ablation_loss":
         return e(c_s) - n
     if case.quantile:
         return (e(c_s) - e(c_0)) - signal(case, o(c_s) - o(c_0))
@@ -372,167 +357,95 @@ def test_iterations_against_a_plain_loop(name):
 
 
 # ---------------------------------------------------------------------- planted mistakes
-def too_noisy(roles, scheduler, *rest, right=sdd.random_timestep):
-    """Pseudo-code A.1: the loss is evaluated one timestep too early."""
-    k, _, j = right(roles, scheduler, *rest)
-    return k, scheduler.timesteps[k - 1], j
+K = "k = int(torch.randint(1, T + 1, (), generator=generator))"
+J = "j = int(torch.randint(K, (), generator=generator))"
+NO_GRAD, WITH_GRAD = "with torch.no_grad():", "with torch.enable_grad():"
+E_0, E_S = "e_0 = e_original(z_t, t, c_0)", "e_s = e_original(z_t, t, c_s)"
 
 
-def k_from_0(roles, scheduler, *rest, right=sdd.random_timestep):
-    k, _, j = right(roles, scheduler, *rest)
-    return k - 1, scheduler.timesteps[k - 1], j
+def lines(target, estimate):
+    """The last lines of SDD's and Ablating's losses."""
+    estimate = f"return mean_squared_error(e(z_t, t, {estimate}), target)"
+    return f"target = e(z_t, t, {target})\n    {estimate}"
 
 
-def concept_first(roles, scheduler, K, i, generator):
-    j = int(torch.randint(K, (), generator=generator))
-    k = int(torch.randint(1, T + 1, (), generator=generator))
-    return k, scheduler.timesteps[k], j
-
-
-def from_e_p(unet, c_0, c_p, s):
-    def estimate(z, t, i):
-        e_0, e_p = guidance.evaluate(unet, z, t, c_0, c_p)
-        return e_p + s * (e_p - e_0)
-
-    return estimate
-
-
-def swapped_prompts(roles, concept, joined):
-    return joined, concept
-
-
-def late(i, *rest, right=sdd.lr_factor):
-    return right(max(i - 1, 0), *rest)
-
-
-def early(i, *rest, right=sdd.lr_factor):
-    return right(i + 1, *rest)
-
-
-def measure_only(theta, limit):
-    return torch.cat([p.grad.flatten() for p in theta]).norm()
-
-
-def scaled_again(self, optimizer, right=torch.amp.GradScaler.unscale_):
-    right(self, optimizer)
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad.mul_(self.get_scale())
-
-
-def average_swapped(theta_ema, theta, m, right=ema.update):
-    right(theta_ema, theta, 1 - m)
-
-
-def nothing(*_):
-    pass
-
-
-def original_target(e, e_original, z_t, t, c_s, c_0, **_):
-    return F.mse_loss(e(z_t, t, c_s), e_original(z_t, t, c_0).detach())
-
-
-def own_target(e, z_t, t, c_s, **_):
-    return F.mse_loss(e(z_t, t, c_s), e(z_t, t, c_s).detach())
-
-
-def estimate_as_target(e, z_t, t, c_s, c_0, **_):
-    return F.mse_loss(e(z_t, t, c_0), e(z_t, t, c_s).detach())
-
-
-def moving_target(e, z_t, t, c_s, c_0, **_):
-    return F.mse_loss(e(z_t, t, c_s), e(z_t, t, c_0))
-
-
-def summed(e, z_t, t, c_s, c_0, **_):
-    return F.mse_loss(e(z_t, t, c_s), e(z_t, t, c_0).detach(), reduction="sum")
-
-
-def esd_with_the_student(e, e_original, **batch):
-    return losses.esd_loss(e=e, e_original=e, **batch)
-
-
-def ablate_the_anchor(c_s, c_a, **batch):
-    return losses.ablation_loss(c_s=c_a, c_a=c_s, **batch)
-
-
-def ablate_to_empty(c_a, c_0, **batch):
-    return losses.ablation_loss(c_a=c_0, **batch)
-
-
-def all_but_one_still(e, c_0, **batch):
-    """No gradient through ε_θ(z_t, t, c_0)."""
-
-    def still(z, t, c):
-        return e(z, t, c).detach() if c is c_0 else e(z, t, c)
-
-    return losses.all_but_one_loss(e=still, c_0=c_0, **batch)
-
-
-# The case, the comparison that must fail, and the mistake: a name with a dot is replaced in our
-# code, the others in our case.
+# What is wrong; the case; the comparison that must fail; and the mistake. It is our module with
+# {text in its source: the mistake}, or other settings for our side of the case.
 # fmt: off
-MISTAKES = {
-    "loss one timestep too noisy":      ("sdd", "loss", {"sdd.random_timestep": too_noisy}),
-    "k in 0..T-1":                      ("sdd", "another draw", {"sdd.random_timestep": k_from_0}),
-    "concept drawn before k":           ("sdd", "another draw",
-                                         {"sdd.random_timestep": concept_first}),
-    "guidance from e_p":                ("sdd", "z_t", {"sdd.cfg": from_e_p}),
-    "c_p and c_s swapped":              ("sdd", "z_t", {"sdd.choose_prompts": swapped_prompts}),
-    "roles of another choice":          ("sdd", "loss", {"roles": "each"}),
-    "the student samples z_t":          ("sdd", "z_t", {"latents": "student"}),
-    "the original samples z_t":         ("sdd", "z_t", {"latents": "original"}),
-    "target from the original":         ("sdd", "loss", {"loss": original_target}),
-    "target from c_s":                  ("sdd", "loss", {"loss": own_target}),
-    "target and estimate swapped":      ("sdd", "grad_norm", {"loss": estimate_as_target}),
-    "gradient through the target":      ("sdd", "grad_norm", {"loss": moving_target}),
-    "sum for mean":                     ("sdd", "loss", {"loss": summed}),
-    "preservation":                     ("sdd", "loss", {"preserve": 0.01}),
-    "lr one iteration late":            ("sdd", "lr", {"sdd.lr_factor": late}),
-    "lr one iteration early":           ("sdd", "lr", {"sdd.lr_factor": early}),
-    "clipped after the step":           ("sdd", "gradient of",
-                                         {"torch.nn.utils.clip_grad_norm_": measure_only}),
-    "gradients never unscaled":         ("scaled gradients", "grad_norm",
-                                         {"torch.amp.GradScaler.unscale_": scaled_again}),
-    "gradients not cleared":            ("sdd", "grad_norm",
-                                         {"torch.optim.AdamW.zero_grad": nothing}),
-    "teacher never moves":              ("sdd", "the teacher's step", {"ema.update": nothing}),
-    "EMA weights swapped":              ("sdd", "the teacher's step",
-                                         {"ema.update": average_swapped}),
-    "the adversary's words are forgotten": ("adversary", "loss", {"adversary": None}),
-    "the concept for the adversary's words":
-                                        ("adversary", "loss",
-                                         {"adversaries.Adversary.term": lambda self, loss: loss}),
-    "only the empty prompt is kept":    ("adversary", "loss", {"kept": None}),
-    "other prompts are kept":           ("adversary", "loss", {"kept": -KEPT}),
-    "ESD: scale counted from 1":        ("esd-x", "loss", {"erase_scale": 0.5}),
-    "ESD: towards the concept":         ("esd-x", "loss", {"erase_scale": -1.5}),
-    "ESD: the student's own estimates": ("esd-x", "loss", {"loss": esd_with_the_student}),
-    "ESD: the teacher samples z_t":     ("esd-x", "z_t", {"latents": "teacher"}),
-    "Ablating: prompts swapped":        ("ablate", "grad_norm", {"loss": ablate_the_anchor}),
-    "Ablating: the empty prompt for the anchor":
-                                        ("ablate", "loss", {"loss": ablate_to_empty}),
-    "Ablating: no prior":               ("ablate", "loss", {"prior": 0.0}),
-    "All-but-One: no second term":      ("all-but-one", "loss", {"preserve": 0.0}),
-    "All-but-One: SDD's first term":    ("all-but-one", "loss", {"loss": losses.sdd_loss}),
-    "All-but-One: target kept still":   ("all-but-one", "grad_norm", {"loss": all_but_one_still}),
-    "All-but-One: another quantile":    ("quantile", "loss", {"quantile": 0.7}),
-    "All-but-One: signal towards":      ("quantile", "loss", {"erase_scale": -1.5}),
-}
+MISTAKES = [
+    ("the loss is one timestep too noisy, as in pseudo-code A.1", "sdd", "loss",
+        sdd, {"return k, scheduler.timesteps[k], j": "return k, scheduler.timesteps[k - 1], j"}),
+    ("k in 0..T-1", "sdd", "another draw", sdd, {K: K.replace("1, T + 1", "0, T")}),
+    ("concept drawn before k", "sdd", "another draw", sdd, {f"{K}\n    {J}": f"{J}\n    {K}"}),
+    ("guidance from e_p", "sdd", "z_t",
+        sdd, {"cfg(teacher, c_0, c_p, s_g)": "cfg(teacher, c_p, c_0, -s_g)"}),
+    ("c_p and c_s swapped", "sdd", "z_t",
+        sdd, {"return concept, joined": "return joined, concept"}),
+    ("roles of another choice", "sdd", "loss", Case, {"roles": "each"}),
+    ("the student samples z_t", "sdd", "z_t", sdd, {"cfg(teacher, ": "cfg(student, "}),
+    ("the original samples z_t", "sdd", "z_t", sdd, {"cfg(teacher, ": "cfg(original, "}),
+    ("target from the original", "sdd", "loss",
+        losses, {"target = e(z_t, t, c_0)": "target = _['e_original'](z_t, t, c_0)"}),
+    ("target from c_s", "sdd", "loss", losses, {lines("c_0", "c_s"): lines("c_s", "c_s")}),
+    ("target and estimate swapped", "sdd", "grad_norm",
+        losses, {lines("c_0", "c_s"): lines("c_s", "c_0")}),
+    ("gradient through the target", "sdd", "grad_norm",
+        losses, {f"{NO_GRAD}\n        target = e(z_t, t, c_0)":
+                 f"{WITH_GRAD}\n        target = e(z_t, t, c_0)"}),
+    ("sum for mean", "sdd", "loss", losses, {"b.float())": "b.float(), reduction='sum')"}),
+    ("preservation", "sdd", "loss", Case, {"preserve": 0.01}),
+    ("lr one iteration late", "sdd", "lr", sdd, {"* lr_factor(i,": "* lr_factor(max(i - 1, 0),"}),
+    ("lr one iteration early", "sdd", "lr", sdd, {"* lr_factor(i,": "* lr_factor(i + 1,"}),
+    ("not clipped", "sdd", "gradient of", sdd, {"max_grad_norm or math.inf": "math.inf"}),
+    ("gradients never unscaled", "scaled gradients", "grad_norm",
+        sdd, {"scaler.unscale_(optimizer)": "pass"}),
+    ("gradients not cleared", "sdd", "grad_norm", sdd, {"optimizer.zero_grad()": "pass"}),
+    ("teacher never moves", "sdd", "the teacher's step",
+        sdd, {"ema.update(theta_ema, theta, m)": "pass"}),
+    ("EMA weights swapped", "sdd", "the teacher's step", ema, {"lerp_(p, 1 - m)": "lerp_(p, m)"}),
+
+    ("the adversary's words are forgotten", "adversary", "loss", Case, {"adversary": None}),
+    ("the concept for the adversary's words", "adversary", "loss",
+        adversaries, {" | dict(c_s=self(**batch, i=i, j=j))": ""}),
+    ("only the empty prompt is kept", "adversary", "loss", Case, {"kept": None}),
+    ("other prompts are kept", "adversary", "loss", Case, {"kept": -KEPT}),
+
+    ("ESD: scale counted from 1", "esd-x", "loss",
+        losses, {"erase_scale * (e_s": "(erase_scale - 1) * (e_s"}),
+    ("ESD: towards the concept", "esd-x", "loss",
+        losses, {"e_0 - erase_scale": "e_0 + erase_scale"}),
+    ("ESD: the student's own estimates", "esd-x", "loss",
+        losses, {f"{E_0}\n        {E_S}": "e_0, e_s = e(z_t, t, c_0), e(z_t, t, c_s)"}),
+    ("ESD: the teacher samples z_t", "esd-x", "z_t", Case, {"latents": "teacher"}),
+
+    ("Ablating: prompts swapped", "ablate", "grad_norm",
+        losses, {lines("c_a", "c_s"): lines("c_s", "c_a")}),
+    ("Ablating: the empty prompt for the anchor", "ablate", "loss",
+        losses, {lines("c_a", "c_s"): lines("_['c_0']", "c_s")}),
+    ("Ablating: no prior", "ablate", "loss", Case, {"prior": 0.0}),
+
+    ("All-but-One: no second term", "all-but-one", "loss", Case, {"preserve": 0.0}),
+    ("All-but-One: SDD's first term", "all-but-one", "loss", Case, {"loss": "sdd_loss"}),
+    ("All-but-One: no gradient through e(c_0)", "all-but-one", "grad_norm",
+        losses, {"- e(z_t, t, c_0), target)": "- e(z_t, t, c_0).detach(), target)"}),
+    ("All-but-One: another quantile", "quantile", "loss", Case, {"quantile": 0.7}),
+    ("All-but-One: signal towards", "quantile", "loss",
+        losses, {"-erase_scale * torch.where": "erase_scale * torch.where"}),
+]
 # fmt: on
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_planted_mistakes_are_seen(name, monkeypatch):
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[name for name, *_ in MISTAKES])
+def test_planted_mistakes_are_seen(mistake, monkeypatch):
     """Without the mistake, test_iterations_against_a_plain_loop has seen the same case pass."""
-    case, comparison, mistake = MISTAKES[name]
-    wrong_case = CASES[case]
-    for key, wrong in mistake.items():
-        if "." in key:
-            monkeypatch.setattr(key, wrong)
-        else:
-            wrong_case = wrong_case._replace(**{key: wrong})
+    _, case, comparison, where, changes = mistake
+    right = wrong = CASES[case]
+    if where is Case:
+        wrong = right._replace(**changes)
+    else:
+        plant(monkeypatch, where, changes)
     with pytest.raises(AssertionError, match=f"^{comparison}"):
-        compare(CASES[case], Ours(wrong_case))
+        compare(right, Ours(wrong))
 
 
 # ---------------------------------------------------------------------- what is trained

@@ -4,6 +4,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import weights
 from tools.convert import sd14_configs
@@ -17,25 +18,20 @@ def their_pipeline(size, device):
     size: "toy" for the toy model; "sd14" for random weights with SD 1.4's sizes, and the toy
     model's tokenizer.
     """
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import diffusers
 
     parts = {}
     if size == "sd14":
         configs = sd14_configs()
         with torch.device(device):
             parts = dict(
-                unet=UNet2DConditionModel.from_config(configs["unet"]),
-                vae=AutoencoderKL.from_config(configs["vae"]),
+                unet=diffusers.UNet2DConditionModel.from_config(configs["unet"]),
+                vae=diffusers.AutoencoderKL.from_config(configs["vae"]),
                 text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
             )
-    pipeline = StableDiffusionPipeline.from_pretrained(weights.TOY, **parts).to(device)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(weights.TOY, **parts).to(device)
+    config = pipeline.scheduler.config
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -53,7 +49,6 @@ class Authors:
         self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.text_encoder.requires_grad_(False)
-        self.unet.requires_grad_(True)
         self.trained = [p for name, p in self.unet.named_parameters() if "attn2" in name]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
         self.scheduler.set_timesteps(steps, device=device)
@@ -63,9 +58,7 @@ class Authors:
 
     def encode(self, prompts):
         """Embeddings, each (batch size, 77, D)."""
-        ids = self.tokenizer(
-            prompts, padding="max_length", max_length=77, return_tensors="pt"
-        ).input_ids
+        ids = self.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
         embeddings = self.text_encoder(ids.to(self.device))[0].split(1)
         return [c.expand(self.shape[0], -1, -1) for c in embeddings]
 

@@ -1,21 +1,18 @@
 """The model card of an exported model: base, what was erased and how, figures, limits, licence."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import jinja2
 
 import weights
+from support.own_loss import sha256
+from support.runs import read_json
 from toy import worlds
 
 LICENCES = {  # (name on the hub, name for people)
     weights.DEFAULT_MODEL: ("creativeml-openrail-m", "CreativeML OpenRAIL-M"),
     **{name: world.LICENCE for name, world in worlds.MODELS.items()},
-}
-LAYOUTS = {
-    "diffusers": "a folder in diffusers' layout",
-    "single-file": "one file in the original (CompVis) layout",
 }
 # Arguments of train.py that are elsewhere in the card, or do not change the result.
 DETAILS = """
@@ -46,17 +43,19 @@ pipeline_tag: text-to-image
 Written by SDD (safe self-distillation, arXiv 2307.05977).
 
 - base model: {{ base }}
-- format: {{ layouts[layout] }}, {{ dtype }}
-
 {% if layout == "diffusers" %}
+- format: a folder in diffusers' layout, {{ dtype }}
+
 ```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("THIS FOLDER")
 pipeline("a prompt").images[0].save("image.png")
 ```
-
+{% else %}
+- format: one file in the original (CompVis) layout, {{ dtype }}
 {% endif %}
+
 {% if patch %}
 ## What was erased, and how
 
@@ -94,39 +93,31 @@ No patch was applied: these are the tensors of {{ base }}.
 def figures(patch_file):
     """The tables that eval.py wrote about this patch: next to it, one folder below, or in tables/.
 
-    eval.py notes the file's hash in its settings.
+    eval.py notes the file's hash in its settings, eval.json.
     """
-    digest = hashlib.sha256(patch_file.read_bytes()).hexdigest()[:16]
-    folder, tables = patch_file.parent, []
-    files = [*folder.glob("results.json"), *folder.glob("*/results.json")]
-    for file in sorted([*files, *Path("tables").glob("*/results.json")]):
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))["args"]
-            if digest in settings["files"].values():
-                about = ", ".join(f"{key} {settings[key]}" for key in EVAL_SETTINGS)
-                table = file.with_name("table.md").read_text(encoding="utf-8").strip()
-                tables.append(f"`eval.py` ({about}):\n\n{table}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # it is not a result of eval.py
+    digest, folder, tables = sha256(patch_file)[:16], patch_file.parent, []
+    files = {*folder.glob("eval.json"), *folder.glob("*/eval.json")}
+    for file in sorted(files | {*Path("tables").glob("*/eval.json")}):
+        settings, table = read_json(file), file.with_name("table.md")
+        if digest in settings["files"].values() and table.exists():
+            about = ", ".join(f"{key} {settings[key]}" for key in EVAL_SETTINGS)
+            text = table.read_text(encoding="utf-8").strip()
+            tables.append(f"`eval.py` ({about}):\n\n{text}")
     return "\n\n".join(tables) or "No table of `eval.py` about this patch was found."
 
 
-def settings_of(patch_file, metadata):
-    """The settings of train.py that a patch notes, as JSON."""
-    settings = weights.patch_settings(patch_file, metadata)
-    if settings.get("loss"):
-        settings["loss"] = Path(settings["loss"]).name  # no path of this machine
-    shown = {key: value for key, value in settings.items() if key not in DETAILS}
-    return json.dumps(shown, indent=1, ensure_ascii=False)
-
-
 def card(model, layout, dtype, patch_file=None, metadata=None):
-    """The card, in Markdown. layout: a key of LAYOUTS; metadata: the patch's, if there is one."""
+    """The card, in Markdown. layout: of --format; metadata: of the patch, if there is one."""
     base = Path(model).name if Path(model).exists() else model  # no path of this machine
     tag, licence = LICENCES.get(model, (None, f"That of the base model, {base}"))
     facts = dict(base=base, tag=tag, licence=licence, layout=layout, dtype=dtype, patch=metadata)
     if patch_file:
         facts["patch"] = {"base_fingerprint": "not noted"} | metadata
-        facts |= dict(settings=settings_of(patch_file, metadata), figures=figures(patch_file))
+        settings = weights.patch_settings(patch_file, metadata)
+        if settings.get("loss"):
+            settings["loss"] = Path(settings["loss"]).name  # no path of this machine
+        shown = {key: value for key, value in settings.items() if key not in DETAILS}
+        facts["settings"] = json.dumps(shown, indent=1, ensure_ascii=False)
+        facts["figures"] = figures(patch_file)
     template = jinja2.Template(CARD, trim_blocks=True, keep_trailing_newline=True)
-    return template.render(facts, layouts=LAYOUTS)
+    return template.render(facts)

@@ -32,9 +32,9 @@ from evaluation import plots
 from evaluation.attacks import attack_figures, cost
 from evaluation.columns import COMEBACK, Column
 from evaluation.tables import columns_with_figures, markdown
-from report.blocks import read_json
 from support.cli import Parser, one_of, positive, run_command
 from support.files import write_text
+from support.runs import read_json
 from support.statistics import ORIGINAL, figure, judge, pooled
 from toy import worlds
 from workflow import plan
@@ -231,7 +231,6 @@ def total_time(study):
 
 
 def page_text(name, tables, columns, command, commit):
-    """The content of results.md."""
     study = plan.STUDIES[name]
     facts = [f"{datetime.date.today()}", platform.machine(), f"{os.cpu_count()} cores"]
     facts += [f"torch {torch.__version__}", *([f"commit {commit}"] if commit else [])]
@@ -269,7 +268,6 @@ def write_images(name, tables, folder):
 
 
 def write_page(args):
-    """The whole command."""
     name, study = args.study, plan.STUDIES[args.study]
     tables, columns = read_results(name)
     folder = Path(plan.RESULTS) / name

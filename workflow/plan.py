@@ -231,7 +231,6 @@ MAIN = [name for name in STUDIES if name != "quick"]
 
 # ---------------------------------------------------------------------------------------- files
 def slug(name):
-    """The name of a row in file names."""
     return name.replace(" ", "").replace(",", "-")
 
 
@@ -241,7 +240,6 @@ def find_row(table, name):
 
 
 def model_files(study):
-    """The weights of the toy model."""
     files = sorted(worlds.of(STUDIES[study].model).MODEL.glob("*/*.safetensors"))
     return [file.relative_to(ROOT).as_posix() for file in files]
 
@@ -348,7 +346,6 @@ def trainings(study):
 
 # ---------------------------------------------------------------------------------------- commands
 def training(table, name, seed):
-    """The words of train.py for a row."""
     row = find_row(table, name)
     more = [] if row.closed else ["--preview-every", EVERY, "--export-every", EVERY]
     out = run_folder(table, row.name, seed)
@@ -361,7 +358,6 @@ def settings(words):
 
 
 def attack(study, table, name, kind, seed):
-    """The words of attack.py for a row."""
     one = STUDIES[study]
     steps = one.at[kind]
     if slug(name) not in map(slug, ATTACKED_LONG):
@@ -374,7 +370,6 @@ def attack(study, table, name, kind, seed):
 
 
 def measurement(study, table):
-    """The words of eval.py for a table."""
     one = STUDIES[study]
     measured = [(name, file) for name, files in patches(study).items() for file in files]
     words = ["toy", "--limit", one.limit]
