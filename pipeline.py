@@ -312,8 +312,8 @@ def with_word(model, file):
     if [tuple(x.shape) for x in vectors] != [(1, embedding.embedding_dim)]:
         held = ", ".join(f"{len(x)} vectors of {x.shape[1]} numbers" for x in vectors) or "nothing"
         raise UserError(
-            f"{file} holds {held}, and not one word of {embedding.embedding_dim} numbers: use a "
-            "word.safetensors that attack.py wrote for this model."
+            f"{file} does not hold one word of {embedding.embedding_dim} numbers, but {held}: use "
+            "a word.safetensors that attack.py wrote for this model."
         )
     (word,) = tensors
     if word == "emb_params":  # in other programs the file's name is the word
