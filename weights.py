@@ -551,9 +551,8 @@ def load(model=DEFAULT_MODEL, revision=None, own=False):
         own_sampler(scheduler)
     networks = {network: load_network(folder, network) for network in NETWORKS}
     resolution = read_latent_size(folder) * networks["vae"].factor
-    return Model(
-        str(model), **networks, tokenizer=tokenizer, scheduler=scheduler, resolution=resolution
-    )
+    name = os.path.basename(model) if os.path.isabs(model) else str(model)  # no path of a machine
+    return Model(name, **networks, tokenizer=tokenizer, scheduler=scheduler, resolution=resolution)
 
 
 def read_latent_size(folder):

@@ -70,10 +70,7 @@ def check_prediction(file, tensors, metadata):
 
 
 def read_single(file, folder, vae=None):
-    """{network: module} of one file in the original layout. Writes its configs into `folder`.
-
-    vae: a folder whose VAE is used.
-    """
+    """{network: module} of a single file, or with the VAE of `vae`. Its configs go to `folder`."""
     tensors, metadata = weights.read(file)
     check_prediction(file, tensors, metadata)
     try:
