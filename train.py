@@ -247,7 +247,7 @@ def main(args):
                     done = it.i + 1
                     row = dict(iteration=it.i, loss=it.loss, lr=it.lr, grad_norm=it.grad_norm)
                     row |= dict(k=it.k, concept=a.concept[it.j])
-                    if due(done, a.preview_every):
+                    if due(done, a.preview_every) or (a.preview_every and done == a.iters):
                         row |= previews.measure()
                         if done < a.iters:
                             row["flat"] = previews.save(done)

@@ -1,5 +1,6 @@
 """The toy worlds, their probes, models and numbers. test_emoji.py has what only emoji have."""
 
+from argparse import Namespace
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ import pipeline
 import weights
 from support.errors import UserError
 from support.statistics import wilson
-from toy import emoji, pretrain, probe, shapes, suite, worlds
+from toy import emoji, labels, pretrain, probe, shapes, suite, worlds
 
 BOTH = pytest.mark.parametrize("world", [shapes, emoji])
 RED_STAR = {"shape": "star", "colour": "red"}
@@ -80,6 +81,19 @@ def shares_right(world, images, scenes):
     for name in world.ATTRIBUTES:
         right[name] = np.mean([word == getattr(s, name) for word, s in zip(seen[name], scenes)])
     return right
+
+
+@pytest.mark.parametrize("world, words", [(shapes, shapes.SHAPES), (emoji, ("alcohol", "other"))])
+def test_labelled_images(world, words, capsys):
+    images, about = labels.load(world)
+    assert images.shape == (len(about), world.SIZE, world.SIZE, 3) and len(about) >= 300
+    for half in (0, 1):
+        found = Counter(row["label"] for row in about[half::2])
+        assert found.keys() == {*words, "nothing", "unsure"} and found["nothing"] >= 40
+    labels.main(Namespace(world=world.NAME))
+    text = capsys.readouterr().out
+    assert "the probe is right: 100.0 %" in text  # the labels are those of these images
+    assert f"nothing, and the probe sees {words[0]}: 0.0 %" not in text  # it cannot say nothing
 
 
 @pytest.mark.parametrize("world, least", [(shapes, 0.99), (emoji, 0.98)])
