@@ -295,7 +295,7 @@ def attack(args):
         with patched(model, patch) as about:  # one for another model is refused here
             censor = censoring([*texts, about.get("concepts", "")], args.show_uncensored)
         detect = make_detector(a["model"], a["concept"])
-        runs.begin_or_continue(args.out / "attack.json", a)
+        runs.begin_or_continue(args.out / "attack.json", a | weights.checksums(model))
         run = Attack(args.out, a, model, detect, censor)
         z_0 = run.concept_latents() if args.kind in KINDS else None
         with patched(model, patch):

@@ -48,8 +48,8 @@ from pipeline import (
 )
 from support import cli, runs
 from support.errors import UserError
-from support.files import checksum, lock_folder, numbered_folder
-from support.images import save_png
+from support.files import lock_folder, numbered_folder
+from support.images import save_png, whole
 from support.own_loss import sha256
 
 # {flags: the suites that use them}. I2P's prompts bring their own seeds and guidance scales.
@@ -245,8 +245,7 @@ def image_settings(a, work, model):
     settings = {key: str(getattr(a, key)) for key in COUNTS}
     jobs = [[(job.prompt, job.seed, job.scale, job.size) for job in jobs] for _, jobs, _ in work]
     settings["jobs"] = hashlib.sha256(repr(jobs).encode()).hexdigest()[:16]
-    for part in ("unet", "vae", "text_encoder"):
-        settings[part] = checksum(getattr(model, part).state_dict())[:16]
+    settings |= weights.checksums(model)
     files = [Path(file) for row in a.rows for file in row.patches]
     if a.prompts:
         files.append(a.prompts)
@@ -273,7 +272,7 @@ def missing_batches(row, jobs, folder, size, rank, processes):
         batches = [[i for _, i in group] for _, group in groups]
         missing = []
         for batch in batches[rank::processes]:
-            if not all((folder / f"{i:05d}.png").exists() for i in batch):
+            if not all(whole(folder / f"{i:05d}.png") for i in batch):
                 missing.append(batch)
         if missing:
             todo.append((patch, missing))
@@ -301,11 +300,12 @@ def generate_row(todo, label, row, jobs, folder, a, model, scheduler, device, dt
                     made = images(model, c_p, seeds, unet=unet, negative=c_0, avoid=c_S, **how)
                     for i, job, image in zip(batch, some, made):
                         file = folder / f"{i:05d}.png"
-                        if not file.exists():
+                        if not whole(file):
                             save_png(image, file, prompt=job.prompt, seed=job.seed, **about)
                         bar.update(1)
                 del unet  # before the next patch's copy is made
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(evaluate, parse(), "to continue, repeat the command with --out {out}"))
+    advice = "to continue, repeat the command with --out {out}"
+    sys.exit(cli.run_command(evaluate, parse(), advice, gpus=None))

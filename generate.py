@@ -98,7 +98,7 @@ def generate(args):
         cli.refuse_used(args.out)
         device = cli.pick_device(args.device)
         dtype = cli.pick_dtype(args.dtype, device)
-        model = weights.load(model_name, args.revision)
+        model = weights.load(model_name, args.revision, args.scheduler is None)
         scheduler = make_scheduler(model.scheduler, args.steps, args.scheduler)
         check_warmup(args.guidance, args.guidance_warmup, scheduler)
         concepts = {}  # of each patch; a bad patch ends the command before the first image

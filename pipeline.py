@@ -12,6 +12,7 @@ adversaries.NoisyDDIM: the noise that it adds is drawn for the whole batch.)
 import copy
 import difflib
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -21,19 +22,9 @@ from clip_text import MAX_TOKENS, tokenize
 from guidance import GUIDANCE, SEGA_WARMUP, SLD, sample
 from scheduler import SAMPLERS
 from support.cli import autocast, refuse_unused
-from support.errors import UserError, warning
+from support.errors import UserError, warn_once, warning
 from support.fast import InferenceUNet
 
-SAMPLER_NAMES = {  # in scheduler_config.json
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "EulerDiscreteScheduler": "euler",
-}
-EULER = dict(  # what our Euler implements
-    timestep_spacing="leading", interpolation_type="linear", final_sigmas_type="zero",
-    timestep_type="discrete", use_karras_sigmas=False, use_exponential_sigmas=False,
-    use_beta_sigmas=False,
-)  # fmt: skip
 SAVED = 64  # latents between two writes: whole batches, so a stopped run generates the same images
 DECODED = 2**18  # pixels that the VAE decodes at once: an image of 512 x 512. 32 need tens of GB
 # Evaluations before a method acts, by its paper.
@@ -48,17 +39,7 @@ def noise_schedule(config):
 
 def make_scheduler(config, steps, kind=None):
     """The sampler `kind`, "ddim" or "pndm"; without it, the one that the model's config names."""
-    name = config.get("_class_name")
-    own = SAMPLER_NAMES.get(name)
-    if own == "euler":
-        defaults = EULER | dict(timestep_spacing="linspace")  # diffusers'
-        own = own if EULER.items() <= (defaults | config).items() else None
-    kind = kind or own
-    if kind is None:
-        raise UserError(
-            f"The model's own sampler, {name}, is not implemented with its settings: use "
-            "--scheduler ddim or pndm."
-        )
+    kind = kind or weights.own_sampler(config)
     if kind not in SAMPLERS:
         raise UserError(f"There is no sampler {kind!r}: use ddim or pndm.")
     try:
@@ -230,7 +211,13 @@ def generate_latents(
                 return estimator(z, t, i)
 
             z_T = initial_noise(shape, seeds[part]).to(c_p.device)
-            yield sample(counted, scheduler, z_T)
+            z_0 = sample(counted, scheduler, z_T)
+            if not z_0.isfinite().all():
+                raise UserError(
+                    "The UNet gives latents with NaN or infinity, which are no images: use --dtype "
+                    "fp32. If it is fp32, the model or its patch is broken."
+                )
+            yield z_0
 
 
 def saved_latents(file, title, model, c_p, n, seed, **how):
@@ -268,6 +255,12 @@ def images(model, prompts, seeds=None, *, dtype=torch.float32, **how):
         few = max(1, DECODED // pixels)
         with autocast(z.device, torch.float32 if model.float32_vae else dtype):
             decoded = torch.cat([model.vae.decode(part) for part in z.split(few)])
+        if not decoded.isfinite().all():
+            warn_once("the VAE's numbers are too large for --dtype: images are decoded in float32.")
+            with autocast(z.device, torch.float32):
+                decoded = torch.cat([model.vae.decode(part) for part in z.split(few)])
+        if not decoded.isfinite().all():
+            raise UserError("The VAE gives images with NaN or infinity: its weights are broken.")
         decoded = (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         yield from (decoded * 255).round().astype("uint8")
 
@@ -339,13 +332,16 @@ def with_word(model, file):
     tensors, _ = weights.read(file)
     text_encoder, tokenizer = copy.deepcopy((model.text_encoder, model.tokenizer))
     embedding = text_encoder.text_model.embeddings.token_embedding
-    vectors = [x.reshape(1, -1) for x in tensors.values()]
-    if len(vectors) != 1 or vectors[0].shape[1] != embedding.embedding_dim:
+    vectors = [x.reshape(-1, x.shape[-1] if x.dim() else 1) for x in tensors.values()]
+    if [tuple(x.shape) for x in vectors] != [(1, embedding.embedding_dim)]:
+        held = ", ".join(f"{len(x)} vectors of {x.shape[1]} numbers" for x in vectors) or "nothing"
         raise UserError(
-            f"{file} does not hold one word of {embedding.embedding_dim} numbers: use a "
-            "word.safetensors that attack.py wrote for this model."
+            f"{file} does not hold one word of {embedding.embedding_dim} numbers, but {held}: use "
+            "a word.safetensors that attack.py wrote for this model."
         )
     (word,) = tensors
+    if word == "emb_params":  # in other programs the file's name is the word
+        word = Path(file).stem
     if word in tokenizer.get_vocab():
         raise UserError(f"The model already has a word {word!r}: rename the one in {file}.")
     rows = embedding.weight[: len(tokenizer)]  # the new word's number is the next one

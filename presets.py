@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 import ablation
 import losses
 import weights
@@ -270,8 +268,7 @@ def settle(args):
     else:
         check_training(args, settings, method)
     check_ranges(settings)
-    if method.loss or settings["preview_every"]:
-        check_device(settings, method)
+    check_device(settings)
     if settings["compile"] and settings["deterministic"]:
         raise UserError(
             "Nobody has tested whether --compile gives the same bits in every run: remove it, or "
@@ -483,15 +480,19 @@ def check_ranges(settings):
         )
 
 
-def check_device(settings, method):
+def check_device(settings):
     """Rejects a large model on a machine without a GPU, unless --device cpu is given."""
     work, advice = "training", "Use --model toy (minutes)"
-    if method.loss is None:
+    if METHODS[settings["method"]].loss is None:
         work, advice = "generating the previews of", "Add --preview-every 0 (seconds)"
+        if not settings["preview_every"]:
+            return
     weights.check_name(settings["model"])  # a misspelled `toy` is not a large model
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    toy = settings["model"] in weights.TOYS
-    if not toy and settings["device"] == "auto" and not has_gpu:
+    if settings["device"] != "auto" or cli.has_gpu():
+        return
+    folder = weights.on_disk(settings["model"], settings["revision"])
+    # SD 1.4's UNet has 860 million parameters, a toy model's 8 million.
+    if not folder or weights.parameters(weights.make_network(folder, "unet")) > 10**8:
         raise UserError(
             f"There is no GPU that torch can use here ({cli.why_no_gpu()}), and {work} "
             f"{settings['model']} on a CPU can take days. {advice}, or add --device cpu to use the "

@@ -25,6 +25,7 @@ import ablation
 import closed_form
 import ema
 import losses
+import presets
 import weights
 from adversaries import Adversary
 from clip_text import TOKEN_EMBEDDING
@@ -41,7 +42,7 @@ from support.own_loss import loss_file, own_loss
 from toy import worlds
 
 # These may change with --resume.
-FREE = ("gradient_checkpointing", "show_uncensored", "preview_every", "device")
+FREE = ("gradient_checkpointing", "show_uncensored", "preview_every", "device", "model")
 # gap: mean |e(c_s) − e(c_0)|². drift: mean |e(c_0) − e°(c_0)|². flat: the share of preview images
 # of nearly one colour, a sign of a broken model. See report/previews.py.
 LOG_COLUMNS = (
@@ -197,6 +198,8 @@ def main(args):
             write_run(out, a)
         state = State(out, a, theta, theta_ema, optimizer, scaler, generator, adversary)
         start, began = state.load(), time.monotonic()
+        if args.resume and "model" in args.given:  # it has moved, and is the same
+            runs.add(out / "run.json", args=vars(a))
         previews = Previews(out, a, models, c, device, dtype)
         reporter = Reporter(out, a.report_to, start)
 
@@ -286,8 +289,11 @@ def main(args):
 # ------------------------------------------------------------------------ a new run, or an old one
 def open_run(args):
     """(output folder, its settings): settled arguments, or with --resume those of the run in it."""
+    args.model = weights.absolute(args.model)
     if args.resume:
-        return args.out, Namespace(**runs.resumed(args, FREE, settle))
+        settings = runs.resumed(args, FREE, settle)
+        presets.check_device(settings)
+        return args.out, Namespace(**settings)
     settings = settle(args)
     if args.out is None:
         args.out = numbered_folder("runs", "-".join(settings["concept"]))

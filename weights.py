@@ -17,15 +17,17 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub as hub
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from clip_text import CLIPText
+from clip_text import MAX_TOKENS, CLIPText
 from scheduler import DDIM
 from sdxl import CLIPTextProjection, CLIPTextXL, UNetXL
-from support.errors import UserError, first_line
+from support.cli import has_gpu
+from support.errors import UserError, first_line, warn_once
 from support.files import atomic_write, checksum, damage
 from support.statistics import ORIGINAL
 from toy import worlds
@@ -66,6 +68,7 @@ ONLY = {
     "scheduler": dict(
         beta_schedule="scaled_linear", prediction_type="epsilon",
         timestep_spacing="leading", skip_prk_steps=True,
+        interpolation_type="linear", final_sigmas_type="zero", timestep_type="discrete",
     ),
 }
 ONLY["unet_xl"] = ONLY["unet"] | dict(
@@ -84,6 +87,7 @@ OFF = """
     time_embedding_dim time_embedding_act_fn timestep_post_act time_cond_proj_dim
     resnet_skip_time_act shift_factor latents_mean clip_sample set_alpha_to_one thresholding
     trained_betas rescale_betas_zero_snr
+    use_karras_sigmas use_exponential_sigmas use_beta_sigmas
 """.split()
 # Config keys that are arguments of our modules: {part: {key: SD 1.4's value, the default}}.
 ARGUMENTS = {
@@ -96,6 +100,40 @@ del ARGUMENTS["scheduler"]["steps"]
 ARGUMENTS["text_encoder_2"] = ARGUMENTS["text_encoder"] | {"projection_dim": 1280}
 # What diffusers' samplers use for a key that scheduler_config.json does not have.
 SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
+# Keys that count only for the model's own sampler (own_sampler), and the samplers that we have.
+OWN_SAMPLER = """
+    timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding interpolation_type
+    final_sigmas_type timestep_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas
+""".split()
+SAMPLER_NAMES = {  # in scheduler_config.json
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+}
+# Signs of architectures that are not implemented: how names of a folder's files or of a file's
+# tensors begin, or sizes of a UNet.
+# fmt: off
+OTHERS = {
+    "cond_stage_model.model.": "Stable Diffusion 2", "width 1024": "Stable Diffusion 2",
+    "conditioner.embedders.": "Stable Diffusion XL", "width 2048": "Stable Diffusion XL",
+    "text_encoder_2/": "Stable Diffusion XL", "transformer/": "a diffusion transformer",
+    "model.diffusion_model.joint_blocks.": "a diffusion transformer",
+    "channels 9": "an inpainting model (9 input channels)",
+    "channels 8": "an InstructPix2Pix model (8 input channels)",
+}
+# fmt: on
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLE = (
+    "is a pickle, which can run code when it is opened and is never read here: get it as a "
+    "safetensors file, or convert it on a machine without anything valuable"
+)
+FOREIGN = {  # the first bytes of a file -> what it is
+    b"version ": "is a Git LFS pointer, and not the file itself: run git lfs pull",
+    b"<": "is a web page: sign in there and download the file itself",
+    b"GGUF": "is a GGUF file, which is never read here: get it as a safetensors file",
+    b"PK": PICKLE,
+    b"\x80": PICKLE,
+}
 
 
 def sd14_config(part, **changed):
@@ -141,6 +179,16 @@ def check_name(model):
     )
 
 
+def absolute(model):
+    """A model's name that means the same model in every directory."""
+    return os.path.abspath(model) if model not in TOYS and os.path.isdir(model) else model
+
+
+def patch_file(path):
+    """The file of a patch. The folder of a run stands for its erased.safetensors."""
+    return Path(path) / "erased.safetensors" if Path(path).is_dir() else Path(path)
+
+
 def name_of_patch(file):
     """The name of a patch: of its folder if it is erased.safetensors, else of the file."""
     file = Path(os.path.abspath(file))  # without "..": the name becomes a folder of generate.py
@@ -159,15 +207,15 @@ def named_patches(texts):
         if text == "none":
             patches[ORIGINAL] = []
             continue
-        if not equals or Path(text).is_file():  # a path may contain "="
-            name, file = name_of_patch(text), text
+        if not equals or Path(text).exists():  # a path may contain "="
+            name, file = name_of_patch(patch_file(text)), text
         if not file or not name.strip(" ."):
             raise UserError(f"--patch {text}: write [NAME=]FILE, or none.")
         if name == ORIGINAL:
             raise UserError(
                 f"--patch {text}: the untouched model has this name, choose another: NAME=FILE."
             )
-        patches.setdefault(name, []).append(file)
+        patches.setdefault(name, []).append(str(patch_file(file)))
     return patches
 
 
@@ -175,21 +223,23 @@ def choose_model(given, patches):
     """The model to load: `given`, or the model of the patches, or DEFAULT_MODEL.
 
     given: the value of --model, None without it. patches: files. UserError if two patches are for
-    different models, or if a toy model's patch meets a model from the hub. Downloads nothing.
+    different models, if a toy model's patch meets a model from the hub, or if a machine without a
+    GPU would begin a large download that nobody asked for. Downloads nothing.
     """
-    names = {}  # {model: the first of its patches}
+    names, bases = {}, set()  # {model: the first of its patches}, fingerprints
     for file in patches:
-        names.setdefault(read(file)[1].get("model"), file)
-    names.pop(None, None)  # patches that do not name their model
+        metadata = read(file)[1]
+        if "model" in metadata:
+            names.setdefault(metadata["model"], file)
+            bases.add(metadata.get("base_fingerprint"))
     if given is not None:
         for name, file in names.items():
             if name in TOYS and given not in TOYS and not Path(given).exists():
                 raise UserError(f"{file} was made for the model {name}: use --model {name}.")
-        return given
-    if not names:
-        return DEFAULT_MODEL
-    (name, file), *others = names.items()
-    if others:
+        return absolute(given)
+    named = sorted(names.items(), key=lambda row: not Path(row[0]).is_dir())  # those that are here
+    (name, file), *others = named or [(DEFAULT_MODEL, None)]
+    if others and len(bases) > 1:  # else these are names of one model
         raise UserError(
             f"{file} was made for the model {name}, and {others[0][1]} for {others[0][0]}: use "
             "patches of one model."
@@ -201,6 +251,11 @@ def choose_model(given, patches):
             f"{file} was made for the model {name}, which is not on this machine: name the model's "
             "folder with --model."
         ) from None
+    if not has_gpu() and not on_disk(name):
+        raise UserError(
+            f"{name} is not on this machine, which has no GPU that torch can use: use --model toy, "
+            f"or download it with --model {name} (Stable Diffusion 1.4: 4.3 GB)."
+        )
     return name
 
 
@@ -217,18 +272,31 @@ def find(model, revision=None):
     return folder
 
 
+def on_disk(model, revision=None):
+    """The folder of a model, None if it would have to be downloaded. Asks nothing of the hub."""
+    folder = TOYS.get(model) or Path(model)
+    if folder.is_dir():
+        return folder
+    try:
+        file = hub.try_to_load_from_cache(model, "unet/config.json", revision=revision)
+    except hub.errors.HFValidationError:
+        file = None
+    return Path(file).parent.parent if isinstance(file, str) else None
+
+
 def download(model, revision):
     """The folder of a model from the hub. Without a network: of a complete earlier download."""
-    import huggingface_hub as hub
-
     try:
-        first = ["scheduler/*", "model_index.json"]
-        folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns=first))
+        folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns="scheduler/*"))
         try:
             names = {file.path for file in hub.get_cached_repo_tree(model, revision=revision)}
         except hub.errors.CachedRepoTreeNotFoundError:  # an older huggingface_hub downloaded it
             names = file_names(folder)
-        wanted = files_to_download(names, model, networks_of(folder, model))
+        networks = NETWORKS
+        if any(name.startswith("text_encoder_2/") for name in names):
+            hub.snapshot_download(model, revision=revision, allow_patterns="model_index.json")
+            networks = networks_of(folder, model)
+        wanted = files_to_download(names, model, networks)
         return Path(hub.snapshot_download(model, revision=revision, allow_patterns=wanted))
     except UserError:
         raise
@@ -242,10 +310,11 @@ def download(model, revision):
 
 def files_to_download(names, model, networks=NETWORKS):
     """What `load` reads of a hub repository, as patterns. names: all its files."""
-    wanted = ["model_index.json", "scheduler/scheduler_config.json"]
-    wanted += ["tokenizer*/*.json", "tokenizer*/*.txt"]
+    wanted = ["scheduler/scheduler_config.json", "tokenizer*/*.json", "tokenizer*/*.txt"]
+    if networks is not NETWORKS:
+        wanted.append("model_index.json")
     for network in networks:
-        wanted += [weights_file(names, network, model), f"{network}/config.json"]
+        wanted += [*weights_files(names, network, model), f"{network}/config.json"]
     return wanted
 
 
@@ -254,21 +323,24 @@ def file_names(folder):
     return {file.relative_to(folder).as_posix() for file in folder.glob("*/*")}
 
 
-def weights_file(names, network, model):
-    """Which of `names` has the network's weights; a file with full precision comes first."""
-    stem = f"{network}/{NETWORKS_XL[network][1]}"
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if name in names:
-            return name
+def weights_files(names, network, model):
+    """Which of `names` have the network's weights; files with full precision come first."""
+    whole = f"{network}/{NETWORKS_XL[network][1]}"
+    for stem in (whole, f"{whole}.fp16"):
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
+        shard = re.compile(re.escape(stem) + r"-\d+-of-0*(\d+)\.safetensors")
+        shards = {name: int(found[1]) for name in names if (found := shard.fullmatch(name))}
+        if shards:
+            n = max(shards.values())
+            if len(shards) < n:
+                raise UserError(f"{model} lacks {n - len(shards)} of the {n} files of {network}.")
+            return sorted(shards)
     for name in sorted(names):
-        if name.startswith(f"{network}/") and name.endswith((".bin", ".ckpt", ".pt")):
-            raise UserError(
-                f"{model} has {network} only as a pickle ({name}), which can run code when it is "
-                "opened and is never read here: get the .safetensors files, or convert it with "
-                "diffusers."
-            )
+        if name.startswith(f"{network}/") and name.endswith(PICKLES):
+            raise UserError(f"{model} has {network} only as {name}, which {PICKLE}.")
     raise UserError(
-        f"{model} has no {stem}.safetensors: it should be a folder in diffusers' layout "
+        f"{model} has no {whole}.safetensors: it should be a folder in diffusers' layout "
         "(docs/stable-diffusion.md)."
     )
 
@@ -298,12 +370,8 @@ def kind_of(folder, part):
     return "unet_xl" if part == "unet" and networks_of(folder) is NETWORKS_XL else part
 
 
-def read_config(folder, part):
-    """The part's config.json as a dict. UserError for a value that our modules do not implement.
-
-    part: one of NETWORKS_XL, or "scheduler". A sampler's missing keys get diffusers' defaults.
-    """
-    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+def read_json(file):
+    """The object in a JSON file of a model."""
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad begins with a BOM
         if not isinstance(config, dict):
@@ -311,18 +379,72 @@ def read_config(folder, part):
     except FileNotFoundError:
         raise UserError(f"{file} is missing: a model is a folder in diffusers' layout.") from None
     except (OSError, ValueError) as e:
-        raise UserError(f"{file} is not a readable JSON object ({e}): fetch it again.") from e
+        why = foreign(file) or f"is not a readable JSON object ({e}): fetch it again"
+        raise UserError(f"{file} {why}.") from e
+    return config
+
+
+def read_config(folder, part):
+    """The part's config.json as a dict. UserError for a value that our modules do not implement.
+
+    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults.
+    """
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    if part == "unet":
+        refuse_other_architecture(folder)
+    config = read_json(file)
     if part == "scheduler":
         config = SCHEDULER_DEFAULTS | config
     kind, xl = kind_of(folder, part), networks_of(folder) is NETWORKS_XL
     family, advice = ("XL's base model", f": use {SDXL}") if xl else ("1.x", "")
     for key, value in config.items():
-        if not is_implemented(kind, key, value):
+        if isinstance(ARGUMENTS[kind].get(key), int) and isinstance(value, list) and value:
+            if value == value[:1] * len(value):  # the same for each block
+                value = config[key] = value[0]
+        # With other settings of its sampler, XL is another model, for example Turbo.
+        counts = xl or key not in OWN_SAMPLER
+        if counts and not is_implemented(kind, key, value):
             raise UserError(
                 f"{file}: {key} = {value!r:.60} is not what Stable Diffusion {family} computes, "
                 f"and is not implemented{advice}."
             )
     return config
+
+
+def other_architecture(names, in_channels, width):
+    """What a model with these names, of files or tensors, is if it is not Stable Diffusion 1.x."""
+    signs = [f"channels {in_channels}", f"width {width}", *names]
+    found = [what for start, what in OTHERS.items() if any(x.startswith(start) for x in signs)]
+    return found[0] if found else None
+
+
+def refuse_other_architecture(folder):
+    names, unet = file_names(folder), {}
+    if "unet/config.json" in names:
+        unet = read_json(folder / "unet" / "config.json")
+    channels, width = unet.get("in_channels"), unet.get("cross_attention_dim")
+    if networks_of(folder) is NETWORKS_XL:
+        names, width = [], None
+    what = other_architecture(names, channels, width)
+    if what:
+        raise UserError(f"{folder} is {what}, which is not implemented: use Stable Diffusion 1.x.")
+
+
+def own_sampler(config):
+    """The sampler that a scheduler_config.json asks for. UserError if it is not one of ours."""
+    name = config.get("_class_name")
+    # Without the key, diffusers' PNDM begins with Runge-Kutta steps, and its Euler has other steps.
+    spacing = "linspace" if name == "EulerDiscreteScheduler" else "leading"
+    defaults = dict(skip_prk_steps=name != "PNDMScheduler", timestep_spacing=spacing)
+    config = defaults | config
+    for key in OWN_SAMPLER:
+        if key in config and not is_implemented("scheduler", key, config[key]):
+            name = f"{name} with {key} = {config[key]!r:.60}"
+    if name not in SAMPLER_NAMES:
+        raise UserError(
+            f"The model's own sampler, {name}, is not implemented: use --scheduler ddim or pndm."
+        )
+    return SAMPLER_NAMES[name]
 
 
 def is_implemented(part, key, value):
@@ -337,6 +459,20 @@ def is_implemented(part, key, value):
 
 
 # ------------------------------------------------------------------------------------------ tensors
+def foreign(file):
+    """What a file is whose content is of another kind, in words that follow its name; else None."""
+    if not Path(file).is_file():
+        return None
+    with open(file, "rb") as f:
+        start = f.read(9)
+    if start[8:] == b"{":  # safetensors, after the length of the header
+        return None
+    found = [text for mark, text in FOREIGN.items() if start.lstrip().startswith(mark)]
+    if Path(file).suffix in PICKLES:
+        found.append(PICKLE)
+    return found[0] if found else None
+
+
 def read(file):
     """({name: tensor}, metadata) of a safetensors file. UserError if it is cut off or damaged."""
     tensors = {}
@@ -348,15 +484,15 @@ def read(file):
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
     except (SafetensorError, OSError) as e:
-        raise UserError(
-            f"{file} is not a whole safetensors file ({e}): fetch or make it again."
-        ) from e
+        why = foreign(file) or f"is not a whole safetensors file ({e}): fetch or make it again"
+        raise UserError(f"{file} {why}.") from e
     why = damage(tensors, metadata)
     if why:
         raise UserError(f"{file} {why}: it is damaged; fetch or make it again.")
     return tensors, metadata
 
 
+TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm.")  # the parts of CLIP that are used
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022's names
 
 
@@ -368,10 +504,13 @@ def rename(network, tensors):
     renamed = {}
     for name, x in tensors.items():
         if network.startswith("text_encoder"):
+            bare = name.removeprefix("text_model.")  # transformers 5 omits it
             if name.endswith("position_ids"):  # 0..76, in files of 2022
                 continue
-            if not name.startswith("text_"):  # transformers 5 omits text_model
-                name = f"text_model.{name}"
+            if bare.startswith(TEXT_MODEL):
+                name = f"text_model.{bare}"
+            elif network == "text_encoder":  # other parts of CLIP
+                continue
         elif network == "vae" and ".attentions." in name:
             stem, leaf, kind = name.rsplit(".", 2)
             name = f"{stem}.{OLD_VAE.get(leaf, leaf)}.{kind}"
@@ -419,10 +558,14 @@ def make_network(folder, network):
 def load_network(folder, network):
     """One of NETWORKS from a diffusers folder: float32, on the CPU, in eval mode."""
     module = make_network(folder, network)
-    file = folder / weights_file(file_names(folder), network, folder)
-    tensors = rename(network, read(file)[0])
+    tensors = {}
+    for name in weights_files(file_names(folder), network, folder):
+        file = folder / name
+        tensors |= read(file)[0]
+    parts = tuple(f"{name}." for name, _ in module.named_children())
+    tensors = {name: x for name, x in rename(network, tensors).items() if name.startswith(parts)}
     fill(module, tensors, file)
-    count = sum(p.numel() for p in module.parameters())
+    count = parameters(module)
     print(f"{network}: {file}, {len(tensors)} tensors, {count:,} parameters", flush=True)
     return module.eval().requires_grad_(False)
 
@@ -434,15 +577,55 @@ def load_tokenizer(folder, name="tokenizer"):
         raise UserError(f"{folder / name} cannot be read ({first_line(e)}): fetch it again.") from e
 
 
-def load(model=DEFAULT_MODEL, revision=None):
+def check_architecture(folder):
+    """The tokenizers of a folder whose parts fit together, as those of Stable Diffusion."""
+    networks = networks_of(folder)
+    sizes = {
+        part: ARGUMENTS[kind_of(folder, part)] | read_config(folder, part) for part in networks
+    }
+    encoders = [part for part in networks if part.startswith("text_encoder")]
+    width = sum(sizes[part]["hidden_size"] for part in encoders)
+    for part, key, wanted in (
+        ("unet", "in_channels", 4),
+        ("unet", "out_channels", 4),
+        ("unet", "cross_attention_dim", width),
+        ("vae", "latent_channels", 4),
+        *((part, "max_position_embeddings", MAX_TOKENS) for part in encoders),
+    ):
+        if sizes[part][key] != wanted:
+            raise UserError(
+                f"{folder / part / 'config.json'}: {key} = {sizes[part][key]} does not fit the "
+                f"other parts of Stable Diffusion, which need {wanted}."
+            )
+    tokenizers = []
+    for part in encoders:
+        name, rows = part.replace("text_encoder", "tokenizer"), sizes[part]["vocab_size"]
+        tokenizers.append(load_tokenizer(folder, name))
+        if len(tokenizers[-1]) > rows:
+            raise UserError(
+                f"{folder / name} has {len(tokenizers[-1]):,} words, and the text encoder has only "
+                f"{rows:,}: they do not belong together."
+            )
+    return tokenizers
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def load(model=DEFAULT_MODEL, revision=None, own=False):
     """A Model: three networks (float32, on the CPU, in eval mode), tokenizer and sampler's config.
 
     All parameters are frozen (requires_grad is False): whoever trains some switches these on.
+    own: the model's own sampler is going to be used.
     SDXL has a second tokenizer, and both text encoders in one CLIPTextXL.
     UserError if a file is missing, damaged, or not what Stable Diffusion computes.
     """
     folder = find(model, revision)
-    others = dict(scheduler=read_config(folder, "scheduler"), tokenizer=load_tokenizer(folder))
+    tokenizer, *second_tokenizer = check_architecture(folder)
+    others = dict(scheduler=read_config(folder, "scheduler"), tokenizer=tokenizer)
+    if own:
+        own_sampler(others["scheduler"])
     networks = {network: load_network(folder, network) for network in networks_of(folder)}
     resolution = read_latent_size(folder) * networks["vae"].factor
     if "text_encoder_2" in networks:
@@ -450,11 +633,12 @@ def load(model=DEFAULT_MODEL, revision=None):
         networks["text_encoder"] = CLIPTextXL(networks["text_encoder"], second).eval()
         networks["unet"].factor = networks["vae"].factor
         others |= dict(
-            tokenizer_2=load_tokenizer(folder, "tokenizer_2"),
+            tokenizer_2=second_tokenizer[0],
             zeros=bool(read_index(folder).get("force_zeros_for_empty_prompt", True)),
             float32_vae=bool(read_config(folder, "vae").get("force_upcast", True)),
         )
-    return Model(str(model), **networks, **others, resolution=resolution)
+    name = os.path.basename(model) if os.path.isabs(model) else str(model)  # no path of a machine
+    return Model(name, **networks, **others, resolution=resolution)
 
 
 def read_latent_size(folder):
@@ -483,6 +667,11 @@ def fingerprint(tensors):
     return found.hexdigest()[:16]
 
 
+def checksums(model):
+    """{network: 16 hexadecimal digits} of a Model's weights."""
+    return {part: checksum(getattr(model, part).state_dict())[:16] for part in NETWORKS}
+
+
 def patch_settings(file, metadata):
     """The settings of the training, {name: value}, in the metadata of the patch `file`."""
     try:
@@ -497,13 +686,18 @@ def load_patch(file, *modules):
     """Copies a patch's tensors into the modules that have them; returns the patch's metadata.
 
     modules: the UNet, and the text encoder, whose names all begin with "text_model.". UserError if
-    the patch was made for another base model; then nothing is copied.
+    the patch was made for another base model; then nothing is copied. Official weights of ESD and
+    UCE do not say what they were made for: if they fit, a warning says so.
     """
     tensors, metadata = read(file)
     own = {}
     for module in modules:
         own |= module.state_dict()
     model = metadata.get("model", "an unnamed model")
+    if not tensors:
+        raise UserError(f"{file} holds no tensors.")
+    if any("lora" in name.lower() for name in tensors):
+        raise UserError(f"{file} is a LoRA, which is not implemented.")
     for name, x in tensors.items():
         if name not in own or own[name].shape != x.shape or not x.is_floating_point():
             raise UserError(
@@ -511,9 +705,11 @@ def load_patch(file, *modules):
                 f"for {model}."
             )
     base = fingerprint({name: own[name] for name in tensors})
-    if metadata.get("base_fingerprint") != base:
+    if "base_fingerprint" not in metadata:
+        warn_once(f"{file} does not say which model it was made for. It fits this one.")
+    elif metadata["base_fingerprint"] != base:
         raise UserError(
-            f"{file} was made for {model} (base {metadata.get('base_fingerprint')}), but this "
+            f"{file} was made for {model} (base {metadata['base_fingerprint']}), but this "
             f"model's base is {base}: name the right --model."
         )
     for name, x in tensors.items():

@@ -104,6 +104,7 @@ def erased_concepts(metadata, settings):
     toy models are in small letters, as their worlds write words.
     """
     concepts = settings.get("concept") or metadata.get("concepts", "").split(", ")
+    concepts = [concept for concept in concepts if concept]  # the patch may name none
     if metadata.get("model") in weights.TOYS:
         concepts = [concept.lower() for concept in concepts]
     return tuple(concepts)

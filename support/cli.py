@@ -160,6 +160,10 @@ def pick_device(name):
     return device
 
 
+def has_gpu():
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
 def why_no_gpu():
     """One line: why torch finds no NVIDIA GPU."""
     try:
@@ -228,18 +232,22 @@ def how_to_need_less(args):
     return ", or ".join([*advice, "a device with more free memory"])
 
 
-def run_command(main, args, stopped="files that are written stay; start again with a new --out"):
+def run_command(
+    main, args, stopped="files that are written stay; start again with a new --out", gpus=1
+):
     """Runs main(args) and returns the exit status of the command.
 
     0: success. 2: one sentence says what the user can do. 130: Ctrl-C or SIGTERM, with the sentence
     of the KeyboardInterrupt, or `stopped`, which may contain {out}. Without a folder args.out,
-    nothing has been written.
+    nothing has been written. gpus: 1 for a command that torchrun cannot divide, else None.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:  # `python -W default` shows them
                 warnings.simplefilter("ignore")
+            if gpus == 1 < int(os.environ.get("WORLD_SIZE", 1)):
+                raise UserError("this command uses one GPU: start it without torchrun.")
             main(args)
         return 0
     except UserError as e:

@@ -1,6 +1,7 @@
 """Errors as sentences."""
 
 import sys
+from functools import cache
 
 
 def first_line(error):
@@ -10,6 +11,9 @@ def first_line(error):
 
 def warning(text):
     print(f"warning: {text}", file=sys.stderr)
+
+
+warn_once = cache(warning)  # prints the same text once in a process
 
 
 class UserError(Exception):

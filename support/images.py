@@ -59,6 +59,15 @@ def wrap(text, font, width):
     return "\n".join(lines)
 
 
+def whole(file):
+    """Whether an image file is there and can be read to its end."""
+    try:
+        Image.open(file).load()
+    except (OSError, SyntaxError, ValueError):  # of Pillow's decoders
+        return False
+    return True
+
+
 def save_png(image, file, **text):
     """Writes an array (H, W, 3) or a PIL image, with `text` in the PNG's text chunks."""
     info = PngInfo()

@@ -494,7 +494,7 @@ def run(line, out=None):
     except SystemExit as e:  # the parser's own errors
         return e.code
     with torch.enable_grad():
-        return run_command(main, args)
+        return run_command(main, args, gpus=None if name == "eval" else 1)
 
 
 def pictures(folder):

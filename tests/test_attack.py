@@ -287,12 +287,15 @@ def test_a_word_is_only_in_the_copy_and_must_fit(tmp_path):
     model, file = weights.load("toy"), tmp_path / "word.safetensors"
     for tensors, said in (
         ({"<a>": torch.zeros(1, 63)}, "does not hold one word of 64 numbers"),
+        ({"emb_params": torch.zeros(8, 64)}, "8 vectors of 64 numbers"),
         ({"<a>": torch.zeros(64), "<b>": torch.zeros(64)}, "does not hold one word"),
         ({"star</w>": torch.zeros(64)}, "already has a word 'star</w>'"),
     ):
         weights.save(file, tensors)
         with pytest.raises(UserError, match=said):
             with_word(model, file)
+    weights.save(file, {"emb_params": torch.zeros(1, 64)})  # of another program
+    assert with_word(model, file)[1] == file.stem
     more, word = with_word(model, word_file(file))
     assert word == "<star>"
     star, circle = encode_prompts(more, "a <star> on sand", "a circle on sand")

@@ -99,7 +99,7 @@ CASES = [
     (f"{DRAW} --guidance neg --avoid moon --negative-prompt star", "only one of them"),
     (f"{DRAW} --guidance-scale 1 --negative-prompt red", "use another scale"),
     (f"{DRAW} --guidance-scale 1 --guidance neg --avoid red", "--avoid has no"),
-    (f"{CONVERT} --tokenizer FILES", "--tokenizer is for"),
+    (f"{CONVERT} --tokenizer FILES", "--tokenizer and --vae are for"),
     ("tools.convert --format single-file --model toy", "has to end in .safetensors"),
     (f"{SUITE} artists --model toy", "--patch"),
     (f"{SUITE} artists --model toy --guidance neg --avoid star --template star", "{}"),
@@ -201,7 +201,7 @@ CASES = [
     # a patch
     (f"{DRAW} --patch ''", "it is empty"),
     (f"{DRAW} --patch FILES/none.safetensors", "no file"),
-    (f"{DRAW} --patch FILES", "safetensors file"),
+    (f"{DRAW} --patch FILES", "no file .*erased.safetensors"),
     (f"{DRAW} --patch FILES/cut.safetensors", "not a whole safetensors file"),
     (f"{DRAW} --patch FILES/nan.safetensors", "NaN"),
     (f"{DRAW} --patch FILES/inf.safetensors", "infinity"),
@@ -213,7 +213,7 @@ CASES = [
     (f"{DRAW} --patch FILES/pickle.safetensors", "safetensors file"),
     (f"{DRAW} --patch FILES/lies.safetensors", "safetensors file"),
     (f"{DRAW} --patch FILES/bomb.safetensors", "safetensors file"),
-    (f"{DRAW} --patch FILES/nothing.safetensors", "base"),
+    (f"{DRAW} --patch FILES/nothing.safetensors", "no tensors"),
     (f"{EVAL} --patch nothing", "no file nothing"),
     (f"{EVAL} --patch =none.safetensors", "NAME=]FILE"),
     (f"{EVAL} --patch original=none.safetensors", "the untouched model"),
@@ -230,6 +230,9 @@ CASES = [
     (f"{DRAW} --model FILES/bomb.safetensors", "is one file"),
     ("tools.convert --format diffusers --model FILES/bomb.safetensors", "safetensors file"),
     ("tools.convert --format diffusers --model FILES/m.ckpt", "pickle"),
+    ("tools.convert --format diffusers --model FILES/cut.safetensors", "not a whole safetensors"),
+    ("tools.convert --format diffusers --model none.safetensors", "There is no file"),
+    ("tools.convert --format diffusers --model nowhere", "There is no folder"),
 ]
 if torch.cuda.is_available():
     CASES += [(f"{STAR} --compile --deterministic", "remove --deterministic")]
@@ -267,7 +270,7 @@ def files(tmp_path_factory):
     write("base", base_fingerprint="0" * 16)
     write("changed", sha256="0" * 64)
     write("args", args="{", method="esd-x")
-    write("other", model="someone/else")
+    write("other", model="someone/else", base_fingerprint="0" * 16)
     write("gone", model="/no/such/folder")
     whole = (f / "whole.safetensors").read_bytes()
     (n,) = struct.unpack("<Q", whole[:8])
@@ -308,8 +311,8 @@ def toy_model_is_loaded_once():
     """The cases do not change the toy model."""
     toy, load = weights.load("toy"), weights.load
 
-    def load_once(name=None, *rest):
-        return toy if name == "toy" and not any(rest) else load(name, *rest)
+    def load_once(name=None, revision=None, own=False):
+        return toy if name == "toy" and not revision else load(name, revision, own)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "load", load_once)

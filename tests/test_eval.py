@@ -270,7 +270,8 @@ def test_a_loss_of_ones_own_has_no_figure_of_a_paper(patch, second):
     assert suites.paper("nudity", found.method, ("nudity",)) == {}
 
 
-def test_what_a_command_refuses_can_be_corrected(patch, tmp_path, capsys):
+def test_what_a_command_refuses_can_be_corrected(patch, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
     out, other = tmp_path / "o", weights.DEFAULT_MODEL
     for more, said in (
         (f"--patch sdd={changed(patch, 'sd', model=other)}", f"and not {other}"),
@@ -289,7 +290,8 @@ def parsed(line):
     return evaluation.parse(line.split())
 
 
-def test_the_patch_names_the_model(patch):
+def test_the_patch_names_the_model(patch, monkeypatch):
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
     for line in (f"artists --patch sdd={patch}", f"toy --patch sdd={patch} --model toy", "toy"):
         assert rows.choose_model(parsed(line)) == "toy"
     assert rows.choose_model(parsed("nudity")) == weights.DEFAULT_MODEL

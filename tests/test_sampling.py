@@ -260,6 +260,9 @@ def test_the_models_own_sampler_and_schedule():
     assert ddim.timesteps[-3:] == [100, 0, 0]
     assert ddim.alphas_cumprod[0].item() == pytest.approx(0.999)
     assert type(pipeline.make_scheduler(config, 10, "pndm")) is scheduler.PNDM
-    assert type(pipeline.make_scheduler({"_class_name": "PNDMScheduler"}, 10)) is scheduler.PNDM
+    config = dict(_class_name="PNDMScheduler", skip_prk_steps=True)
+    assert type(pipeline.make_scheduler(config, 10)) is scheduler.PNDM
+    with pytest.raises(UserError, match="skip_prk_steps = False"):  # diffusers' default
+        pipeline.make_scheduler({"_class_name": "PNDMScheduler"}, 10)
     with pytest.raises(UserError, match="own sampler, Euler, is not implemented"):
         pipeline.make_scheduler({"_class_name": "Euler"}, 10)

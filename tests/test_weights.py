@@ -12,8 +12,6 @@ import common
 import diffusers
 import pytest
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -164,7 +162,7 @@ def test_strictness(folder, network):
         ({}, f"{name} is missing"),
         ({full_name: torch.cat([x, x])}, name, "should be"),
         ({full_name: x.int()}, name, "int32"),
-        ({full_name: x, "text_model.more": x.clone()}, "text_model.more is unknown"),
+        ({full_name: x, f"{full_name}.more": x.clone()}, f"{full_name}.more is unknown"),
     ):
         save_file(whole | change, file)
         refused(folder, FILES[network], *said)
@@ -207,6 +205,8 @@ def test_keys_that_change_the_arithmetic(folder, part):
     reconfigure(folder, part, **weights.ONLY[part])
     assert weights.read_config(folder, part).items() >= weights.ONLY[part].items()
     for key, value in weights.ONLY[part].items():
+        if key in weights.OWN_SAMPLER:  # test_files.py
+            continue
         reconfigure(folder, part, **{key: OTHER[type(value)](value)})
         refused(folder, f"{key} = ")
         reconfigure(folder, part, **{key: value})
@@ -214,8 +214,6 @@ def test_keys_that_change_the_arithmetic(folder, part):
 
 # fmt: off
 @pytest.mark.parametrize("part, key, value", [
-    ("scheduler", "clip_sample", True),
-    ("scheduler", "set_alpha_to_one", True),
     ("scheduler", "trained_betas", [0.001] * 1000),  # the sentence has not all of them
     ("scheduler", "beta_end", "0.012"),
     ("unet", "attention_head_dim", [5, 10, 20, 20]),
@@ -277,14 +275,12 @@ def test_each_argument_of_diffusers_is_known():
 
 
 def test_inert_keys_pass(folder):
-    """And keys that nobody knows, null for what is off, a list with one value per block, a BOM."""
+    """And keys that nobody knows, null for what is off, a list with one value per block."""
     before = networks_of(weights.load(folder))
     for part, keys in INERT.items():
         more = dict(something_new=1, _name_or_path="x", trained_betas=None)
         reconfigure(folder, part, **keys | more)
     reconfigure(folder, "unet", resnet_time_scale_shift=["default"] * 4)
-    file = folder / "unet" / "config.json"
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     after = networks_of(weights.load(folder))
     assert all(same(before[network], after[network]) for network in FILES)
 
@@ -351,6 +347,7 @@ def write_patch(file, model):
 def test_a_patch_names_its_model(tmp_path, monkeypatch):
     """Without --model the patch's model is used; no hub is asked. Mistakes: test_bad_input.py."""
     monkeypatch.setattr(weights, "find", None)
+    monkeypatch.setattr(weights, "has_gpu", lambda: True)
     toy = write_patch(tmp_path / "toy.safetensors", "toy")
     other = write_patch(tmp_path / "other.safetensors", "some/model")
     silent = write_patch(tmp_path / "silent.safetensors", None)
@@ -365,44 +362,7 @@ def test_a_patch_names_its_model(tmp_path, monkeypatch):
         assert weights.choose_model(given, patches) == expected
 
 
-# ---------------------------------------------------------------------------------- the hub's cache
-@pytest.fixture
-def downloaded(model_folder, tmp_path, monkeypatch):
-    """The cache's folder of nobody/tiny, as a download leaves it. conftest.py set HF_HUB_OFFLINE.
-
-    The repository has more files than were downloaded.
-    """
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    storage, commit = tmp_path / "models--nobody--tiny", "a" * 40
-    snapshot = shutil.copytree(model_folder, storage / "snapshots" / commit)
-    names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.*")]
-    (storage / "refs").mkdir()
-    (storage / "refs" / "main").write_text(commit)
-    (storage / "trees").mkdir()
-    listed = dict.fromkeys([*names, "unet/model.bin"], {"size": 1, "blob_id": "b"})
-    listing = json.dumps({"format_version": 1, "files": listed})
-    (storage / "trees" / f"{commit}.json").write_text(listing)
-    return snapshot
-
-
-@pytest.mark.parametrize("listing", [True, False])  # an older huggingface_hub kept no list of files
-def test_without_network_an_earlier_download_is_used(downloaded, listing):
-    if not listing:
-        shutil.rmtree(downloaded.parent.parent / "trees")
-    assert weights.find("nobody/tiny") == downloaded
-    (downloaded / FILES["vae"]).unlink()
-    said = "incomplete.*run the same command again" if listing else "has no vae/"
-    with pytest.raises(UserError, match=said):
-        weights.find("nobody/tiny")
-
-
-def test_a_download_has_only_what_load_reads(downloaded):
-    names = {file.relative_to(downloaded).as_posix() for file in downloaded.rglob("*.*")}
-    more = {"unet/model.bin", "safety_checker/model.safetensors", "README.md", "a.ckpt"}
-    wanted = weights.files_to_download(names | more, "nobody/tiny")
-    assert {*filter_repo_objects(names | more, allow_patterns=wanted)} == names - more
-
-
+# ------------------------------------------------------------------------------------------ the hub
 @pytest.mark.parametrize("reason", [None, "404 Client Error\n\nSee the manual for more", ""])
 def test_a_hub_id_without_network(monkeypatch, reason):
     """Errors of the hub have one line, many lines, or no message."""
@@ -454,9 +414,6 @@ def test_a_patch_for_another_base(model_folder, patch):
         with pytest.raises(UserError, match=said):
             weights.load_patch(file, other)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
-    weights.save(file, tensors, {"model": "tiny"})  # without a fingerprint
-    with pytest.raises(UserError, match="base"):
-        weights.load_patch(file, weights.load_network(model_folder, "unet"))
 
 
 def test_fingerprint():

@@ -7,6 +7,7 @@ SD 1.4's. Reading and writing use the same table, `original_names`.
 import re
 
 from support.errors import UserError
+from weights import other_architecture
 
 PREFIX = {
     "unet": "model.diffusion_model.",
@@ -15,10 +16,17 @@ PREFIX = {
 }
 UNUSED = (  # in some files, and not needed to generate images
     "first_stage_model.loss.",
+    "first_stage_model.model_ema.",
+    "cond_stage_model.transformer.text_model.text_projection",
     "cond_stage_model.transformer.text_model.embeddings.position_ids",
 )
+# Names of the VAE's attention in newer files and in files of 2022.
+SPELLINGS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
+SPELLINGS |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+ATTENTION = rf"(^first_stage_model\..*\.attn_1\.)({'|'.join(map(re.escape, SPELLINGS))})(?=\.)"
 # The text encoder's names without "text_model.", as in files that went through transformers 5.
 BARE = r"^cond_stage_model\.transformer\.(?!text_model\.)"
+SIZES = ("input_blocks.0.0.weight", "attn2.to_k.weight")  # their second size tells architectures
 LAYERS = {  # {network: {our layer of a block: the original's}}
     "unet": {  # an index in an nn.Sequential that contains the activations, too
         "norm1": "in_layers.0",
@@ -108,6 +116,12 @@ def original_names(network, names):
     return found
 
 
+def spelled(name):
+    """A name of a single file as the original spells it."""
+    name = re.sub(BARE, r"\g<0>text_model.", name)
+    return re.sub(ATTENTION, lambda found: found[1] + SPELLINGS[found[2]], name)
+
+
 def some_names(names):
     """The first three names, as text."""
     more = ", …" if len(names) > 3 else ""
@@ -133,11 +147,18 @@ def from_original(tensors, like, file):
     like: {network: {our name: tensor}}, all that the networks need; only their shapes are used.
     UserError if a tensor is missing, unknown to its network or of another shape.
     """
-    tensors = {re.sub(BARE, r"\g<0>text_model.", name): x for name, x in tensors.items()}
+    sizes = {name: x.shape[1] for name, x in tensors.items() if name.endswith(SIZES)}
+    channels = sizes.get("model.diffusion_model.input_blocks.0.0.weight")
+    width = next((n for name, n in sizes.items() if name.endswith(SIZES[1])), None)
+    if what := other_architecture(tensors, channels, width):
+        raise UserError(f"{file} is {what}, which is not implemented: use Stable Diffusion 1.x.")
+    tensors = {spelled(name): x for name, x in tensors.items()}
     names = {network: original_names(network, own) for network, own in like.items()}
     wanted = {original for own in names.values() for original in own.values()}
     prefixes = tuple(PREFIX.values())
     found = {name for name in tensors if name.startswith(prefixes) and not name.startswith(UNUSED)}
+    if not any(name.startswith(PREFIX["vae"]) for name in found):
+        raise UserError(f"{file} has no VAE: name a folder that has one with --vae.")
     if missing := wanted - found:
         raise UserError(
             f"{file} lacks {len(missing):,} of the {len(wanted):,} tensors of Stable Diffusion 1.x "

@@ -18,6 +18,7 @@ import support.openmp
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -30,18 +31,14 @@ import torch
 import weights
 from clip_text import MAX_TOKENS
 from support.cli import DTYPES, Parser, one_of, run_command
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, warning
 from support.files import lock_folder, used_files
 from tools.compvis_names import UNUSED, from_original, some_names, to_original
 from tools.model_card import card
-from weights import NETWORKS
+from weights import NETWORKS, PICKLES
 
-TOKENIZER = "openai/clip-vit-large-patch14"  # SD 1.4's tokenizer comes from there
-TOKENIZER_FILES = (
-    "vocab.json merges.txt tokenizer.json tokenizer_config.json special_tokens_map.json".split()
-)
+TOKENIZER = Path(__file__).parent / "clip_tokenizer"  # CLIP's, which SD 1.4 uses
 CONFIGS = {**dict.fromkeys(NETWORKS, "config.json"), "scheduler": "scheduler_config.json"}
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -61,14 +58,21 @@ def sd14_configs():
     }
 
 
-def read_single(file, folder):
-    """{network: module} of one file in the original layout. Writes its configs into `folder`."""
-    if file.suffix in PICKLES:
-        raise UserError(
-            f"{file} is a pickle, which can run code when it is opened and is never read here: get "
-            "the model as safetensors, or convert the file on a machine without anything valuable."
-        )
+def check_prediction(file, tensors, metadata):
+    """UserError if a single file says that it estimates the velocity, and not the noise."""
+    said = [metadata.get("modelspec.prediction_type", ""), *tensors.keys() & {"v_pred"}]
+    yaml = file.with_suffix(".yaml")
+    if yaml.is_file():
+        text = yaml.read_text(encoding="utf-8", errors="replace")
+        said += re.findall(r"""parameterization["']?\s*:\s*["']?(\w+)""", text)
+    if "ztsnr" in tensors or any(word.startswith("v") for word in said):
+        raise UserError(f"{file} estimates the velocity (v-prediction): it is not implemented.")
+
+
+def read_single(file, folder, vae=None):
+    """{network: module} of a single file, or with the VAE of `vae`. Its configs go to `folder`."""
     tensors, metadata = weights.read(file)
+    check_prediction(file, tensors, metadata)
     try:
         configs = json.loads(metadata["configs"]) if "configs" in metadata else sd14_configs()
         for part, name in CONFIGS.items():
@@ -79,6 +83,13 @@ def read_single(file, folder):
         ) from e
     weights.read_config(folder, "scheduler")  # UserError if it is not implemented
     networks = {network: weights.make_network(folder, network) for network in NETWORKS}
+    if vae:
+        source = vae / "vae" if (vae / "vae").is_dir() else vae
+        if not (source / "config.json").is_file():
+            raise UserError(f"--vae {vae} is not a folder with a VAE in diffusers' layout.")
+        shutil.copytree(source, folder / "vae", dirs_exist_ok=True)
+        networks["vae"] = weights.load_network(folder, "vae")
+        tensors |= to_original({"vae": networks["vae"].state_dict()})
     states, unused = from_original(tensors, states_of(networks), file)
     for network, module in networks.items():
         weights.fill(module, states[network], file)
@@ -103,29 +114,35 @@ def fetch_tokenizer(where, folder, vocab_size):
     source = Path(where)
     if not source.is_dir():
         try:
-            source = Path(huggingface_hub.snapshot_download(where, allow_patterns=TOKENIZER_FILES))
+            source = Path(
+                huggingface_hub.snapshot_download(where, allow_patterns=["*.json", "*.txt"])
+            )
         except Exception as e:  # the hub's client raises some twenty classes
             raise UserError(
                 f"Cannot get the tokenizer {where} from the hub ({first_line(e)}): check the "
                 f"network, or {advice}"
             ) from e
-    copy_tokenizer(source / "tokenizer" if (source / "tokenizer").is_dir() else source, folder)
-    if not any((folder / "tokenizer").iterdir()):
+    source = source / "tokenizer" if (source / "tokenizer").is_dir() else source
+    if not ((source / "vocab.json").is_file() or (source / "tokenizer.json").is_file()):
         raise UserError(f"There is no tokenizer in {where}: {advice}")
-    tokenizer = weights.load_tokenizer(folder)
-    words, tokens = len(tokenizer), tokenizer.model_max_length
-    if (words, tokens) != (vocab_size, MAX_TOKENS):
+    copy_tokenizer(source, folder)
+    words = len(weights.load_tokenizer(folder))
+    if words != vocab_size:
         raise UserError(
-            f"The tokenizer {where} has {words:,} words and reads {tokens:,} tokens, but the text "
-            f"encoder needs {vocab_size:,} and {MAX_TOKENS}: {advice}"
+            f"The tokenizer {where} has {words:,} words, but the text encoder needs "
+            f"{vocab_size:,}: {advice}"
         )
 
 
 def copy_tokenizer(source, folder, to="tokenizer"):
+    """Copies a tokenizer, also with words that were added, and notes how many tokens it reads."""
     (folder / to).mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / to / name)
+    for file in [*source.glob("*.json"), *source.glob("*.txt")]:
+        shutil.copyfile(file, folder / to / file.name)
+    file = folder / to / "tokenizer_config.json"
+    config = weights.read_json(file) if file.is_file() else {}
+    if config.get("model_max_length") != MAX_TOKENS:
+        write_json(file, config | {"model_max_length": MAX_TOKENS})
 
 
 def open_model(model, args, work):
@@ -135,16 +152,18 @@ def open_model(model, args, work):
     """
     file = Path(model)
     if file.is_dir() or not file.is_file() and file.suffix not in (".safetensors", *PICKLES):
-        if args.tokenizer:
-            raise UserError(
-                f"--tokenizer is for a single file: {model} has a tokenizer of its own."
-            )
+        if args.tokenizer or args.vae:
+            raise UserError(f"--tokenizer and --vae are for a single file: {model} has its own.")
         folder = weights.find(model, args.revision)
         if args.format == "single-file" and weights.networks_of(folder) is weights.NETWORKS_XL:
             raise UserError(
                 f"{model} is Stable Diffusion XL, for which only --format diffusers is implemented."
             )
         loaded = weights.load(folder)
+        added = loaded.tokenizer.get_added_vocab().keys() - {*loaded.tokenizer.all_special_tokens}
+        if added and args.format == "single-file":
+            words = ", ".join(sorted(added))
+            warning(f"a single file loses the words {words}: --format diffusers keeps them.")
         networks = {network: getattr(loaded, network) for network in NETWORKS}
         if loaded.tokenizer_2:
             networks |= dict(loaded.text_encoder.named_children())
@@ -152,7 +171,7 @@ def open_model(model, args, work):
     if args.revision:
         raise UserError(f"--revision is for models from the hub; {model} is a file.")
     folder = work / file.name
-    networks = read_single(file, folder)
+    networks = read_single(file, folder, args.vae)
     if args.format == "diffusers":
         embedding = networks["text_encoder"].text_model.embeddings.token_embedding
         fetch_tokenizer(args.tokenizer or TOKENIZER, folder, embedding.num_embeddings)
@@ -278,9 +297,12 @@ def parse(argv=None):
         ".safetensors file in the original layout (default: the patch's model, else "
         f"{weights.DEFAULT_MODEL})")
     add("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
-    add("--patch", type=Path, metavar="FILE", help="an erased.safetensors that train.py wrote")
+    add("--patch", type=weights.patch_file, metavar="FILE",
+        help="an erased.safetensors that train.py wrote")
     add("--tokenizer", metavar="DIR",
-        help=f"for a single file, which has none: a folder or hub id (default: {TOKENIZER})")
+        help="for a single file, which has none: a folder or hub id (default: CLIP's)")
+    add("--vae", type=Path, metavar="DIR",
+        help="for a single file without a VAE: a folder in diffusers' layout that has one")
     add = parser.add_argument_group("output").add_argument
     add("--format", **one_of(["diffusers", "single-file"]), required=True, help="what to write")
     add("--dtype", **one_of(DTYPES), default="fp32",

@@ -117,6 +117,7 @@ def card(model, layout, dtype, patch_file=None, metadata=None, pipeline=None):
     facts = dict(base=base, tag=tag, licence=licence, layout=layout, dtype=dtype, patch=metadata)
     facts["pipeline"] = pipeline
     if patch_file:
+        facts["patch"] = {"base_fingerprint": "not noted"} | metadata
         settings = weights.patch_settings(patch_file, metadata)
         if settings.get("loss"):
             settings["loss"] = Path(settings["loss"]).name  # no path of this machine
