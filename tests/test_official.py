@@ -121,7 +121,10 @@ def test_mace_with_prompts_of_different_lengths(model):
 
 
 def rece(concepts, anchors, kept, rho, rounds):
-    """RECE: train_uce.py, then so many rounds of train.py."""
+    """RECE: train_uce.py, then so many rounds of train.py.
+
+    With several concepts, train_object.py keeps "" once, train.py and we once per concept.
+    """
     pairs, weight = [], round(max(0.1, 1 / (1 + len(kept))), 3)
     for concept, anchor in zip(concepts, anchors):
         i, j = len(concept.split()), len(anchor.split())
