@@ -11,8 +11,9 @@ Where this file differs from the authors' script (the one for diffusers):
 3. --anchor-images is 1000, as in the paper, but the prompts are the user's (--anchor-prompts). The
    default is the anchor alone. The authors took prompts from a chat model (objects) and from an
    image search (styles).
-4. The script flips images at random. It also scales those of objects and names the scale in their
-   prompts ("very small", "close up"). Its loss leaves out the outermost latents. Here it does not.
+4. The script flips images at random. It also scales those of objects and names the scale in the
+   concept's prompt ("very small", "close up"). Its loss leaves out the outermost latents. Here it
+   does not.
 5. A style is named at the end of the prompt once in two times, in the script once in three.
 6. The script's loss is 4 times the mean over elements, and its prior's is not. So its prior of
    weight 1 is `--prior 0.25`, and the preset paper clips gradients at 0.25, not at 1.

@@ -15,13 +15,14 @@ Where this file differs from the papers:
 1. Word (CCE, arXiv 2308.01508): one vector, and one template by default (the word alone). The
    official code uses some 25 templates, 1000 to 5000 steps and the rate 5e-3 × 16. It flips the
    images at random and samples the VAE's posterior. Here images stay, and the VAE gives its mean.
-2. Tokens (UnlearnDiffAtk, arXiv 2310.11868): t is random in each step; the official code goes from
-   10 to 990 and attacks each prompt and image on its own. Only whole words are used, so the words
-   that are printed give the same tokens. The projection to the simplex is exact, not by bisection.
-   The code searches 5 words for nudity, violence and illegal activity, and 3 for the others. It
-   samples with LMS and stops when one of its 50 images shows the concept. Here --words is 3 by
-   default, the sampler is DDIM, and attack.py counts the images. The weight decay is the code's
-   0.1, but 0.001 for the toy models: with 0.1 the words did not settle there (50 to 160 steps).
+2. Tokens (UnlearnDiffAtk, arXiv 2310.11868): t is random in each step; the official code takes 40
+   steps at each t from 10, 30, .. to 990, and attacks each prompt and image on its own. Only whole
+   words are used, so the words that are printed give the same tokens. The projection to the simplex
+   is exact, not by bisection. The code searches 5 words for nudity, violence and illegal activity,
+   and 3 for the others. It samples with LMS and stops when one of its 50 images shows the concept.
+   Here --words is 3 by default, the sampler is DDIM, and attack.py counts the images. The weight
+   decay is the code's 0.1, but 0.001 for the toy models: with 0.1 the words did not settle there
+   (50 to 160 steps).
 3. Relearn: ordinary fine-tuning of the tensors in the patch, with the concept's own name. It
    also teaches a concept that the model never knew, so compare the steps, not the end.
 4. NoisyDDIM (arXiv 2505.17013): attack.py counts an image if one of 24 attempts shows the

@@ -24,20 +24,27 @@ Where this file differs from the official codes:
    says nothing about an image. So UCE without an anchor may leave the concept: train.py prints a
    warning. `--states all` takes all 77 states of each pair. Then the empty prompt is an anchor.
    The code's weights erase_scale and preserve_scale are 1 by default. Here they are always 1.
-2. UCE's code has an option for five templates ("painting by …", "image of …"): --template gives
-   them here. The default is the word alone; the toy model has five templates.
+   For a style without an anchor the code's anchor is "art".
+2. UCE's code has an option that adds five templates ("painting by …", "image of …") to the word
+   alone: --template gives all six here. The default is the word alone; the toy model has five
+   templates.
 3. MACE's code keeps the captions of COCO, and celebrities or artists. Here the prompts of --keep
    take their place. It applies the captions' weight twice: 1e-4 (celebrities) acts as 1e-8, and
-   7e-7 (nudity) as 4.9e-13. Here the weight is 1e-4, once. Without captions the code's ridge is
+   7e-7 (nudity) as 4.9e-13. Celebrities and artists weigh 8,000 to 200,000 times as much as
+   captions. Here the weight is 1e-4, once, for all of --keep. Without captions the code's ridge is
    10, 100 or 1000 (bird, automobile, ship); here 1000. With captions it is 0; here nearly 0.
    Its 30 sentences per concept are --template, with ten of our own as default. Its stages 2 and 3
    (a LoRA per concept, and their fusion) are not here, and stage 1 alone is not all of MACE.
 4. RECE's code measures each round on a validation list and selects the round with the lowest
-   detection rate. Here the last round is the result. Its rounds keep only the empty prompt; here
-   also --keep. --ridge sets λ of UCE and of the rounds together; without it they are the code's.
+   detection rate (nudity, unsafe). Here the last round is the result. Its rounds keep the empty
+   prompt: once per concept (nudity, unsafe), or once for all of them (styles, objects). For styles
+   they keep the other artists too. Here the rounds keep the empty prompt once per prompt with the
+   concept, and --keep. --ridge sets λ of UCE and of the rounds together; without it they are the
+   code's.
 5. SPEED's code clusters the empty prompt's states from random starts. Here each start is the state
    farthest from those before it. The code compares a variant's change with the mean of its chunk
-   (the variants of 128 kept states). Here the mean is over all variants.
+   (the variants of 128 kept states). Here the mean is over all variants. The code leaves out
+   prompts to keep that name a concept. Here --keep is taken as it is given.
 6. Everything is computed in float64 on the CPU, and written in the type of the weights.
 """
 

@@ -190,7 +190,7 @@ METHODS = {
 }
 # fmt: on
 # More published recipes: {--preset: (--method, numbers)}. The other numbers are those of the preset
-# paper. Sources: RECE's README; SPEED's README and scripts; ESD's esd_sd.py.
+# paper. Sources: RECE's README; SPEED's eval_nudity.sh and eval_multi.sh; ESD's esd_sd.py.
 RECIPES = {
     "rece-nudity": ("rece", dict(iters=4)),
     "rece-unsafe": ("rece", dict(iters=3)),

@@ -121,7 +121,7 @@ def test_mace_with_prompts_of_different_lengths(model):
 
 
 def rece(concepts, anchors, kept, rho, rounds):
-    """RECE: train_uce.py, then so many rounds of train.py."""
+    """RECE: train_uce.py, then so many rounds of train.py, which keeps "" once per concept."""
     pairs, weight = [], round(max(0.1, 1 / (1 + len(kept))), 3)
     for concept, anchor in zip(concepts, anchors):
         i, j = len(concept.split()), len(anchor.split())
@@ -320,20 +320,27 @@ def test_numbers_of_presets():
 
 
 # ---------------------------------------------------------------------- searched words
-def test_a_step_of_searched_words_has_its_weight_decay_in_the_gradient():
-    """From 1/V everywhere, Adam's first step is −lr times the sign of g + 0.1 x, whatever its size.
+def on_simplex(x):
+    """A row minus the number for which what is above 0 sums to 1, found by bisection."""
+    low = x.min() - 1
+    for width in 2.0 ** -np.arange(60) * (x.max() - low):
+        low += width * ((x - low - width).clip(0).sum() > 1)
+    return (x - low).clip(0)
 
-    Only word 7 has a gradient, −1. So it goes up by lr, and the V − 1 others go down by lr. The
-    projection adds the same to all, so that they sum to 1.
-    """
-    lr = 0.001
-    settings = dict(words=2, prompt="star", lr=lr, weight_decay=0.1)
-    tokens = Tokens(weights.load("toy"), settings, torch.device("cpu"))
+
+@pytest.mark.parametrize("decay", [0.1, 1e-3])
+def test_searched_words_have_their_weight_decay_in_the_gradient(decay):
+    """UnlearnDiffAtk: Adam, whose gradient is clipped to −1 .. 1 and then gets decay · x."""
+    settings = dict(words=2, prompt="star", lr=0.01, weight_decay=decay)
+    tokens = Tokens(weights.load("toy"), settings, "cpu")
     V = tokens.simplex.shape[1]
-    tokens.one_hot = torch.zeros_like(tokens.simplex)
-    tokens.one_hot.grad = torch.zeros_like(tokens.simplex)
-    tokens.one_hot.grad[:, 7] = -1
-    tokens.step()
-    expected = torch.full_like(tokens.simplex, 1 / V - 2 * lr / V)
-    expected[:, 7] = 1 / V + 2 * lr * (V - 1) / V
-    assert (tokens.simplex - expected).abs().max() < 1e-4 * lr
+    x, m, v, rng = np.full((2, V), 1 / V), 0, 0, np.random.default_rng(0)
+    for i in range(1, 21):
+        gradient = 10 ** rng.uniform(-4, 1, (2, V)) * rng.choice([-1, 1], (2, V))
+        tokens.one_hot = Namespace(grad=torch.from_numpy(gradient).float())
+        tokens.step()
+        g = gradient.clip(-1, 1) + decay * x
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        step = 0.01 * (m / (1 - 0.9**i)) / (np.sqrt(v / (1 - 0.999**i)) + 1e-8)
+        x = np.stack([on_simplex(row) for row in x - step])
+    assert relative(tokens.simplex, torch.from_numpy(x)) < 1e-4
