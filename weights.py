@@ -68,7 +68,6 @@ ONLY = {
     "scheduler": dict(
         beta_schedule="scaled_linear", prediction_type="epsilon",
         timestep_spacing="leading", skip_prk_steps=True,
-        interpolation_type="linear", final_sigmas_type="zero", timestep_type="discrete",
     ),
 }
 ONLY["unet_xl"] = ONLY["unet"] | dict(
@@ -102,9 +101,10 @@ ARGUMENTS["text_encoder_2"] = ARGUMENTS["text_encoder"] | {"projection_dim": 128
 SCHEDULER_DEFAULTS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", steps_offset=0)
 # Keys that count only for the model's own sampler (own_sampler), and the samplers that we have.
 OWN_SAMPLER = """
-    timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding interpolation_type
-    final_sigmas_type timestep_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas
+    timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding use_karras_sigmas
+    use_exponential_sigmas use_beta_sigmas
 """.split()
+EULER = dict(interpolation_type="linear", final_sigmas_type="zero", timestep_type="discrete")
 SAMPLER_NAMES = {  # in scheduler_config.json
     "DDIMScheduler": "ddim",
     "PNDMScheduler": "pndm",
@@ -435,10 +435,12 @@ def own_sampler(config):
     name = config.get("_class_name")
     # Without the key, diffusers' PNDM begins with Runge-Kutta steps, and its Euler has other steps.
     spacing = "linspace" if name == "EulerDiscreteScheduler" else "leading"
-    defaults = dict(skip_prk_steps=name != "PNDMScheduler", timestep_spacing=spacing)
-    config = defaults | config
-    for key in OWN_SAMPLER:
-        if key in config and not is_implemented("scheduler", key, config[key]):
+    config = dict(skip_prk_steps=name != "PNDMScheduler", timestep_spacing=spacing) | config
+    fits = {key: config.get(key, value) == value for key, value in EULER.items()}
+    for key in config.keys() & set(OWN_SAMPLER):
+        fits[key] = is_implemented("scheduler", key, config[key])
+    for key in sorted(fits):
+        if not fits[key]:
             name = f"{name} with {key} = {config[key]!r:.60}"
     if name not in SAMPLER_NAMES:
         raise UserError(

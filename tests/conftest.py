@@ -17,7 +17,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
-SLOW = "resume attack eval commands readme report run convert kill bench".split()
+SLOW = "readme kill attack eval resume report sdxl files commands run convert bench".split()
 
 
 def pytest_collection_modifyitems(items):
