@@ -158,7 +158,7 @@ def main(times, seed):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads another process's clock")
-@pytest.mark.parametrize("times", [4, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [8, pytest.param(100, marks=pytest.mark.long)])
 def test_killed_at_random_moments(times):
     """In a process of its own: a fork needs one without threads."""
     done = subprocess.run(
