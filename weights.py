@@ -104,6 +104,7 @@ OWN_SAMPLER = """
     timestep_spacing skip_prk_steps clip_sample set_alpha_to_one thresholding use_karras_sigmas
     use_exponential_sigmas use_beta_sigmas
 """.split()
+# Further settings of diffusers' Euler, with the values that ours has.
 EULER = dict(interpolation_type="linear", final_sigmas_type="zero", timestep_type="discrete")
 SAMPLER_NAMES = {  # in scheduler_config.json
     "DDIMScheduler": "ddim",
@@ -387,7 +388,7 @@ def read_json(file):
 def read_config(folder, part):
     """The part's config.json as a dict. UserError for a value that our modules do not implement.
 
-    part: one of NETWORKS, or "scheduler". A sampler's missing keys get diffusers' defaults.
+    part: one of NETWORKS_XL, or "scheduler". A sampler's missing keys get diffusers' defaults.
     """
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     if part == "unet":
