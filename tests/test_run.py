@@ -1,6 +1,7 @@
 """A training run: a diverged loss, less memory, less precision, --compile, and its settings."""
 
 import copy
+import csv
 import re
 
 import numpy as np
@@ -230,3 +231,13 @@ def test_a_resumed_run_covers_or_shows_the_images_that_it_makes(tmp_path, monkey
         for file in ("original-0.png", "000001/student-0.png"):
             image = np.asarray(Image.open(out / "previews" / file))
             assert (image.max() == 0) == covered
+
+
+# ------------------------------------------------------------------------------------- the log
+def test_gap_and_drift_are_in_the_rows_of_previews_and_in_the_last(tmp_path):
+    words = "--concept star --iters 3 --preview star --preview-every 2 --preview-steps 1"
+    assert run(f"{SHORT} {words}", tmp_path / "o") == 0
+    with open(tmp_path / "o" / "log.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    for key in ("gap_student", "drift_student", "gap_teacher", "drift_teacher"):
+        assert [bool(row[key]) for row in rows] == [False, True, True]
